@@ -1,0 +1,53 @@
+//! Every bound on what a peer, an image or a user may ask for, with its reason.
+
+use std::time::Duration;
+
+use crate::page::PAGE_SIZE;
+
+/// Pages in one data frame. 64 KiB reaches over 90 % of what `UFFDIO_COPY` and `process_vm_readv` can do per call
+/// (measured), and one bit per page fits the frame header's zero bitmap.
+pub const MAX_FRAME_PAGES: usize = 16;
+
+/// Payload bytes of one data frame.
+pub const MAX_FRAME_BYTES: usize = MAX_FRAME_PAGES * PAGE_SIZE;
+
+/// Bytes of one control message. The largest is the destination's present map in pieces; see `proto::control`.
+pub const MAX_CONTROL_BYTES: usize = 1 << 20;
+
+/// Lazy pages of one process: 4 TiB, more than any host we know of; bounds what a forged pagemap makes us allocate
+/// (one bit per page) to 128 MiB.
+pub const MAX_LAZY_PAGES: u64 = 1 << 30;
+
+/// Processes in one migrated tree.
+pub const MAX_PROCESSES: usize = 32 * 1024;
+
+/// Files in a skeleton: a few per process and namespace.
+pub const MAX_SKELETON_FILES: usize = 1 << 20;
+
+/// Bytes of one skeleton file. Shared memory is dumped into the skeleton whole, so this is generous.
+pub const MAX_SKELETON_FILE_BYTES: u64 = 1 << 40;
+
+/// Bytes of a skeleton file carried by one frame.
+pub const MAX_SKELETON_CHUNK_BYTES: usize = MAX_FRAME_BYTES;
+
+/// Bytes of one protobuf message in a CRIU image: a `mm` entry of a process with 64 k VMAs is about 4 MiB.
+pub const MAX_IMAGE_MESSAGE_BYTES: usize = 64 << 20;
+
+/// Bytes of text in an error message of the peer.
+pub const MAX_TEXT_BYTES: usize = 16 * 1024;
+
+/// Bulk bytes in flight on a path without delay: enough to keep one core busy, short enough that a queue of it costs
+/// a fault a fraction of a millisecond.
+pub const BULK_WINDOW_BYTES: u64 = 512 * 1024;
+
+/// Most bulk bytes in flight on any path: 10 Gbit/s at 50 ms.
+pub const MAX_BULK_WINDOW_BYTES: u64 = 64 << 20;
+
+/// Time without a packet after which a connection counts as lost.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Time between keep-alive packets; several fit into [`IDLE_TIMEOUT`].
+pub const KEEP_ALIVE: Duration = Duration::from_millis(800);
+
+/// Time the peer has for each step of the handshake that needs no work of it.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
