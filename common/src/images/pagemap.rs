@@ -1,0 +1,136 @@
+//! `pagemap-PID.img`: which pages a process had, and which of them are lazy.
+
+use prost::Message;
+
+use super::ImageError;
+use super::framing::Messages;
+use crate::lazy_map::LazyMap;
+use crate::page::{PageRange, VirtAddr};
+
+const PAGEMAP_MAGIC: u32 = 0x5608_4025;
+/// `PE_LAZY` of `criu/include/pagemap.h`: the page is left to the lazy-pages daemon.
+const LAZY: u32 = 2;
+/// `PE_PRESENT`: the bytes lie in `pages-N.img`.
+const PRESENT: u32 = 4;
+
+#[derive(Clone, PartialEq, Message)]
+struct PagemapHead {
+    #[prost(uint32, required, tag = "1")]
+    pages_id: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct PagemapEntry {
+    #[prost(uint64, required, tag = "1")]
+    vaddr: u64,
+    /// The count up to CRIU 4.1; 0 since.
+    #[prost(uint32, required, tag = "2")]
+    compat_nr_pages: u32,
+    #[prost(uint32, optional, tag = "4")]
+    flags: Option<u32>,
+    #[prost(uint64, optional, tag = "5")]
+    nr_pages: Option<u64>,
+}
+
+/// What a pagemap image says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pagemap {
+    /// The pages that were left out of the skeleton and must be fetched.
+    pub lazy: LazyMap,
+    /// Pages whose content is in the skeleton.
+    pub eager_pages: u64,
+}
+
+/// Reads a pagemap image of `criu dump --lazy-pages`.
+///
+/// Pages that are lazy *and* present, as a full dump marks them, count as lazy: `criu restore --lazy-pages` leaves them
+/// out just the same (`criu/mem.c`).
+pub fn parse_pagemap(file: &[u8]) -> Result<Pagemap, ImageError> {
+    let mut messages = Messages::open(file, PAGEMAP_MAGIC)?;
+    messages
+        .next::<PagemapHead>()?
+        .ok_or(ImageError::Missing("pagemap head"))?;
+    let mut lazy = Vec::new();
+    let mut eager_pages = 0;
+    while let Some(entry) = messages.next::<PagemapEntry>()? {
+        let count = entry.nr_pages.unwrap_or(u64::from(entry.compat_nr_pages));
+        let flags = entry.flags.unwrap_or(PRESENT);
+        if flags & LAZY != 0 {
+            lazy.push(PageRange::new(VirtAddr(entry.vaddr).page(), count));
+        } else if flags & PRESENT != 0 {
+            eager_pages += count;
+        }
+    }
+    Ok(Pagemap {
+        lazy: LazyMap::new(lazy)?,
+        eager_pages,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::images::framing::write;
+    use crate::page::PageIndex;
+
+    fn image(entries: &[(u64, u64, u32)]) -> Vec<u8> {
+        let mut file = write(PAGEMAP_MAGIC, &[PagemapHead { pages_id: 1 }]);
+        let entries: Vec<_> = entries
+            .iter()
+            .map(|(vaddr, count, flags)| PagemapEntry {
+                vaddr: *vaddr,
+                compat_nr_pages: 0,
+                flags: Some(*flags),
+                nr_pages: Some(*count),
+            })
+            .collect();
+        file.extend(&write(0, &entries)[8..]);
+        file
+    }
+
+    #[test]
+    fn lazy_and_eager_pages_are_told_apart() {
+        let file = image(&[
+            (0x1000, 2, LAZY),
+            (0x5000, 3, PRESENT),
+            (0x9000, 1, LAZY | PRESENT),
+        ]);
+        let map = parse_pagemap(&file).expect("a valid image");
+        assert_eq!(map.eager_pages, 3);
+        assert_eq!(
+            map.lazy.ranges().collect::<Vec<_>>(),
+            [
+                PageRange::new(PageIndex(1), 2),
+                PageRange::new(PageIndex(9), 1)
+            ]
+        );
+    }
+
+    #[test]
+    fn old_images_keep_the_count_in_field_2() {
+        let mut file = write(PAGEMAP_MAGIC, &[PagemapHead { pages_id: 1 }]);
+        let old = PagemapEntry {
+            vaddr: 0x1000,
+            compat_nr_pages: 7,
+            flags: Some(LAZY),
+            nr_pages: None,
+        };
+        file.extend(&write(0, &[old])[8..]);
+        assert_eq!(parse_pagemap(&file).expect("valid").lazy.slots(), 7);
+    }
+
+    #[test]
+    fn every_truncation_is_an_error_or_shorter() {
+        let file = image(&[(0x1000, 2, LAZY), (0x5000, 3, LAZY)]);
+        for end in 0..file.len() {
+            if let Ok(map) = parse_pagemap(&file[..end]) {
+                assert!(map.lazy.slots() < 5, "cut at {end}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_forged_count_is_refused() {
+        assert!(parse_pagemap(&image(&[(0x1000, u64::MAX, LAZY)])).is_err());
+    }
+}

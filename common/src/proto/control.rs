@@ -1,0 +1,181 @@
+//! The session's steps. Strictly one after the other; see [`crate::session`] for what may follow what.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::session::State;
+
+/// Identifies one migration in logs, session files and when reconnecting.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct SessionId(pub [u8; 16]);
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SessionId({self})")
+    }
+}
+
+/// A secret of 256 bits that proves to be the peer of this very migration. Never logged.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secret(pub [u8; 32]);
+
+impl Secret {
+    /// Compares in a time that does not depend on where the secrets differ.
+    pub fn matches(&self, other: &Secret) -> bool {
+        self.0
+            .iter()
+            .zip(&other.0)
+            .fold(0, |differences, (a, b)| differences | (a ^ b))
+            == 0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+/// Messages of the destination to the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToSource {
+    /// Opens a session.
+    Hello(Hello),
+    /// All checks passed: freeze now.
+    Ready,
+    /// The whole skeleton has arrived; the restore starts.
+    Staged,
+    /// The tasks are rebuilt and wait. The source must give the workload away before they may run.
+    CutoverRequest,
+    /// The workload runs.
+    Resumed,
+    /// Nothing is owed any more.
+    Drained(Tally),
+    /// The destination gives up.
+    Abort(Abort),
+}
+
+/// Messages of the source to the destination.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToDestination {
+    /// Accepts the session.
+    Welcome(Welcome),
+    /// What is going to move.
+    Advise(WorkloadFacts),
+    /// The freeze begins.
+    Freezing,
+    /// The skeleton is complete and the operator's `--on-frozen` command has ended: the service address is free.
+    Frozen,
+    /// The workload is the destination's now; the source will never run it again by itself.
+    CutoverGranted,
+    /// The source agrees with the tally; the frozen original is being released.
+    Complete,
+    /// The source gives up.
+    Abort(Abort),
+}
+
+/// First message of a session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Protocol versions the destination speaks.
+    pub versions: Vec<u16>,
+    /// The one-time token the operator gave to both ends, if any.
+    pub token: Option<Secret>,
+    /// The destination host's name, for messages.
+    pub host: String,
+}
+
+/// The source's answer to [`Hello`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// The version both ends speak from here on.
+    pub version: u16,
+    /// Name of this migration.
+    pub session: SessionId,
+    /// Proves on the bulk connection, and when reconnecting, that the same destination speaks.
+    pub secret: Secret,
+    /// UDP port of the bulk connection.
+    pub bulk_port: u16,
+    /// The source host's name, for messages.
+    pub host: String,
+}
+
+/// What the destination must know to say "this cannot work" before anything is frozen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkloadFacts {
+    /// `uname -m` of the source.
+    pub architecture: String,
+    /// `uname -r` of the source.
+    pub kernel: String,
+    /// Page size of the source in bytes.
+    pub page_size: u64,
+    /// CRIU's version on the source.
+    pub criu: String,
+    /// CPU feature flags of the source as `/proc/cpuinfo` lists them.
+    pub cpu_features: Vec<String>,
+    /// PIDs and thread IDs the restored tree will need, in its PID namespace.
+    pub pids: Vec<u32>,
+    /// Name of the root task.
+    pub name: String,
+    /// Resident memory of the tree in pages.
+    pub resident_pages: u64,
+    /// Established TCP connections move too.
+    pub tcp_established: bool,
+    /// The workload belongs to a shell's session.
+    pub shell_job: bool,
+}
+
+/// What one end counted, for the comparison at the end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tally {
+    /// Lazy pages that crossed the wire, each counted once.
+    pub pages: u64,
+    /// Sum of the hashes of those pages; see [`crate::digest`].
+    pub digest: u64,
+    /// Lazy pages that never crossed because the workload removed them first.
+    pub discarded: u64,
+}
+
+/// Why an end gives up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Abort {
+    /// Host that gives up.
+    pub host: String,
+    /// State it was in.
+    pub state: State,
+    /// What failed and what to do, for the operator.
+    pub text: String,
+    /// Said by a destination only: whatever it restored is certainly dead and never ran.
+    pub copy_is_dead: bool,
+}
+
+/// Bulk connection's first message: which session it belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BulkHello {
+    /// The session.
+    pub session: SessionId,
+    /// Its secret from [`Welcome`].
+    pub secret: Secret,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_compare_and_do_not_print() {
+        let mut other = [7; 32];
+        let secret = Secret([7; 32]);
+        assert!(secret.matches(&Secret(other)));
+        other[31] ^= 1;
+        assert!(!secret.matches(&Secret(other)));
+        assert!(!format!("{secret:?}").contains('7'));
+    }
+}

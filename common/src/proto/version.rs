@@ -1,0 +1,28 @@
+//! Protocol versions, newest last; each says what it changed.
+
+/// Versions this build speaks, oldest first. The destination offers them; the source picks the highest it knows.
+pub const SUPPORTED: &[u16] = &[V1];
+
+/// The first version.
+pub const V1: u16 = 1;
+
+/// The highest of the offered versions that this build speaks too.
+pub fn select(offered: &[u16]) -> Option<u16> {
+    offered
+        .iter()
+        .copied()
+        .filter(|version| SUPPORTED.contains(version))
+        .max()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_common_versions_are_selected() {
+        assert_eq!(select(&[0, V1, 99]), Some(V1));
+        assert_eq!(select(&[99]), None);
+        assert_eq!(select(&[]), None);
+    }
+}
