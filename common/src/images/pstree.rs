@@ -1,5 +1,7 @@
 //! `pstree.img`: the tasks of the tree.
 
+use std::fmt;
+
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +14,12 @@ const PSTREE_MAGIC: u32 = 0x5027_3030;
 /// PID of a dumped task as its image files name it: its PID within its own PID namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ImagePid(pub u32);
+
+impl fmt::Display for ImagePid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {}", self.0)
+    }
+}
 
 #[derive(Clone, PartialEq, Message)]
 struct PstreeEntry {

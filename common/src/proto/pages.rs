@@ -12,6 +12,48 @@ pub const DATA_HEADER_BYTES: usize = 32;
 /// First byte of a data frame.
 pub const TAG_DATA: u8 = 0x11;
 
+const TAG_WITHHELD: u8 = 0x12;
+
+/// What the source sends on the demand stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DemandReply {
+    /// Pages; the payload follows.
+    Data(DataHeader),
+    /// Confirms a discard: these pages have not been sent and never will be.
+    Withheld(ImagePid, PageRange),
+}
+
+impl DemandReply {
+    /// The header's bytes.
+    pub fn encode(&self) -> [u8; DATA_HEADER_BYTES] {
+        let (pid, pages) = match self {
+            DemandReply::Data(header) => return header.encode(),
+            DemandReply::Withheld(pid, pages) => (pid, pages),
+        };
+        let mut header = [0; DATA_HEADER_BYTES];
+        header[0] = TAG_WITHHELD;
+        header[8..12].copy_from_slice(&pid.0.to_le_bytes());
+        header[16..24].copy_from_slice(&pages.start.0.to_le_bytes());
+        header[24..32].copy_from_slice(&pages.count.to_le_bytes());
+        header
+    }
+
+    /// Reads a header back.
+    pub fn decode(header: &[u8; DATA_HEADER_BYTES]) -> Result<Self, ProtoError> {
+        if header[0] != TAG_WITHHELD {
+            return Ok(DemandReply::Data(DataHeader::decode(header)?));
+        }
+        let (pid, _) = split_u32(&header[8..]);
+        let (start, rest) = split_u64(&header[16..]);
+        let (count, _) = split_u64(rest);
+        let pages = PageRange::new(PageIndex(start), count);
+        if count == 0 || !pages.is_addressable() {
+            return Err(ProtoError::Field("page range"));
+        }
+        Ok(DemandReply::Withheld(ImagePid(pid), pages))
+    }
+}
+
 /// How the payload of a data frame is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoding {
@@ -137,6 +179,12 @@ mod tests {
             let zero = bits & ((1 << count) - 1);
             let header = DataHeader::raw(ImagePid(pid), PageRange::new(PageIndex(start), count), zero);
             prop_assert_eq!(DataHeader::decode(&header.encode()).ok(), Some(header));
+        }
+
+        #[test]
+        fn confirmations_survive_the_way(pid: u32, start in 0u64..1 << 36, count in 1u64..1 << 30) {
+            let reply = DemandReply::Withheld(ImagePid(pid), PageRange::new(PageIndex(start), count));
+            prop_assert_eq!(DemandReply::decode(&reply.encode()).ok(), Some(reply));
         }
 
         #[test]

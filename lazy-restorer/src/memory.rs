@@ -1,0 +1,254 @@
+//! The restored workload's memory: one lock per family, held across "look at the map" and "change the memory".
+//!
+//! Whoever reads events of a descriptor holds its family's lock from before the `read` until the map is updated;
+//! whoever installs pages holds it across the check and the ioctl. So no page is installed that a removal already
+//! read has outlawed (`docs/architecture.md`, "The rule of one lock").
+
+mod family;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use common::images::{DumpedVma, ImagePid};
+use common::lazy_map::LazyMap;
+use common::page::PageRange;
+use common::proto::control::Tally;
+use common::proto::demand::DemandFrame;
+use common::proto::pages::DataHeader;
+use tokio::sync::{Notify, mpsc};
+
+use self::family::LiveFamily;
+pub use self::family::{Arrival, MemoryError};
+use crate::blocktime::Blocktime;
+use crate::resolver::MemberId;
+use crate::uffd::UserFault;
+
+/// What the memory asks of the rest of the program.
+#[derive(Debug)]
+pub enum Order {
+    /// Send this to the source.
+    Demand(DemandFrame),
+    /// Watch this descriptor for events.
+    Watch(MemberKey, Arc<UserFault>),
+}
+
+/// Names one member of one family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MemberKey {
+    /// The dumped process it stems from.
+    pub pid: ImagePid,
+    /// Which member.
+    pub member: MemberId,
+}
+
+/// One dumped process, as its images describe it.
+#[derive(Clone, Debug)]
+pub struct ProcessImage {
+    /// The process.
+    pub pid: ImagePid,
+    /// Its lazy pages.
+    pub lazy: LazyMap,
+    /// Its mappings.
+    pub vmas: Vec<DumpedVma>,
+}
+
+/// The memory of all restored processes.
+#[derive(Debug)]
+pub struct Memory {
+    families: HashMap<ImagePid, Mutex<LiveFamily>>,
+    orders: mpsc::UnboundedSender<Order>,
+    totals: Totals,
+    /// Signalled when the last owed page has come.
+    settled: Notify,
+}
+
+/// Counts over all families.
+#[derive(Debug, Default)]
+pub struct Totals {
+    lazy: AtomicU64,
+    owed: AtomicU64,
+    demanded: AtomicU64,
+    pushed: AtomicU64,
+    zero: AtomicU64,
+    withheld: AtomicU64,
+    digest: AtomicU64,
+    zero_faults: AtomicU64,
+}
+
+/// [`Totals`] at one moment.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct PageCounts {
+    /// Lazy pages of the workload.
+    pub lazy: u64,
+    /// Of those, not here yet.
+    pub owed: u64,
+    /// Came as answers to faults.
+    pub demanded: u64,
+    /// Came by push.
+    pub pushed: u64,
+    /// Of both, all zeros and not carried.
+    pub zero: u64,
+    /// Removed by the workload before they came.
+    pub removed: u64,
+}
+
+impl Memory {
+    /// The memory of `images`, all of it owed. Orders come out of the returned receiver.
+    pub fn new(images: Vec<ProcessImage>) -> (Arc<Self>, mpsc::UnboundedReceiver<Order>) {
+        let (orders, receiver) = mpsc::unbounded_channel();
+        let lazy = images.iter().map(|image| image.lazy.slots() as u64).sum();
+        let families = images
+            .into_iter()
+            .map(|image| (image.pid, Mutex::new(LiveFamily::new(image))))
+            .collect();
+        let memory = Memory {
+            families,
+            orders,
+            totals: Totals {
+                lazy: AtomicU64::new(lazy),
+                owed: AtomicU64::new(lazy),
+                ..Totals::default()
+            },
+            settled: Notify::new(),
+        };
+        (Arc::new(memory), receiver)
+    }
+
+    fn family(&self, pid: ImagePid) -> Option<MutexGuard<'_, LiveFamily>> {
+        let family = self.families.get(&pid)?;
+        // A panic while the lock was held is a bug of ours; the map is still the best there is to go on with.
+        Some(family.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A restored process handed its descriptor over; pages that came before it are installed at once.
+    pub fn attach(&self, pid: ImagePid, uffd: UserFault) -> Result<MemberKey, MemoryError> {
+        let mut family = self.family(pid).ok_or(MemoryError::UnknownProcess(pid))?;
+        let key = family.attach(uffd, &self.sink())?;
+        Ok(key)
+    }
+
+    /// Handles everything that waits on a member's descriptor. False when there is nothing more to watch.
+    pub fn drain(&self, key: MemberKey) -> Result<bool, MemoryError> {
+        match self.family(key.pid) {
+            Some(mut family) => family.drain(key.member, &self.sink()),
+            None => Ok(false),
+        }
+    }
+
+    /// Installs pages that came.
+    pub fn receive(
+        &self,
+        header: &DataHeader,
+        payload: &[u8],
+        arrival: Arrival,
+    ) -> Result<(), MemoryError> {
+        let pid = header.pid;
+        let mut family = self.family(pid).ok_or(MemoryError::UnknownProcess(pid))?;
+        let new = family.receive(header, payload, &self.sink())?;
+        drop(family);
+        let counter = match arrival {
+            Arrival::Demanded => &self.totals.demanded,
+            Arrival::Pushed => &self.totals.pushed,
+        };
+        counter.fetch_add(new.pages, Ordering::Relaxed);
+        self.totals
+            .zero
+            .fetch_add(new.zero_pages, Ordering::Relaxed);
+        self.totals.digest.fetch_add(new.digest, Ordering::Relaxed);
+        self.settle(new.pages);
+        Ok(())
+    }
+
+    /// The source confirms that it will not send pages the workload removed.
+    pub fn withheld(&self, pid: ImagePid, pages: PageRange) -> Result<(), MemoryError> {
+        let mut family = self.family(pid).ok_or(MemoryError::UnknownProcess(pid))?;
+        family.confirm_withheld(pages)?;
+        drop(family);
+        self.totals
+            .withheld
+            .fetch_add(pages.count, Ordering::Relaxed);
+        self.settle(pages.count);
+        Ok(())
+    }
+
+    /// A process ended; what only it still missed is not needed any more.
+    pub fn exited(&self, key: MemberKey) {
+        if let Some(mut family) = self.family(key.pid) {
+            family.exited(key.member, &self.sink());
+        }
+    }
+
+    fn settle(&self, pages: u64) {
+        let owed = self.totals.owed.fetch_sub(pages, Ordering::AcqRel) - pages;
+        if owed == 0 && pages > 0 {
+            self.settled.notify_one();
+        }
+    }
+
+    /// Waits until nothing is owed any more.
+    pub async fn settled(&self) {
+        while self.totals.owed.load(Ordering::Acquire) > 0 {
+            self.settled.notified().await;
+        }
+    }
+
+    /// What the source must agree with at the end.
+    pub fn tally(&self) -> Tally {
+        let counts = self.counts();
+        Tally {
+            pages: counts.demanded + counts.pushed,
+            digest: self.totals.digest.load(Ordering::Relaxed),
+            discarded: counts.removed,
+        }
+    }
+
+    /// Page counts at this moment.
+    pub fn counts(&self) -> PageCounts {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        PageCounts {
+            lazy: load(&self.totals.lazy),
+            owed: load(&self.totals.owed),
+            demanded: load(&self.totals.demanded),
+            pushed: load(&self.totals.pushed),
+            zero: load(&self.totals.zero),
+            removed: load(&self.totals.withheld),
+        }
+    }
+
+    /// Faults on pages without content so far.
+    pub fn zero_faults(&self) -> u64 {
+        self.totals.zero_faults.load(Ordering::Relaxed)
+    }
+
+    /// How long threads waited for pages, over all families.
+    pub fn blocktime(&self) -> Blocktime {
+        let mut all = Blocktime::default();
+        for pid in self.families.keys() {
+            if let Some(family) = self.family(*pid) {
+                all.merge(family.blocktime());
+            }
+        }
+        all
+    }
+
+    fn sink(&self) -> Sink<'_> {
+        Sink {
+            orders: &self.orders,
+            zero_faults: &self.totals.zero_faults,
+        }
+    }
+}
+
+/// Where a family's orders go.
+struct Sink<'a> {
+    orders: &'a mpsc::UnboundedSender<Order>,
+    zero_faults: &'a AtomicU64,
+}
+
+impl Sink<'_> {
+    fn order(&self, order: Order) {
+        // The receiver lives until the session ends; orders after that have no one to matter to.
+        let _ = self.orders.send(order);
+    }
+}

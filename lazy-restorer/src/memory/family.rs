@@ -1,0 +1,466 @@
+//! A family with its descriptors: applies events to the map and the map to memory. Every method runs under the lock.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::digest::{page_hash, zero_page_hash};
+use common::images::{DumpedVma, ImagePid};
+use common::page::{PAGE_SIZE, PageIndex, PageRange};
+use common::proto::demand::DemandFrame;
+use common::proto::pages::DataHeader;
+use nix::errno::Errno;
+use userfaultfd::EventBuffer;
+
+use super::{MemberKey, Order, ProcessImage, Sink};
+use crate::blocktime::Blocktime;
+use crate::resolver::{Family, Fault, Install, MemberId};
+use crate::uffd::{MemoryEvent, Progress, ReadError, Stop, UserFault};
+
+/// Bytes of pages kept for a process whose descriptor has not come yet.
+const MAX_EARLY_BYTES: usize = 64 << 20;
+/// Pause before an install is tried again while the kernel changes the address space under it.
+const RETRY_PAUSE: Duration = Duration::from_micros(50);
+/// Pause before an install is tried again when the host has no free memory.
+const NO_MEMORY_PAUSE: Duration = Duration::from_millis(20);
+
+/// By which way pages came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// As the answer to a fault.
+    Demanded,
+    /// Unasked.
+    Pushed,
+}
+
+/// Why memory cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// A process nobody dumped.
+    #[error("the peer speaks of {0}, which the skeleton does not hold")]
+    UnknownProcess(ImagePid),
+    /// Pages that are no lazy pages of the process.
+    #[error("the peer speaks of pages {1:?}, which {0} did not leave behind")]
+    UnknownPages(ImagePid, PageRange),
+    /// A process handed over two descriptors.
+    #[error("{0} handed its memory over twice")]
+    AttachedTwice(ImagePid),
+    /// More pages than eager ones came before the process was there to take them.
+    #[error("the source pushed more than {MAX_EARLY_BYTES} bytes before {0} was restored")]
+    TooEarly(ImagePid),
+    /// Events cannot be read.
+    #[error("{0}")]
+    Read(#[from] ReadError),
+    /// The kernel refuses an install.
+    #[error("the kernel refuses pages {1:?} of {0}: {2}")]
+    Refused(ImagePid, PageRange, Errno),
+}
+
+/// What of a frame had not come before.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct NewPages {
+    pub(super) pages: u64,
+    pub(super) zero_pages: u64,
+    pub(super) digest: u64,
+}
+
+/// A run of slots and what belongs in them.
+#[derive(Clone, Copy)]
+enum Content<'a> {
+    Zero,
+    Pages(&'a [u8]),
+}
+
+#[derive(Debug)]
+pub(super) struct LiveFamily {
+    family: Family,
+    vmas: Vec<DumpedVma>,
+    uffds: Vec<Arc<UserFault>>,
+    early: Vec<(DataHeader, Vec<u8>)>,
+    early_bytes: usize,
+    /// Slots that threads wait for, since when.
+    waiting: HashMap<usize, Instant>,
+    blocktime: Blocktime,
+    buffer: Events,
+}
+
+/// The buffer for uffd messages; it has nothing to show.
+struct Events(EventBuffer);
+
+impl std::fmt::Debug for Events {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Events")
+    }
+}
+
+impl LiveFamily {
+    pub(super) fn new(image: ProcessImage) -> Self {
+        LiveFamily {
+            family: Family::new(image.pid, Arc::new(image.lazy)),
+            vmas: image.vmas,
+            uffds: Vec::new(),
+            early: Vec::new(),
+            early_bytes: 0,
+            waiting: HashMap::new(),
+            blocktime: Blocktime::default(),
+            buffer: Events(UserFault::event_buffer()),
+        }
+    }
+
+    pub(super) fn blocktime(&self) -> &Blocktime {
+        &self.blocktime
+    }
+
+    pub(super) fn attach(
+        &mut self,
+        uffd: UserFault,
+        sink: &Sink<'_>,
+    ) -> Result<MemberKey, MemoryError> {
+        if !self.uffds.is_empty() {
+            return Err(MemoryError::AttachedTwice(self.family.pid()));
+        }
+        let member = self.family.attach(&self.vmas);
+        let key = self.watch(member, uffd, sink);
+        for (header, payload) in std::mem::take(&mut self.early) {
+            self.place_frame(&header, &payload, sink)?;
+        }
+        Ok(key)
+    }
+
+    fn watch(&mut self, member: MemberId, uffd: UserFault, sink: &Sink<'_>) -> MemberKey {
+        debug_assert_eq!(member.0, self.uffds.len());
+        let key = MemberKey {
+            pid: self.family.pid(),
+            member,
+        };
+        let uffd = Arc::new(uffd);
+        self.uffds.push(Arc::clone(&uffd));
+        sink.order(Order::Watch(key, uffd));
+        key
+    }
+
+    /// Reads and handles what waits on a member's descriptor, until nothing does.
+    pub(super) fn drain(&mut self, member: MemberId, sink: &Sink<'_>) -> Result<bool, MemoryError> {
+        let mut faults = Vec::new();
+        loop {
+            self.read_events(member, &mut faults, sink)?;
+            let Some(page) = faults.pop() else {
+                return Ok(self.family.member(member).is_some());
+            };
+            if !self.resolve(member, page, sink)? {
+                faults.push(page);
+                thread::sleep(RETRY_PAUSE);
+            }
+        }
+    }
+
+    /// Applies every event that waits, and collects the faults: the kernel hands faults out before the events that
+    /// preceded them, so a fault is looked up only when no event is left.
+    fn read_events(
+        &mut self,
+        member: MemberId,
+        faults: &mut Vec<PageIndex>,
+        sink: &Sink<'_>,
+    ) -> Result<(), MemoryError> {
+        let uffd = Arc::clone(&self.uffds[member.0]);
+        loop {
+            let events = uffd.read(&mut self.buffer.0)?;
+            if events.is_empty() {
+                return Ok(());
+            }
+            for event in events {
+                self.apply(member, event, faults, sink);
+            }
+        }
+    }
+
+    fn apply(
+        &mut self,
+        member: MemberId,
+        event: MemoryEvent,
+        faults: &mut Vec<PageIndex>,
+        sink: &Sink<'_>,
+    ) {
+        tracing::trace!(?member, ?event, "event");
+        match event {
+            MemoryEvent::Fault(page) => faults.push(page),
+            MemoryEvent::Fork(uffd) => {
+                // A member that ended cannot fork; its queue may still hold the event of a fork before.
+                if let Some(child) = self.family.fork(member) {
+                    self.watch(child, uffd, sink);
+                }
+            }
+            MemoryEvent::Remap(from, to) => self.family.remap(member, from, to),
+            MemoryEvent::Remove(pages) => {
+                let unneeded = self.family.remove(member, pages);
+                self.discard(unneeded, sink);
+            }
+            MemoryEvent::Unmap(pages) => {
+                let unneeded = self.family.unmap(member, pages);
+                self.discard(unneeded, sink);
+            }
+        }
+    }
+
+    fn discard(&self, unneeded: Vec<PageRange>, sink: &Sink<'_>) {
+        for pages in unneeded {
+            let frame = DemandFrame::Discard(self.family.pid(), pages);
+            sink.order(Order::Demand(frame));
+        }
+    }
+
+    pub(super) fn exited(&mut self, member: MemberId, sink: &Sink<'_>) {
+        let unneeded = self.family.exit(member);
+        self.discard(unneeded, sink);
+    }
+
+    /// Answers one fault. False when events must be read first.
+    fn resolve(
+        &mut self,
+        member: MemberId,
+        page: PageIndex,
+        sink: &Sink<'_>,
+    ) -> Result<bool, MemoryError> {
+        match self.family.fault(member, page) {
+            Fault::Zero => return self.zero_fault(member, page, sink),
+            Fault::Present => self.uffds[member.0].wake(PageRange::new(page, 1)),
+            Fault::Waiting { slot } => self.note_waiting(slot),
+            Fault::Request {
+                slot,
+                page,
+                neighbours,
+            } => {
+                self.note_waiting(slot);
+                let pid = self.family.pid();
+                let wanted = [Some(PageRange::new(page, 1)), neighbours];
+                for pages in wanted.into_iter().flatten() {
+                    sink.order(Order::Demand(DemandFrame::Request(pid, pages)));
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn note_waiting(&mut self, slot: usize) {
+        self.waiting.entry(slot).or_insert_with(Instant::now);
+    }
+
+    fn zero_fault(
+        &mut self,
+        member: MemberId,
+        page: PageIndex,
+        sink: &Sink<'_>,
+    ) -> Result<bool, MemoryError> {
+        let target = PageRange::new(page, 1);
+        let uffd = Arc::clone(&self.uffds[member.0]);
+        match uffd.zero(target).stop {
+            None => {
+                sink.zero_faults.fetch_add(1, Ordering::Relaxed);
+            }
+            Some(Stop::EventsPending) => return Ok(false),
+            Some(Stop::NoMemory) => {
+                out_of_memory();
+                return Ok(false);
+            }
+            // The thread faults again and finds what is there now.
+            Some(Stop::AlreadyPresent | Stop::NotMapped) => uffd.wake(target),
+            Some(Stop::ProcessGone) => self.exited(member, sink),
+            Some(Stop::Refused(errno)) => {
+                return Err(MemoryError::Refused(self.family.pid(), target, errno));
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes a frame in: into memory, or aside while the process is not restored yet.
+    pub(super) fn receive(
+        &mut self,
+        header: &DataHeader,
+        payload: &[u8],
+        sink: &Sink<'_>,
+    ) -> Result<NewPages, MemoryError> {
+        let slots = self
+            .family
+            .slots_of(header.pages)
+            .ok_or(MemoryError::UnknownPages(header.pid, header.pages))?;
+        let new = self.account(header, payload, slots);
+        if self.uffds.is_empty() {
+            self.early_bytes += payload.len();
+            if self.early_bytes > MAX_EARLY_BYTES {
+                return Err(MemoryError::TooEarly(header.pid));
+            }
+            self.early.push((*header, payload.to_vec()));
+        } else {
+            self.place_frame(header, payload, sink)?;
+        }
+        Ok(new)
+    }
+
+    /// Marks slots received and adds up those that are new.
+    fn account(&mut self, header: &DataHeader, payload: &[u8], slots: Range<usize>) -> NewPages {
+        let mut new = NewPages::default();
+        let mut stored = payload.chunks_exact(PAGE_SIZE);
+        for (index, slot) in slots.enumerate() {
+            let page = header.pages.start.forward(index as u64);
+            let content = (!header.is_zero(index)).then(|| stored.next()).flatten();
+            if !self.family.receive(slot) {
+                continue;
+            }
+            let hash = match content {
+                Some(content) => page_hash(header.pid, page, content),
+                None => zero_page_hash(header.pid, page),
+            };
+            new.pages += 1;
+            new.zero_pages += u64::from(content.is_none());
+            new.digest = new.digest.wrapping_add(hash);
+        }
+        new
+    }
+
+    fn place_frame(
+        &mut self,
+        header: &DataHeader,
+        payload: &[u8],
+        sink: &Sink<'_>,
+    ) -> Result<(), MemoryError> {
+        let Some(slots) = self.family.slots_of(header.pages) else {
+            return Ok(());
+        };
+        let mut index = 0;
+        let mut rest = payload;
+        while index < slots.len() {
+            let zero = header.is_zero(index);
+            let end = (index..slots.len())
+                .find(|page| header.is_zero(*page) != zero)
+                .unwrap_or(slots.len());
+            let run = slots.start + index..slots.start + end;
+            if zero {
+                self.place(run, Content::Zero, sink)?;
+            } else {
+                let (pages, later) = rest.split_at(run.len() * PAGE_SIZE);
+                rest = later;
+                self.place(run, Content::Pages(pages), sink)?;
+            }
+            index = end;
+        }
+        Ok(())
+    }
+
+    /// Installs a run of slots wherever a member misses it. The plan is made anew after every surprise.
+    fn place(
+        &mut self,
+        slots: Range<usize>,
+        content: Content<'_>,
+        sink: &Sink<'_>,
+    ) -> Result<(), MemoryError> {
+        'plan: loop {
+            for install in self.family.installs(slots.clone()) {
+                if !self.place_one(install, slots.start, content, sink)? {
+                    continue 'plan;
+                }
+            }
+            break;
+        }
+        self.release_waiting(slots);
+        Ok(())
+    }
+
+    /// Performs one install. False when the plan may have changed.
+    fn place_one(
+        &mut self,
+        install: Install,
+        first_slot: usize,
+        content: Content<'_>,
+        sink: &Sink<'_>,
+    ) -> Result<bool, MemoryError> {
+        let Install {
+            member,
+            target,
+            slot,
+        } = install;
+        let skip = slot - first_slot;
+        let uffd = Arc::clone(&self.uffds[member.0]);
+        let Progress { pages, stop } = match content {
+            Content::Zero => uffd.zero(target),
+            Content::Pages(bytes) => {
+                let from = skip * PAGE_SIZE;
+                uffd.copy(target, &bytes[from..from + target.bytes() as usize])
+            }
+        };
+        let done = pages as usize;
+        self.family.installed(member, slot..slot + done);
+        let Some(stop) = stop else { return Ok(true) };
+        let failed = PageRange::new(target.start.forward(pages), 1);
+        match stop {
+            Stop::AlreadyPresent => {
+                // Of a longer run the first page is the one that is there.
+                self.family.installed(member, slot + done..slot + done + 1);
+                uffd.wake(failed);
+            }
+            Stop::EventsPending => {
+                self.drain(member, sink)?;
+                if done == 0 {
+                    thread::sleep(RETRY_PAUSE);
+                }
+            }
+            // The range may only have been split by mprotect, which nobody reports: try each page by itself.
+            Stop::NotMapped if target.count > 1 => {
+                self.place_singly(install, first_slot, content, sink)?;
+            }
+            Stop::NotMapped => self.family.gone(member, target),
+            Stop::ProcessGone => self.exited(member, sink),
+            Stop::NoMemory => out_of_memory(),
+            Stop::Refused(errno) => {
+                return Err(MemoryError::Refused(self.family.pid(), target, errno));
+            }
+        }
+        Ok(false)
+    }
+
+    fn place_singly(
+        &mut self,
+        install: Install,
+        first_slot: usize,
+        content: Content<'_>,
+        sink: &Sink<'_>,
+    ) -> Result<(), MemoryError> {
+        for page in 0..install.target.count {
+            let single = Install {
+                target: PageRange::new(install.target.start.forward(page), 1),
+                slot: install.slot + page as usize,
+                ..install
+            };
+            if !self.place_one(single, first_slot, content, sink)? {
+                // Whatever happened, the caller plans again with what is known now.
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn release_waiting(&mut self, slots: Range<usize>) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        for slot in slots {
+            if let Some(since) = self.waiting.remove(&slot) {
+                self.blocktime.record(since.elapsed());
+            }
+        }
+    }
+
+    pub(super) fn confirm_withheld(&mut self, pages: PageRange) -> Result<(), MemoryError> {
+        if self.family.confirm_withheld(pages) {
+            return Ok(());
+        }
+        Err(MemoryError::UnknownPages(self.family.pid(), pages))
+    }
+}
+
+fn out_of_memory() {
+    tracing::warn!("this host has no memory for a page of the workload; trying again");
+    thread::sleep(NO_MEMORY_PAUSE);
+}

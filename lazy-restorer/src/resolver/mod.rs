@@ -1,0 +1,325 @@
+//! What happens to every lazy page: pure, without I/O, clock or threads.
+//!
+//! A [`Family`] is one dumped process and every process forked from it since it runs here. The dumped process fixes
+//! which pages there are (slots of its [`LazyMap`]); each member has an [`AddressSpace`] that says where they belong
+//! now. A page crosses the wire once and is installed in every member that still misses it.
+//!
+//! For each slot exactly one of these holds at any time:
+//!
+//! * *owed*: it has not come, and no member removed it everywhere;
+//! * *received*: it came (and is present in, or was removed by, each member);
+//! * *withheld*: every member removed it before it came, and the source has confirmed that it will never send it.
+
+mod address_space;
+mod prefetch;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use common::images::{DumpedVma, ImagePid};
+use common::lazy_map::LazyMap;
+use common::page::{PageIndex, PageRange};
+use common::page_set::PageSet;
+
+pub use self::address_space::{AddressSpace, Piece};
+use self::prefetch::Prefetch;
+
+/// A member of a family, numbered in the order they appeared; 0 is the restored process itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MemberId(pub usize);
+
+/// What a page fault asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The page never had content, or the workload removed it: a zero page belongs there.
+    Zero,
+    /// The page is there by now; wake whoever waits for it.
+    Present,
+    /// The page is already on its way; its arrival wakes the thread.
+    Waiting {
+        /// The slot the thread waits for.
+        slot: usize,
+    },
+    /// Ask the source, first for the page itself.
+    Request {
+        /// The slot the thread waits for.
+        slot: usize,
+        /// The page, by its dump-time address.
+        page: PageIndex,
+        /// Neighbours worth having, without the page itself.
+        neighbours: Option<PageRange>,
+    },
+}
+
+/// A run of pages to install in one member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Install {
+    /// Into which address space.
+    pub member: MemberId,
+    /// Where, in that address space.
+    pub target: PageRange,
+    /// First of the slots it carries; they are consecutive.
+    pub slot: usize,
+}
+
+/// State of one dumped process's memory on this host.
+#[derive(Debug)]
+pub struct Family {
+    pid: ImagePid,
+    lazy: Arc<LazyMap>,
+    received: PageSet,
+    withheld: PageSet,
+    /// Asked for on the demand stream and not here yet.
+    requested: PageSet,
+    /// Told to the source as not needed, not yet confirmed.
+    discarding: PageSet,
+    members: Vec<Option<AddressSpace>>,
+    prefetch: Prefetch,
+}
+
+impl Family {
+    /// The family of process `pid` before its address space is known.
+    pub fn new(pid: ImagePid, lazy: Arc<LazyMap>) -> Self {
+        let slots = lazy.slots();
+        Family {
+            pid,
+            received: PageSet::empty(slots),
+            withheld: PageSet::empty(slots),
+            requested: PageSet::empty(slots),
+            discarding: PageSet::empty(slots),
+            members: Vec::new(),
+            prefetch: Prefetch::default(),
+            lazy,
+        }
+    }
+
+    /// The dumped process.
+    pub fn pid(&self) -> ImagePid {
+        self.pid
+    }
+
+    /// The dumped process's lazy pages.
+    pub fn lazy(&self) -> &LazyMap {
+        &self.lazy
+    }
+
+    /// Pages that crossed the wire.
+    pub fn received(&self) -> &PageSet {
+        &self.received
+    }
+
+    /// Pages that will never cross.
+    pub fn withheld(&self) -> &PageSet {
+        &self.withheld
+    }
+
+    /// A member's address space, while it lives.
+    pub fn member(&self, member: MemberId) -> Option<&AddressSpace> {
+        self.members.get(member.0)?.as_ref()
+    }
+
+    /// Members that live.
+    pub fn members(&self) -> impl Iterator<Item = MemberId> {
+        let alive = self.members.iter().enumerate();
+        alive.filter_map(|(index, space)| space.as_ref().map(|_| MemberId(index)))
+    }
+
+    /// Whether nothing is owed: every page was received or withheld.
+    pub fn is_settled(&self) -> bool {
+        self.received.count() + self.withheld.count() == self.lazy.slots()
+    }
+
+    /// Whether a member has every page it will ever get from here.
+    pub fn is_member_settled(&self, member: MemberId) -> bool {
+        self.member(member).is_none_or(AddressSpace::is_settled)
+    }
+
+    /// The restored process handed over its memory, laid out as it was dumped.
+    pub fn attach(&mut self, vmas: &[DumpedVma]) -> MemberId {
+        let space = AddressSpace::as_dumped(Arc::clone(&self.lazy), vmas);
+        self.add(space)
+    }
+
+    /// `parent` forked; the child sees memory as the parent does at this moment.
+    pub fn fork(&mut self, parent: MemberId) -> Option<MemberId> {
+        let child = self.member(parent)?.clone();
+        Some(self.add(child))
+    }
+
+    fn add(&mut self, space: AddressSpace) -> MemberId {
+        self.members.push(Some(space));
+        MemberId(self.members.len() - 1)
+    }
+
+    /// A thread of `member` touched `page`.
+    pub fn fault(&mut self, member: MemberId, page: PageIndex) -> Fault {
+        let Some(space) = self.members.get(member.0).and_then(Option::as_ref) else {
+            return Fault::Zero;
+        };
+        let Some(slot) = space.slot_at(page) else {
+            return Fault::Zero;
+        };
+        if space.is_present(slot) {
+            return Fault::Present;
+        }
+        // Whoever misses the page needs it: a discard on the way is answered with the page or crosses a request.
+        debug_assert!(!self.withheld.contains(slot) && !self.discarding.contains(slot));
+        if self.requested.contains(slot) || self.received.contains(slot) {
+            return Fault::Waiting { slot };
+        }
+        let neighbours = self.neighbours(slot);
+        self.requested.insert(slot);
+        Fault::Request {
+            slot,
+            page: self.lazy.page(slot),
+            neighbours,
+        }
+    }
+
+    /// Pages next to a faulting slot that nobody asked for yet, marked as requested.
+    fn neighbours(&mut self, slot: usize) -> Option<PageRange> {
+        let window = self.prefetch.window(slot, self.lazy.slots());
+        let run = self.wanted_run(window)?;
+        self.requested.insert_range(run.clone());
+        Some(self.lazy.contiguous(run))
+    }
+
+    /// The first run of owed, unrequested slots in `window` that lies in one piece of the dumped address space.
+    fn wanted_run(&self, window: Range<usize>) -> Option<Range<usize>> {
+        let wanted = |slot: &usize| {
+            !self.requested.contains(*slot)
+                && !self.received.contains(*slot)
+                && !self.withheld.contains(*slot)
+                && !self.discarding.contains(*slot)
+        };
+        let start = window.clone().find(wanted)?;
+        let end = (start..window.end)
+            .find(|slot| !wanted(slot))
+            .unwrap_or(window.end);
+        let contiguous = self.lazy.contiguous(start..end).count as usize;
+        Some(start..start + contiguous)
+    }
+
+    /// `member` moved pages with `mremap`.
+    pub fn remap(&mut self, member: MemberId, from: PageRange, to: PageIndex) {
+        if let Some(Some(space)) = self.members.get_mut(member.0) {
+            space.remap(from, to);
+        }
+    }
+
+    /// `member` dropped the content of pages (`madvise`); returns what the source need not send any more.
+    pub fn remove(&mut self, member: MemberId, pages: PageRange) -> Vec<PageRange> {
+        self.drop_pages(member, |space| space.remove(pages))
+    }
+
+    /// `member` unmapped pages; returns what the source need not send any more.
+    pub fn unmap(&mut self, member: MemberId, pages: PageRange) -> Vec<PageRange> {
+        self.drop_pages(member, |space| space.unmap(pages))
+    }
+
+    /// `member` is gone; returns what the source need not send any more.
+    pub fn exit(&mut self, member: MemberId) -> Vec<PageRange> {
+        let Some(space) = self.members.get_mut(member.0).and_then(Option::take) else {
+            return Vec::new();
+        };
+        let missing = space.missing_runs().collect();
+        self.discard(missing)
+    }
+
+    fn drop_pages(
+        &mut self,
+        member: MemberId,
+        how: impl FnOnce(&mut AddressSpace) -> Vec<Range<usize>>,
+    ) -> Vec<PageRange> {
+        match self.members.get_mut(member.0) {
+            Some(Some(space)) => {
+                let dropped = how(space);
+                self.discard(dropped)
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Of slots that one member stopped missing, those that nobody misses and that were not asked for.
+    fn discard(&mut self, dropped: Vec<Range<usize>>) -> Vec<PageRange> {
+        let mut ranges = Vec::new();
+        for slot in dropped.into_iter().flatten() {
+            let settled = self.received.contains(slot) || self.withheld.contains(slot);
+            let pending = self.requested.contains(slot) || self.discarding.contains(slot);
+            if settled || pending || self.is_missed(slot) {
+                continue;
+            }
+            self.discarding.insert(slot);
+            append(&mut ranges, self.lazy.page(slot));
+        }
+        ranges
+    }
+
+    fn is_missed(&self, slot: usize) -> bool {
+        let mut alive = self.members.iter().flatten();
+        alive.any(|space| space.is_missing(slot))
+    }
+
+    /// The source confirms that it will never send these pages. False when that makes no sense.
+    pub fn confirm_withheld(&mut self, pages: PageRange) -> bool {
+        let Some(slots) = self.lazy.slots_of(pages) else {
+            return false;
+        };
+        let asked = slots.clone().all(|slot| self.discarding.contains(slot));
+        if asked {
+            self.discarding.remove_range(slots.clone());
+            self.withheld.insert_range(slots);
+        }
+        asked
+    }
+
+    /// The slots of pages that came, or `None` when they are not wholly lazy pages of this process.
+    pub fn slots_of(&self, pages: PageRange) -> Option<Range<usize>> {
+        self.lazy.slots_of(pages)
+    }
+
+    /// Records that a page came. True the first time; later copies carry the same bytes.
+    pub fn receive(&mut self, slot: usize) -> bool {
+        self.requested.remove(slot);
+        self.discarding.remove(slot);
+        self.received.insert(slot)
+    }
+
+    /// Where pages that came belong: every member that misses them, in runs that do not cross a mapping.
+    pub fn installs(&self, slots: Range<usize>) -> Vec<Install> {
+        let mut installs = Vec::new();
+        for member in self.members() {
+            if let Some(space) = self.member(member) {
+                let pieces = space.missing_pieces(slots.clone());
+                installs.extend(pieces.map(|piece| Install {
+                    member,
+                    target: piece.target,
+                    slot: piece.slot,
+                }));
+            }
+        }
+        installs
+    }
+
+    /// Pages were installed in `member`, or were found to be there already.
+    pub fn installed(&mut self, member: MemberId, slots: Range<usize>) {
+        if let Some(Some(space)) = self.members.get_mut(member.0) {
+            space.mark_present(slots);
+        }
+    }
+
+    /// The kernel says that nothing is mapped there (any more) that could take a page.
+    pub fn gone(&mut self, member: MemberId, target: PageRange) {
+        if let Some(Some(space)) = self.members.get_mut(member.0) {
+            space.remove(target);
+        }
+    }
+}
+
+/// Extends the last range by `page` when it follows it, else begins a new one.
+fn append(ranges: &mut Vec<PageRange>, page: PageIndex) {
+    match ranges.last_mut() {
+        Some(last) if last.end() == page => last.count += 1,
+        _ => ranges.push(PageRange::new(page, 1)),
+    }
+}
