@@ -8,12 +8,20 @@
 //! | [`proto`] | messages and their bytes |
 //! | [`digest`] | what both ends compare before the original is released |
 //! | [`session`] | the states of a migration and the only ways between them |
+//! | [`criu`], [`host`], [`operator`] | the CRIU program, this host, the operator's commands |
+//! | [`io_thread`] | threads with a network runtime of their own |
+//! | [`exit`] | exit codes |
 //! | [`limits`] | every bound, with its reason |
 
+pub mod criu;
 pub mod digest;
+pub mod exit;
+pub mod host;
 pub mod images;
+pub mod io_thread;
 pub mod lazy_map;
 pub mod limits;
+pub mod operator;
 pub mod page;
 pub mod page_set;
 pub mod proto;

@@ -1,1 +1,6 @@
-
+//! Source host of a post-copy migration.
+pub mod hook;
+pub mod memory;
+pub mod pending;
+pub mod push_order;
+pub mod workload;

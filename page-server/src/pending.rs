@@ -1,0 +1,279 @@
+//! Which pages are still owed: pure bookkeeping, one slot in exactly one state.
+//!
+//! A page is *owed* until it is *sent* (by demand or push, whichever reads it first) or *withheld* (the destination
+//! does not need it, and it was not sent before that was known). Sent pages may be sent again on demand.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use common::images::ImagePid;
+use common::lazy_map::LazyMap;
+use common::page::PageRange;
+use common::page_set::PageSet;
+use common::proto::control::Tally;
+
+/// The lazy pages of every dumped process and what became of them.
+#[derive(Debug, Default)]
+pub struct Pending {
+    processes: BTreeMap<ImagePid, Process>,
+    digest: u64,
+}
+
+#[derive(Debug)]
+struct Process {
+    lazy: LazyMap,
+    sent: PageSet,
+    withheld: PageSet,
+}
+
+/// The destination asked for something it cannot have.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PendingError {
+    /// A process that was not dumped.
+    #[error("the destination asks for pages of {0}, which was not dumped")]
+    UnknownProcess(ImagePid),
+    /// Pages outside the frozen pagemap.
+    #[error("the destination asks for pages {1:?} outside the frozen memory of {0}")]
+    OutsidePagemap(ImagePid, PageRange),
+    /// Pages it had said it does not need.
+    #[error("the destination asks for pages {1:?} of {0} after it discarded them")]
+    Withheld(ImagePid, PageRange),
+}
+
+/// Pages to send: one run of one process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The process.
+    pub pid: ImagePid,
+    /// Its pages.
+    pub pages: PageRange,
+}
+
+impl Pending {
+    /// Everything owed.
+    pub fn new(images: impl IntoIterator<Item = (ImagePid, LazyMap)>) -> Self {
+        let processes = images
+            .into_iter()
+            .map(|(pid, lazy)| {
+                let process = Process {
+                    sent: PageSet::empty(lazy.slots()),
+                    withheld: PageSet::empty(lazy.slots()),
+                    lazy,
+                };
+                (pid, process)
+            })
+            .collect();
+        Pending {
+            processes,
+            digest: 0,
+        }
+    }
+
+    /// Processes in the order of their PIDs.
+    pub fn pids(&self) -> Vec<ImagePid> {
+        self.processes.keys().copied().collect()
+    }
+
+    /// Lazy pages of all processes.
+    pub fn lazy_pages(&self) -> u64 {
+        self.sum(|process| process.lazy.slots())
+    }
+
+    /// Pages neither sent nor withheld.
+    pub fn owed(&self) -> u64 {
+        self.sum(|process| process.lazy.slots() - process.sent.count() - process.withheld.count())
+    }
+
+    fn sum(&self, count: impl Fn(&Process) -> usize) -> u64 {
+        self.processes.values().map(|p| count(p) as u64).sum()
+    }
+
+    /// The destination demands pages. Returns which of them it gets for the first time, as a bitmap over the run.
+    pub fn demand(&mut self, pid: ImagePid, pages: PageRange) -> Result<u64, PendingError> {
+        let (process, slots) = self.locate(pid, pages)?;
+        if slots.clone().any(|slot| process.withheld.contains(slot)) {
+            return Err(PendingError::Withheld(pid, pages));
+        }
+        let mut new = 0;
+        for (index, slot) in slots.enumerate() {
+            new |= u64::from(process.sent.insert(slot)) << index;
+        }
+        Ok(new)
+    }
+
+    /// The destination will never need pages. Returns those that were not sent and now never will be.
+    pub fn discard(
+        &mut self,
+        pid: ImagePid,
+        pages: PageRange,
+    ) -> Result<Vec<PageRange>, PendingError> {
+        let (process, slots) = self.locate(pid, pages)?;
+        let mut withheld: Vec<PageRange> = Vec::new();
+        for (index, slot) in slots.enumerate() {
+            if process.sent.contains(slot) || !process.withheld.insert(slot) {
+                continue;
+            }
+            let page = pages.start.forward(index as u64);
+            match withheld.last_mut() {
+                Some(last) if last.end() == page => last.count += 1,
+                _ => withheld.push(PageRange::new(page, 1)),
+            }
+        }
+        Ok(withheld)
+    }
+
+    fn locate(
+        &mut self,
+        pid: ImagePid,
+        pages: PageRange,
+    ) -> Result<(&mut Process, Range<usize>), PendingError> {
+        let process = self
+            .processes
+            .get_mut(&pid)
+            .ok_or(PendingError::UnknownProcess(pid))?;
+        let slots = process
+            .lazy
+            .slots_of(pages)
+            .ok_or(PendingError::OutsidePagemap(pid, pages))?;
+        Ok((process, slots))
+    }
+
+    /// Takes the first owed run of `pid` within `slots`, at most `limit` pages, and marks it sent.
+    pub fn take(&mut self, pid: ImagePid, slots: Range<usize>, limit: usize) -> Option<Run> {
+        let process = self.processes.get_mut(&pid)?;
+        let end = slots.end.min(process.lazy.slots());
+        let start = process.next_owed(slots.start).filter(|slot| *slot < end)?;
+        let longest = (start + limit).min(end);
+        let stop = (start..longest)
+            .find(|slot| !process.is_owed(*slot))
+            .unwrap_or(longest);
+        let pages = process.lazy.contiguous(start..stop);
+        process
+            .sent
+            .insert_range(start..start + pages.count as usize);
+        Some(Run { pid, pages })
+    }
+
+    /// Slots of `pid`.
+    pub fn slots(&self, pid: ImagePid) -> usize {
+        self.processes.get(&pid).map_or(0, |p| p.lazy.slots())
+    }
+
+    /// The slots of lazy pages within `pages`, in order.
+    pub fn slots_within(&self, pid: ImagePid, pages: PageRange) -> Vec<Range<usize>> {
+        self.processes.get(&pid).map_or_else(Vec::new, |process| {
+            let parts = process.lazy.slots_within(pages);
+            parts.map(|(_, slots)| slots).collect()
+        })
+    }
+
+    /// The pages of slots that lie in one run.
+    pub fn pages_of(&self, pid: ImagePid, slots: Range<usize>) -> PageRange {
+        self.processes
+            .get(&pid)
+            .map_or_else(PageRange::default, |process| process.lazy.contiguous(slots))
+    }
+
+    /// Adds the hashes of pages that were read for their first sending.
+    pub fn add_digest(&mut self, hashes: u64) {
+        self.digest = self.digest.wrapping_add(hashes);
+    }
+
+    /// What the destination must have counted too.
+    pub fn tally(&self) -> Tally {
+        Tally {
+            pages: self.sum(|process| process.sent.count()),
+            digest: self.digest,
+            discarded: self.sum(|process| process.withheld.count()),
+        }
+    }
+}
+
+impl Process {
+    fn is_owed(&self, slot: usize) -> bool {
+        !self.sent.contains(slot) && !self.withheld.contains(slot)
+    }
+
+    fn next_owed(&self, mut from: usize) -> Option<usize> {
+        loop {
+            let slot = self.sent.next_out(from)?;
+            if !self.withheld.contains(slot) {
+                return Some(slot);
+            }
+            from = self.withheld.next_out(slot)?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use common::page::PageIndex;
+
+    use super::*;
+
+    const PID: ImagePid = ImagePid(7);
+
+    fn range(start: u64, count: u64) -> PageRange {
+        PageRange::new(PageIndex(start), count)
+    }
+
+    fn pending() -> Pending {
+        let lazy = LazyMap::new([range(10, 20), range(50, 5)]).expect("in order");
+        Pending::new([(PID, lazy)])
+    }
+
+    fn take_all(pending: &mut Pending) -> u64 {
+        let mut pages = 0;
+        while let Some(run) = pending.take(PID, 0..usize::MAX, 16) {
+            pages += run.pages.count;
+        }
+        pages
+    }
+
+    #[test]
+    fn push_takes_each_page_once_and_stops_at_holes() {
+        let mut pending = pending();
+        let first = pending.take(PID, 0..usize::MAX, 16).expect("owed");
+        assert_eq!(first.pages, range(10, 16));
+        let second = pending.take(PID, 0..usize::MAX, 16).expect("owed");
+        assert_eq!(second.pages, range(26, 4), "stops at the hole");
+        assert_eq!(take_all(&mut pending), 5);
+        assert_eq!(pending.owed(), 0);
+    }
+
+    #[test]
+    fn a_demanded_page_is_new_once_and_never_pushed() {
+        let mut pending = pending();
+        assert_eq!(pending.demand(PID, range(12, 2)), Ok(0b11));
+        assert_eq!(pending.demand(PID, range(13, 2)), Ok(0b10));
+        assert_eq!(take_all(&mut pending), 22);
+    }
+
+    #[test]
+    fn a_discard_withholds_only_what_was_not_sent() {
+        let mut pending = pending();
+        pending.demand(PID, range(11, 1)).expect("lazy");
+        let withheld = pending.discard(PID, range(10, 4)).expect("lazy");
+        assert_eq!(withheld, [range(10, 1), range(12, 2)]);
+        assert_eq!(pending.discard(PID, range(10, 4)), Ok(vec![]), "told once");
+        assert_eq!(take_all(&mut pending), 21);
+        assert!(pending.demand(PID, range(12, 1)).is_err());
+        let tally = pending.tally();
+        assert_eq!((tally.pages, tally.discarded), (22, 3));
+    }
+
+    #[test]
+    fn nothing_outside_the_pagemap_can_be_had() {
+        let mut pending = pending();
+        for pages in [range(9, 1), range(29, 2), range(40, 1), range(54, 2)] {
+            assert_eq!(
+                pending.demand(PID, pages),
+                Err(PendingError::OutsidePagemap(PID, pages))
+            );
+        }
+        assert_eq!(
+            pending.demand(ImagePid(8), range(10, 1)),
+            Err(PendingError::UnknownProcess(ImagePid(8)))
+        );
+    }
+}

@@ -1,0 +1,238 @@
+//! The processes to move, as this host sees them before the freeze.
+
+use std::collections::HashMap;
+use std::fs;
+
+use common::host;
+use common::images::ImagePid;
+use common::page::{PAGE_SIZE, bytes_to_pages};
+use common::proto::control::WorkloadFacts;
+use nix::unistd::Pid;
+use procfs::process::Process;
+
+/// Kernel flag of a thread that belongs to the kernel (`PF_KTHREAD`, `include/linux/sched.h`).
+const PF_KTHREAD: u32 = 0x0020_0000;
+
+/// A process tree by its root.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    root: Pid,
+}
+
+/// Why a PID cannot be moved.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum WorkloadError {
+    /// Nobody has it.
+    #[error("no process has PID {0}; give the PID of the workload's root process")]
+    NoSuchProcess(Pid),
+    /// It is a thread.
+    #[error("{0} is a thread of process {1}; give the PID of the process")]
+    Thread(Pid, i32),
+    /// It belongs to the kernel.
+    #[error("PID {0} is a kernel thread, which cannot move")]
+    KernelThread(Pid),
+    /// It is dead already.
+    #[error("process {0} is a zombie: nothing of it is left to move")]
+    Zombie(Pid),
+    /// It is us, or we are in it.
+    #[error(
+        "PID {0} is page-server itself or one of its ancestors; page-server cannot freeze itself"
+    )]
+    Ourselves(Pid),
+    /// It is being traced, by a debugger or another migration.
+    #[error(
+        "process {0} is traced by process {1} (a debugger or another migration); end that first"
+    )]
+    Traced(Pid, i32),
+}
+
+impl Workload {
+    /// Checks that `root` names a process that could be moved.
+    pub fn find(root: Pid) -> Result<Self, WorkloadError> {
+        let process =
+            Process::new(root.as_raw()).map_err(|_| WorkloadError::NoSuchProcess(root))?;
+        let gone = |_| WorkloadError::NoSuchProcess(root);
+        let status = process.status().map_err(gone)?;
+        let stat = process.stat().map_err(gone)?;
+        if status.tgid != root.as_raw() {
+            return Err(WorkloadError::Thread(root, status.tgid));
+        }
+        if stat.flags & PF_KTHREAD != 0 {
+            return Err(WorkloadError::KernelThread(root));
+        }
+        if stat.state == 'Z' || stat.state == 'X' {
+            return Err(WorkloadError::Zombie(root));
+        }
+        if ancestors().contains(&root.as_raw()) {
+            return Err(WorkloadError::Ourselves(root));
+        }
+        if status.tracerpid != 0 {
+            return Err(WorkloadError::Traced(root, status.tracerpid));
+        }
+        Ok(Workload { root })
+    }
+
+    /// The root's PID on this host.
+    pub fn root(&self) -> Pid {
+        self.root
+    }
+
+    /// What the destination must know beforehand.
+    pub fn facts(&self, criu: &str, tcp_established: bool, shell_job: bool) -> WorkloadFacts {
+        let processes = self.processes();
+        let resident = processes.iter().filter_map(|process| {
+            let statm = process.statm().ok()?;
+            Some(statm.resident)
+        });
+        WorkloadFacts {
+            architecture: host::architecture(),
+            kernel: host::kernel(),
+            page_size: PAGE_SIZE as u64,
+            criu: criu.to_owned(),
+            cpu_features: host::cpu_features(),
+            pids: processes.iter().flat_map(thread_ids).collect(),
+            name: self.name(),
+            resident_pages: resident.sum(),
+            tcp_established,
+            shell_job,
+        }
+    }
+
+    fn name(&self) -> String {
+        fs::read_to_string(format!("/proc/{}/comm", self.root))
+            .map_or_else(|_| String::from("?"), |name| name.trim().to_owned())
+    }
+
+    /// The root and all its descendants at this moment.
+    fn processes(&self) -> Vec<Process> {
+        let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
+        let all = procfs::process::all_processes().into_iter().flatten();
+        for process in all.flatten() {
+            if let Ok(stat) = process.stat() {
+                children.entry(stat.ppid).or_default().push(stat.pid);
+            }
+        }
+        let mut tree = vec![self.root.as_raw()];
+        let mut next = 0;
+        while let Some(pid) = tree.get(next) {
+            tree.extend(children.get(pid).into_iter().flatten().copied());
+            next += 1;
+        }
+        tree.into_iter()
+            .filter_map(|pid| Process::new(pid).ok())
+            .collect()
+    }
+
+    /// The tree's processes by the PID their images carry: the one of their own PID namespace.
+    pub fn by_image_pid(&self) -> HashMap<ImagePid, Pid> {
+        self.processes()
+            .iter()
+            .filter_map(|process| Some((image_pid(process)?, Pid::from_raw(process.pid))))
+            .collect()
+    }
+
+    /// All processes of the tree, as this host numbers them.
+    pub fn pids(&self) -> Vec<Pid> {
+        let processes = self.processes();
+        processes.iter().map(|p| Pid::from_raw(p.pid)).collect()
+    }
+}
+
+fn image_pid(process: &Process) -> Option<ImagePid> {
+    let status = process.status().ok()?;
+    let innermost = status.nspid?.last().copied()?;
+    u32::try_from(innermost).ok().map(ImagePid)
+}
+
+fn thread_ids(process: &Process) -> Vec<u32> {
+    let innermost = |tid: i32| {
+        let status = fs::read_to_string(format!("/proc/{}/task/{tid}/status", process.pid)).ok()?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("NSpid:"))?;
+        line.split_whitespace().last()?.parse().ok()
+    };
+    let tasks = process.tasks().into_iter().flatten().flatten();
+    tasks.filter_map(|task| innermost(task.tid)).collect()
+}
+
+/// Our own PID and those of our parents.
+fn ancestors() -> Vec<i32> {
+    let mut pids = vec![Pid::this().as_raw()];
+    while let Some(pid) = pids.last().copied() {
+        let parent = Process::new(pid).and_then(|process| process.stat());
+        match parent {
+            Ok(stat) if stat.ppid > 0 => pids.push(stat.ppid),
+            _ => break,
+        }
+    }
+    pids
+}
+
+/// Bytes a count of resident pages stands for, in MiB for people.
+pub fn mebibytes(pages: u64) -> u64 {
+    const PAGES_PER_MEBIBYTE: u64 = bytes_to_pages(1 << 20);
+    pages / PAGES_PER_MEBIBYTE
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    struct Sleeper(Child);
+
+    impl Sleeper {
+        fn start() -> Self {
+            Sleeper(Command::new("sleep").arg("60").spawn().expect("sleep runs"))
+        }
+
+        fn pid(&self) -> Pid {
+            Pid::from_raw(self.0.id() as i32)
+        }
+    }
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            self.0.kill().expect("our child");
+            self.0.wait().expect("our child");
+        }
+    }
+
+    #[test]
+    fn a_process_is_found_with_its_threads() {
+        let sleeper = Sleeper::start();
+        let workload = Workload::find(sleeper.pid()).expect("it runs");
+        let facts = workload.facts("4.2", false, false);
+        assert_eq!(facts.pids, [sleeper.0.id()]);
+        assert_eq!(workload.by_image_pid().len(), 1);
+    }
+
+    #[test]
+    fn what_cannot_move_is_refused() {
+        let refuse = |pid| Workload::find(Pid::from_raw(pid)).expect_err("cannot move");
+        assert!(matches!(refuse(i32::MAX), WorkloadError::NoSuchProcess(_)));
+        assert!(matches!(
+            refuse(std::process::id() as i32),
+            WorkloadError::Ourselves(_)
+        ));
+        assert!(matches!(refuse(1), WorkloadError::Ourselves(_)));
+        assert!(matches!(refuse(2), WorkloadError::KernelThread(_)));
+    }
+
+    #[test]
+    fn a_zombie_is_refused() {
+        let mut child = Command::new("true").spawn().expect("true runs");
+        let pid = Pid::from_raw(child.id() as i32);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        let refused = loop {
+            match Workload::find(pid) {
+                Err(error) => break error,
+                Ok(_) => assert!(std::time::Instant::now() < deadline, "true never ends"),
+            }
+        };
+        assert_eq!(refused, WorkloadError::Zombie(pid));
+        child.wait().expect("our child");
+    }
+}
