@@ -1,0 +1,134 @@
+//! What demand and push share: the pages owed, the order of push, and what was sent.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use common::images::ImagePid;
+use common::page::PageRange;
+use common::proto::control::Tally;
+
+use crate::pending::{Pending, PendingError, Run};
+use crate::push_order::PushOrder;
+
+/// The one lock between the fault thread and the bulk thread. It is never held while memory is read.
+#[derive(Debug)]
+pub struct Book {
+    pages: Mutex<Pages>,
+}
+
+#[derive(Debug)]
+struct Pages {
+    pending: Pending,
+    order: PushOrder,
+    counts: SentCounts,
+}
+
+/// Pages sent, each counted where it was sent first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct SentCounts {
+    /// Lazy pages of the workload.
+    pub lazy: u64,
+    /// By push.
+    pub pushed: u64,
+    /// On demand.
+    pub demanded: u64,
+    /// Of both, all zeros and not carried.
+    pub zero: u64,
+    /// Not sent because the workload removed them.
+    pub removed: u64,
+    /// Demanded although already sent: the thread would have waited for them in the bulk queue.
+    pub resent: u64,
+}
+
+impl Book {
+    /// Opens the book on everything owed; `eager` pages are pushed first.
+    pub fn new(pending: Pending, eager: &[Run]) -> Self {
+        let counts = SentCounts {
+            lazy: pending.lazy_pages(),
+            ..SentCounts::default()
+        };
+        Book {
+            pages: Mutex::new(Pages {
+                order: PushOrder::new(eager, &pending),
+                pending,
+                counts,
+            }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Pages> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A fault wants `pages`; returns which of them are sent for the first time, and steers the push behind them.
+    pub fn demand(&self, pid: ImagePid, pages: PageRange) -> Result<u64, PendingError> {
+        let mut book = self.lock();
+        let Pages {
+            pending,
+            order,
+            counts,
+        } = &mut *book;
+        let new = pending.demand(pid, pages)?;
+        let first_time = u64::from(new.count_ones());
+        counts.demanded += first_time;
+        counts.resent += pages.count - first_time;
+        order.steer(pending, pid, pages);
+        Ok(new)
+    }
+
+    /// The destination does not need `pages`; returns those that will not be sent.
+    pub fn discard(&self, pid: ImagePid, pages: PageRange) -> Result<Vec<PageRange>, PendingError> {
+        self.lock().pending.discard(pid, pages)
+    }
+
+    /// The next run to push.
+    pub fn next(&self) -> Option<Run> {
+        let mut book = self.lock();
+        let Pages {
+            pending,
+            order,
+            counts,
+        } = &mut *book;
+        let run = order.next(pending)?;
+        counts.pushed += run.pages.count;
+        Some(run)
+    }
+
+    /// The next eager run to push.
+    pub fn next_eager(&self) -> Option<Run> {
+        let mut book = self.lock();
+        let Pages {
+            pending,
+            order,
+            counts,
+        } = &mut *book;
+        let run = order.next_eager(pending)?;
+        counts.pushed += run.pages.count;
+        Some(run)
+    }
+
+    /// Pages were read for sending.
+    pub fn sent(&self, digest: u64, zero_pages: u64) {
+        let mut book = self.lock();
+        book.pending.add_digest(digest);
+        book.counts.zero += zero_pages;
+    }
+
+    /// Pages neither sent nor withheld.
+    pub fn owed(&self) -> u64 {
+        self.lock().pending.owed()
+    }
+
+    /// What the destination must have counted too.
+    pub fn tally(&self) -> Tally {
+        self.lock().pending.tally()
+    }
+
+    /// What was sent so far.
+    pub fn counts(&self) -> SentCounts {
+        let book = self.lock();
+        SentCounts {
+            removed: book.pending.tally().discarded,
+            ..book.counts
+        }
+    }
+}

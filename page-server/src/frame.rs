@@ -1,0 +1,137 @@
+//! Reads pages and makes the data frame that carries them.
+
+use std::ops::Range;
+
+use bytes::{Bytes, BytesMut};
+use common::digest::{page_hash, zero_page_hash};
+use common::page::{is_zero, page_in_buffer};
+use common::proto::pages::{DATA_HEADER_BYTES, DataHeader};
+
+use crate::memory::{MemoryError, PageSource};
+use crate::pending::Run;
+
+/// A data frame ready to be sent.
+#[derive(Debug)]
+pub struct Frame {
+    /// Header and payload.
+    pub bytes: Bytes,
+    /// Sum of the hashes of the pages that are sent for the first time.
+    pub digest: u64,
+    /// Pages that are all zeros and not carried.
+    pub zero_pages: u64,
+}
+
+/// Reads `run` and frames it. Bit `n` of `new` says that page `n` is sent for the first time.
+pub fn read(source: &dyn PageSource, run: Run, new: u64) -> Result<Frame, MemoryError> {
+    let pages = run.pages;
+    let mut bytes = BytesMut::zeroed(DATA_HEADER_BYTES + pages.bytes() as usize);
+    source.read(run.pid, pages, &mut bytes[DATA_HEADER_BYTES..])?;
+    let (zero, digest) = examine(&bytes[DATA_HEADER_BYTES..], run, new);
+    let header = DataHeader::raw(run.pid, pages, zero);
+    if zero != 0 {
+        let stored = close_gaps(&mut bytes, &header);
+        bytes.truncate(stored);
+    }
+    bytes[..DATA_HEADER_BYTES].copy_from_slice(&header.encode());
+    Ok(Frame {
+        bytes: bytes.freeze(),
+        digest,
+        zero_pages: u64::from(zero.count_ones()),
+    })
+}
+
+/// Which pages are all zeros, and the digest of the new ones.
+fn examine(content: &[u8], run: Run, new: u64) -> (u64, u64) {
+    let mut zero = 0;
+    let mut digest = 0_u64;
+    for index in 0..run.pages.count as usize {
+        let page = run.pages.start.forward(index as u64);
+        let bytes = &content[page_in_buffer(index)];
+        let is_zero = is_zero(bytes);
+        zero |= u64::from(is_zero) << index;
+        if new >> index & 1 == 1 {
+            let hash = if is_zero {
+                zero_page_hash(run.pid, page)
+            } else {
+                page_hash(run.pid, page, bytes)
+            };
+            digest = digest.wrapping_add(hash);
+        }
+    }
+    (zero, digest)
+}
+
+/// Moves the pages that are carried together; returns the frame's length.
+fn close_gaps(bytes: &mut BytesMut, header: &DataHeader) -> usize {
+    let mut stored = 0;
+    for index in 0..header.pages.count as usize {
+        if !header.is_zero(index) {
+            if stored != index {
+                let from = at(index);
+                bytes.copy_within(from, at(stored).start);
+            }
+            stored += 1;
+        }
+    }
+    at(stored).start
+}
+
+/// Where page number `index` lies in a frame.
+fn at(index: usize) -> Range<usize> {
+    let page = page_in_buffer(index);
+    DATA_HEADER_BYTES + page.start..DATA_HEADER_BYTES + page.end
+}
+
+#[cfg(test)]
+mod tests {
+    use common::images::ImagePid;
+    use common::page::{PAGE_SIZE, PageIndex, PageRange};
+
+    use super::*;
+
+    /// Page `n` is filled with `n`, so page 0 and page 256 are zero.
+    struct Numbered;
+
+    impl PageSource for Numbered {
+        fn read(
+            &self,
+            _: ImagePid,
+            pages: PageRange,
+            buffer: &mut [u8],
+        ) -> Result<(), MemoryError> {
+            for (index, page) in buffer.chunks_exact_mut(PAGE_SIZE).enumerate() {
+                page.fill(pages.start.forward(index as u64).0 as u8);
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn zero_pages_are_marked_and_left_out() {
+        let run = Run {
+            pid: ImagePid(1),
+            pages: PageRange::new(PageIndex(254), 5),
+        };
+        let frame = read(&Numbered, run, 0b11111).expect("readable");
+        let (header, payload) = frame.bytes.split_at(DATA_HEADER_BYTES);
+        let header = DataHeader::decode(header.try_into().expect("a header")).expect("valid");
+        assert_eq!(header.zero, 0b00100);
+        let first_bytes: Vec<u8> = payload.iter().step_by(PAGE_SIZE).copied().collect();
+        assert_eq!(first_bytes, [254, 255, 1, 2]);
+        assert_eq!(payload.len(), header.payload as usize);
+        assert_eq!(frame.zero_pages, 1);
+    }
+
+    #[test]
+    fn only_new_pages_count_in_the_digest() {
+        let run = |start, count| Run {
+            pid: ImagePid(1),
+            pages: PageRange::new(PageIndex(start), count),
+        };
+        let both = read(&Numbered, run(10, 2), 0b11).expect("readable").digest;
+        let first = read(&Numbered, run(10, 2), 0b01).expect("readable").digest;
+        let second = read(&Numbered, run(11, 1), 0b1).expect("readable").digest;
+        assert_eq!(both, first.wrapping_add(second));
+        assert_eq!(read(&Numbered, run(10, 2), 0).expect("readable").digest, 0);
+    }
+}

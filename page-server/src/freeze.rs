@@ -1,0 +1,278 @@
+//! Freezing by `criu dump --lazy-pages`, with the end of the dump in our hands.
+//!
+//! CRIU serves nobody: its page-server descriptor is a socket whose other end is closed. Its `post-dump` script is
+//! our [`hook`](crate::hook), which waits for our verdict while we serve the frozen memory. No TCP port is opened.
+
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, SystemTime};
+
+use common::criu::{Criu, log_time, quote_errors};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::Pid;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+
+use crate::hook::{ON_THAWED_VARIABLE, SOCKET_VARIABLE, Verdict};
+use crate::workload::Workload;
+
+/// Time CRIU has to let tasks go, or to kill them.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What to freeze and how.
+#[derive(Clone, Debug)]
+pub struct FreezePlan {
+    /// The CRIU to use.
+    pub criu: Criu,
+    /// Who is frozen.
+    pub workload: Workload,
+    /// Directory of this migration; images go into `images` below it.
+    pub directory: PathBuf,
+    /// Established TCP connections move too.
+    pub tcp_established: bool,
+    /// The workload belongs to a shell's session.
+    pub shell_job: bool,
+    /// More arguments for `criu dump`.
+    pub criu_args: Vec<String>,
+    /// The operator's command for a rollback that the hook must do alone.
+    pub on_thawed: Option<String>,
+}
+
+/// Why the workload could not be frozen, or not be let go as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// A system call of our own preparation.
+    #[error("cannot prepare the dump ({what}): {error}")]
+    Prepare {
+        /// What was being done.
+        what: &'static str,
+        /// The system's word.
+        error: io::Error,
+    },
+    /// CRIU failed.
+    #[error("CRIU could not dump process {pid} ({status}): {log}")]
+    Dump {
+        /// The root task.
+        pid: Pid,
+        /// How CRIU ended.
+        status: std::process::ExitStatus,
+        /// Its error lines.
+        log: String,
+    },
+    /// CRIU does not end.
+    #[error("CRIU did not end within {} s of being told to", RELEASE_TIMEOUT.as_secs())]
+    Stuck,
+    /// The hook is gone: nobody can tell CRIU any more.
+    #[error("CRIU's post-dump script is gone: {0}")]
+    HookLost(io::Error),
+}
+
+fn prepare<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> FreezeError {
+    move |error| FreezeError::Prepare {
+        what,
+        error: error.into(),
+    }
+}
+
+/// A workload held frozen by CRIU. Dropping it before [`commit`](Self::commit) thaws the workload: the hook takes
+/// our silence for that verdict.
+#[derive(Debug)]
+pub struct Frozen {
+    child: Child,
+    hook: UnixStream,
+    /// Keeps the hook's socket bound, so that a later `page-server` finds nothing stale.
+    _listener: UnixListener,
+    plan: FreezePlan,
+    tasks: Vec<Pid>,
+    frozen_at: SystemTime,
+}
+
+impl FreezePlan {
+    /// Where CRIU writes the images.
+    pub fn images(&self) -> PathBuf {
+        self.directory.join("images")
+    }
+
+    fn work(&self) -> PathBuf {
+        self.directory.join("work")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.work().join("dump.log")
+    }
+
+    fn arguments(&self, page_server: &OwnedFd, hook: &Path) -> Vec<OsString> {
+        let mut arguments = self.criu.command("dump", &self.log());
+        let options: [(&str, OsString); 6] = [
+            ("--tree", self.workload.root().to_string().into()),
+            ("--images-dir", self.images().into()),
+            ("--work-dir", self.work().into()),
+            ("--ps-socket", page_server.as_raw_fd().to_string().into()),
+            ("--action-script", hook.into()),
+            ("--lazy-pages", OsString::new()),
+        ];
+        for (name, value) in options {
+            arguments.push(name.into());
+            if !value.is_empty() {
+                arguments.push(value);
+            }
+        }
+        if self.tcp_established {
+            arguments.push("--tcp-established".into());
+        }
+        if self.shell_job {
+            arguments.push("--shell-job".into());
+        }
+        arguments.extend(self.criu_args.iter().map(OsString::from));
+        arguments
+    }
+
+    /// Freezes the workload. On failure CRIU has let it run again.
+    pub async fn freeze(self) -> Result<Frozen, FreezeError> {
+        for directory in [self.images(), self.work()] {
+            fs::create_dir_all(directory).map_err(prepare("directories"))?;
+        }
+        let socket = self.directory.join("hook");
+        let listener = UnixListener::bind(&socket).map_err(prepare("hook socket"))?;
+        let started = SystemTime::now();
+        let mut child = self.spawn(&socket)?;
+        let hook = tokio::select! {
+            accepted = listener.accept() => accepted.map_err(prepare("hook connection"))?.0,
+            status = child.wait() => {
+                let status = status.map_err(prepare("waiting for CRIU"))?;
+                return Err(self.dump_error(status));
+            }
+        };
+        let tasks = self.workload.pids();
+        // Should CRIU be killed now, ptrace would let the tasks run; this stop is pending then and catches them.
+        signal_all(&tasks, Signal::SIGSTOP);
+        let frozen_at = seized_at(&self.log(), started).unwrap_or(started);
+        Ok(Frozen {
+            child,
+            hook,
+            _listener: listener,
+            plan: self,
+            tasks,
+            frozen_at,
+        })
+    }
+
+    fn spawn(&self, socket: &Path) -> Result<Child, FreezeError> {
+        // Without CLOEXEC: CRIU inherits its end. The peer end is closed when this function returns.
+        let (page_server, _peer) = socketpair(
+            AddressFamily::Unix,
+            SockType::Stream,
+            None,
+            SockFlag::empty(),
+        )
+        .map_err(prepare("page-server socket"))?;
+        let program = env::current_exe().map_err(prepare("own program"))?;
+        let mut command = Command::new(self.criu.program());
+        command
+            .args(self.arguments(&page_server, &program))
+            .env(SOCKET_VARIABLE, socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            // Ctrl-C is for us to handle: CRIU dying of it would leave the network locked.
+            .process_group(0);
+        if let Some(on_thawed) = &self.on_thawed {
+            command.env(ON_THAWED_VARIABLE, on_thawed);
+        }
+        command.spawn().map_err(prepare("starting CRIU"))
+    }
+
+    fn dump_error(&self, status: std::process::ExitStatus) -> FreezeError {
+        FreezeError::Dump {
+            pid: self.workload.root(),
+            status,
+            log: quote_errors(&self.log()),
+        }
+    }
+}
+
+impl Frozen {
+    /// When the first task stood still.
+    pub fn frozen_at(&self) -> SystemTime {
+        self.frozen_at
+    }
+
+    /// The plan this came from.
+    pub fn plan(&self) -> &FreezePlan {
+        &self.plan
+    }
+
+    /// The point of no return: from here on silence of ours does not thaw the workload any more.
+    pub async fn commit(&mut self) -> Result<(), FreezeError> {
+        self.tell(Verdict::Commit).await
+    }
+
+    /// Lets the workload run on as if nothing had happened.
+    pub async fn thaw(mut self) -> Result<(), FreezeError> {
+        signal_all(&self.tasks, Signal::SIGCONT);
+        self.tell(Verdict::Thaw).await?;
+        self.wait().await?;
+        Ok(())
+    }
+
+    /// Kills the frozen original: the workload lives elsewhere.
+    pub async fn release(mut self) -> Result<(), FreezeError> {
+        let told = self.tell(Verdict::Release).await;
+        let ended = match told {
+            Ok(()) => self.wait().await,
+            Err(error) => Err(error),
+        };
+        // CRIU killed them unless it died before; stopped tasks must not outlive the migration either way.
+        signal_all(&self.tasks, Signal::SIGKILL);
+        match ended? {
+            status if status.success() => Ok(()),
+            status => Err(self.plan.dump_error(status)),
+        }
+    }
+
+    async fn tell(&mut self, verdict: Verdict) -> Result<(), FreezeError> {
+        self.hook
+            .write_all(&[verdict.byte()])
+            .await
+            .map_err(FreezeError::HookLost)
+    }
+
+    async fn wait(&mut self) -> Result<std::process::ExitStatus, FreezeError> {
+        timeout(RELEASE_TIMEOUT, self.child.wait())
+            .await
+            .map_err(|_| FreezeError::Stuck)?
+            .map_err(prepare("waiting for CRIU"))
+    }
+
+    /// Resolves when CRIU ends although nobody told it to.
+    pub async fn lost(&mut self) -> FreezeError {
+        match self.child.wait().await {
+            Ok(status) => self.plan.dump_error(status),
+            Err(error) => prepare("waiting for CRIU")(error),
+        }
+    }
+}
+
+fn signal_all(tasks: &[Pid], signal: Signal) {
+    for task in tasks {
+        if let Err(error) = kill(*task, signal) {
+            tracing::debug!(%task, %signal, %error, "signal");
+        }
+    }
+}
+
+/// When CRIU seized the first task, from the times in its log, which count from its start.
+fn seized_at(log: &Path, started: SystemTime) -> Option<SystemTime> {
+    let log = fs::read_to_string(log).ok()?;
+    let line = log.lines().find(|line| line.contains("Seized task"))?;
+    let seconds = log_time(line).filter(|seconds| (0.0..3600.0).contains(seconds))?;
+    Some(started + Duration::from_secs_f64(seconds))
+}

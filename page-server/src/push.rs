@@ -1,0 +1,94 @@
+//! Background push: in our own order, as far as the destination's credit reaches. Runs on the bulk thread.
+
+use std::sync::Arc;
+
+use common::proto::bulk::CREDIT_BYTES;
+use quinn::{ReadExactError, RecvStream, SendStream};
+
+use crate::book::Book;
+use crate::frame;
+use crate::memory::{MemoryError, PageSource};
+use crate::pending::Run;
+
+/// Why pushing cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum PushError {
+    /// Frozen memory is lost.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The connection broke.
+    #[error("the bulk stream broke: {0}")]
+    Write(#[from] quinn::WriteError),
+    /// The connection broke.
+    #[error("the bulk stream broke: {0}")]
+    Read(#[from] quinn::ReadError),
+}
+
+/// The source's end of the bulk stream.
+#[derive(Debug)]
+pub struct Push {
+    stream: SendStream,
+    source: Arc<dyn PageSource>,
+    book: Arc<Book>,
+}
+
+impl std::fmt::Debug for dyn PageSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("PageSource")
+    }
+}
+
+impl Push {
+    /// Pushes on `stream`.
+    pub fn new(stream: SendStream, source: Arc<dyn PageSource>, book: Arc<Book>) -> Self {
+        Push {
+            stream,
+            source,
+            book,
+        }
+    }
+
+    /// Sends what threads touch first. It needs no credit: the destination keeps it until the processes are there.
+    pub async fn eager(mut self) -> Result<Self, PushError> {
+        while let Some(run) = self.book.next_eager() {
+            self.send(run).await?;
+        }
+        Ok(self)
+    }
+
+    /// Pushes until nothing is owed. `credits` carries the total of payload bytes allowed so far, again and again.
+    pub async fn all(mut self, mut credits: RecvStream) -> Result<(), PushError> {
+        let mut allowed = 0;
+        let mut sent = 0;
+        while self.book.owed() > 0 {
+            while sent >= allowed {
+                match next_credit(&mut credits).await? {
+                    Some(credit) => allowed = credit,
+                    None => return Ok(()),
+                }
+            }
+            let Some(run) = self.book.next() else { break };
+            sent += self.send(run).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, run: Run) -> Result<u64, PushError> {
+        let new = (1 << run.pages.count) - 1;
+        let frame = frame::read(self.source.as_ref(), run, new)?;
+        self.book.sent(frame.digest, frame.zero_pages);
+        let length = frame.bytes.len() as u64;
+        self.stream.write_chunk(frame.bytes).await?;
+        Ok(length)
+    }
+}
+
+/// The next total, or `None` when the destination has finished the stream.
+async fn next_credit(credits: &mut RecvStream) -> Result<Option<u64>, quinn::ReadError> {
+    let mut credit = [0; CREDIT_BYTES];
+    match credits.read_exact(&mut credit).await {
+        Ok(()) => Ok(Some(u64::from_le_bytes(credit))),
+        Err(ReadExactError::FinishedEarly(_)) => Ok(None),
+        Err(ReadExactError::ReadError(error)) => Err(error),
+    }
+}

@@ -1,0 +1,219 @@
+//! The skeleton: CRIU's images of everything but lazy memory, read for what we need and sent to the destination.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bytes::{Bytes, BytesMut};
+use common::images::{
+    AddressSpaceLayout, ImageError, ImagePid, ThreadRegisters, parse_core, parse_mm, parse_pagemap,
+    parse_pstree,
+};
+use common::lazy_map::LazyMap;
+use common::limits::MAX_SKELETON_CHUNK_BYTES;
+use common::page::{PageIndex, PageRange};
+use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader};
+use common::proto::skeleton_name::SkeletonName;
+use quinn::SendStream;
+use tokio::io::AsyncReadExt;
+
+use crate::pending::Run;
+
+/// Pages above a stack pointer that go along: the frames a thread returns into first.
+const STACK_PAGES_ABOVE: u64 = 4;
+/// Pages below it: the frames it calls next, as far as they were ever touched.
+const STACK_PAGES_BELOW: u64 = 1;
+
+/// A dumped process.
+#[derive(Debug)]
+pub struct DumpedProcess {
+    /// Its PID in the images.
+    pub pid: ImagePid,
+    /// Its lazy pages.
+    pub lazy: LazyMap,
+    layout: AddressSpaceLayout,
+    threads: Vec<ThreadRegisters>,
+}
+
+/// Why the skeleton cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SkeletonError {
+    /// An image cannot be read.
+    #[error("cannot read the image {name}: {error}")]
+    Read {
+        /// Which image.
+        name: String,
+        /// The system's word.
+        error: io::Error,
+    },
+    /// An image cannot be understood.
+    #[error("cannot understand the image {name} of this CRIU: {error}")]
+    Image {
+        /// Which image.
+        name: String,
+        /// Why.
+        error: ImageError,
+    },
+    /// CRIU wrote a file we do not know.
+    #[error("CRIU wrote an image we do not know: {0}")]
+    UnknownFile(String),
+    /// The stream to the destination broke.
+    #[error("the connection broke while the skeleton was sent: {0}")]
+    Send(#[from] quinn::WriteError),
+}
+
+/// Reads what the images say about each process that has memory.
+pub fn read_processes(images: &Path) -> Result<Vec<DumpedProcess>, SkeletonError> {
+    let tree = parse(images, "pstree.img", parse_pstree)?;
+    let mut processes = Vec::new();
+    for entry in tree {
+        let pid = entry.pid;
+        // Zombies and helpers have no memory image.
+        if !images.join(format!("mm-{}.img", pid.0)).exists() {
+            continue;
+        }
+        let threads = entry
+            .threads
+            .iter()
+            .map(|tid| parse(images, &format!("core-{tid}.img"), parse_core));
+        processes.push(DumpedProcess {
+            pid,
+            lazy: parse(images, &format!("pagemap-{}.img", pid.0), parse_pagemap)?.lazy,
+            layout: parse(images, &format!("mm-{}.img", pid.0), parse_mm)?,
+            threads: threads
+                .collect::<Result<Vec<_>, _>>()?
+                .into_iter()
+                .flatten()
+                .collect(),
+        });
+    }
+    Ok(processes)
+}
+
+fn parse<T>(
+    images: &Path,
+    name: &str,
+    parser: fn(&[u8]) -> Result<T, ImageError>,
+) -> Result<T, SkeletonError> {
+    let file = fs::read(images.join(name)).map_err(|error| SkeletonError::Read {
+        name: name.to_owned(),
+        error,
+    })?;
+    parser(&file).map_err(|error| SkeletonError::Image {
+        name: name.to_owned(),
+        error,
+    })
+}
+
+impl DumpedProcess {
+    /// Pages its threads touch first when they run again, whether lazy or not; most urgent first.
+    pub fn eager_runs(&self) -> Vec<Run> {
+        let stacks = self.threads.iter().map(|thread| {
+            let top = thread.stack_pointer.page();
+            let below = STACK_PAGES_BELOW.min(top.0);
+            PageRange::new(PageIndex(top.0 - below), below + 1 + STACK_PAGES_ABOVE)
+        });
+        let locals = self
+            .threads
+            .iter()
+            .map(|thread| PageRange::new(thread.thread_local.page(), 1));
+        let pointed = self
+            .threads
+            .iter()
+            .flat_map(|thread| &thread.others)
+            .map(|address| PageRange::new(address.page(), 1));
+        let arguments = self.layout.arguments.iter().copied();
+        stacks
+            .chain(locals)
+            .chain(arguments)
+            .chain(pointed)
+            .filter(|pages| pages.is_addressable())
+            .map(|pages| Run {
+                pid: self.pid,
+                pages,
+            })
+            .collect()
+    }
+}
+
+/// Files of a skeleton, in the order they are sent.
+pub fn files(images: &Path) -> Result<Vec<SkeletonName>, SkeletonError> {
+    let read = |error| SkeletonError::Read {
+        name: images.display().to_string(),
+        error,
+    };
+    let mut names = Vec::new();
+    for entry in fs::read_dir(images).map_err(read)? {
+        let name = entry.map_err(read)?.file_name();
+        let name = name.to_string_lossy().into_owned();
+        let name = SkeletonName::parse(&name).ok_or(SkeletonError::UnknownFile(name))?;
+        names.push(name);
+    }
+    names.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+    Ok(names)
+}
+
+/// Sends all files, then the end mark. Returns the stream and how many bytes the files had.
+pub async fn send(
+    mut stream: SendStream,
+    images: PathBuf,
+) -> Result<(SendStream, u64), SkeletonError> {
+    let names = files(&images)?;
+    let mut total = 0;
+    for name in &names {
+        total += send_file(&mut stream, &images, name).await?;
+    }
+    let end = BulkHeader::SkeletonEnd {
+        files: names.len() as u32,
+        bytes: total,
+    };
+    stream.write_all(&end.encode()).await?;
+    Ok((stream, total))
+}
+
+async fn send_file(
+    stream: &mut SendStream,
+    images: &Path,
+    name: &SkeletonName,
+) -> Result<u64, SkeletonError> {
+    let read = |error| SkeletonError::Read {
+        name: name.to_string(),
+        error,
+    };
+    let mut file = tokio::fs::File::open(images.join(name.as_str()))
+        .await
+        .map_err(read)?;
+    let mut offset = 0;
+    loop {
+        let mut chunk = BytesMut::with_capacity(MAX_SKELETON_CHUNK_BYTES);
+        while chunk.len() < MAX_SKELETON_CHUNK_BYTES {
+            if file.read_buf(&mut chunk).await.map_err(read)? == 0 {
+                break;
+            }
+        }
+        // An empty file is one frame without payload; any other ends before its empty chunk.
+        if chunk.is_empty() && offset > 0 {
+            return Ok(offset);
+        }
+        let length = chunk.len() as u64;
+        stream
+            .write_all_chunks(&mut [frame(name, offset, chunk.len()), chunk.freeze()])
+            .await?;
+        offset += length;
+        if length < MAX_SKELETON_CHUNK_BYTES as u64 {
+            return Ok(offset);
+        }
+    }
+}
+
+fn frame(name: &SkeletonName, offset: u64, payload: usize) -> Bytes {
+    let header = BulkHeader::File {
+        name: name.as_str().len() as u8,
+        offset,
+        payload: payload as u32,
+    };
+    let mut frame = BytesMut::with_capacity(BULK_HEADER_BYTES + name.as_str().len());
+    frame.extend_from_slice(&header.encode());
+    frame.extend_from_slice(name.as_str().as_bytes());
+    frame.freeze()
+}
