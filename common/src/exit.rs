@@ -1,6 +1,10 @@
 //! How the two programs end, and the exit code that says so. `README.md` lists them for operators.
 
+use std::fmt;
 use std::process::ExitCode;
+
+use crate::limits::MAX_TEXT_BYTES;
+use crate::session::State;
 
 /// What went wrong, as far as a script can act on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,5 +55,47 @@ impl Failure {
 impl From<Failure> for ExitCode {
     fn from(failure: Failure) -> Self {
         ExitCode::from(failure.code())
+    }
+}
+
+/// A migration that failed on this host.
+#[derive(Debug, thiserror::Error)]
+#[error("phase {state}: {text}")]
+pub struct SessionError {
+    /// What kind of failure it is.
+    pub failure: Failure,
+    /// The phase it happened in.
+    pub state: State,
+    /// What failed and what to do, for the operator; one line.
+    pub text: String,
+}
+
+impl SessionError {
+    /// A failure in `state`.
+    pub fn new(failure: Failure, state: State, text: impl fmt::Display) -> Self {
+        SessionError {
+            failure,
+            state,
+            text: one_line(&text.to_string()),
+        }
+    }
+}
+
+/// Makes a text of the peer or of a log one line without control characters.
+fn one_line(text: &str) -> String {
+    text.chars()
+        .take(MAX_TEXT_BYTES)
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_line_that_names_the_phase() {
+        let error = SessionError::new(Failure::Freeze, State::Freeze, "first\nsecond\u{7}");
+        assert_eq!(error.to_string(), "phase freeze: first second ");
     }
 }

@@ -6,23 +6,34 @@
 //! | [`page_set`], [`lazy_map`] | the lazy pages of a process as dense slots, and sets of them |
 //! | [`images`] | the CRIU image files both ends read |
 //! | [`proto`] | messages and their bytes |
+//! | [`control`], [`mod@record`] | the control stream, and what a program reports of its migration |
 //! | [`digest`] | what both ends compare before the original is released |
 //! | [`session`] | the states of a migration and the only ways between them |
 //! | [`criu`], [`host`], [`operator`] | the CRIU program, this host, the operator's commands |
 //! | [`io_thread`] | threads with a network runtime of their own |
-//! | [`exit`] | exit codes |
+//! | [`exit`], [`logging`], [`stop`] | how a program fails, what it logs, and how it is asked to stop |
+//! | [`identity`] | who a host is: keys, certificates, and whom it trusts |
+//! | [`quic`] | the two QUIC connections: sockets, settings, and what their errors mean |
+//! | [`token`] | the one-time token of a migration |
 //! | [`limits`] | every bound, with its reason |
 
+pub mod control;
 pub mod criu;
 pub mod digest;
 pub mod exit;
 pub mod host;
+pub mod identity;
 pub mod images;
 pub mod io_thread;
 pub mod lazy_map;
 pub mod limits;
+pub mod logging;
 pub mod operator;
 pub mod page;
 pub mod page_set;
 pub mod proto;
+pub mod quic;
+pub mod record;
 pub mod session;
+pub mod stop;
+pub mod token;

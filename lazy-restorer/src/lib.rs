@@ -1,5 +1,33 @@
-//! Destination host of a post-copy migration.
+//! Destination host of a post-copy migration: restores a workload and resolves its page faults.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`session`] | the phases in order |
+//! | [`connect`], [`advise`] | reaching the source, and saying early what cannot work |
+//! | [`skeleton`], [`restore`], [`gate`], [`nursery`] | staging the images, CRIU, and holding it at the point of no return |
+//! | [`handover`], [`exits`] | userfault descriptors and processes as they come and go |
+//! | [`resident`] | the restored workload while it becomes whole |
+//! | [`resolver`] | what happens to every page: pure |
+//! | [`memory`], [`uffd`] | carrying that out under one lock |
+//! | [`fetch`], [`push`], [`pacing`] | demand, pushed pages, and the credit for them |
+//! | [`blocktime`], [`report`], [`cli`] | what is measured, and what the operator says and is told |
+
+pub mod advise;
 pub mod blocktime;
+pub mod cli;
+pub mod connect;
+pub mod exits;
+pub mod fetch;
+pub mod gate;
+pub mod handover;
 pub mod memory;
+pub mod nursery;
+pub mod pacing;
+pub mod push;
+pub mod report;
+pub mod resident;
 pub mod resolver;
+pub mod restore;
+pub mod session;
+pub mod skeleton;
 pub mod uffd;

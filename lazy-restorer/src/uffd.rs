@@ -2,10 +2,14 @@
 //!
 //! Facts: `ioctl_userfaultfd(2)`, `fs/userfaultfd.c`, `mm/userfaultfd.c` of Linux 6.18.
 
+use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 use common::page::{PageIndex, PageRange, VirtAddr, bytes_to_pages};
 use nix::errno::Errno;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use userfaultfd::{Error, Event, EventBuffer, Uffd};
 
 /// Messages read with one system call.
@@ -69,6 +73,13 @@ impl UserFault {
         // SAFETY: the descriptor is owned, and ownership passes on.
         let uffd = unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) };
         UserFault { uffd }
+    }
+
+    /// Lets the current runtime say when messages wait.
+    pub fn watched(self: Arc<Self>) -> io::Result<AsyncFd<Arc<Self>>> {
+        // SAFETY: the descriptor stays open and the same for as long as the `Arc` lives, which goes into the `AsyncFd`.
+        let watched = unsafe { AsyncFd::register_with_interest(self, Interest::READABLE) };
+        watched.map_err(|error| io::Error::other(error.to_string()))
     }
 
     /// A room for messages, to be reused between reads.

@@ -1,12 +1,31 @@
-//! Source host of a post-copy migration.
+//! Source host of a post-copy migration: freezes a workload and serves its memory.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`session`] | the phases in order |
+//! | [`workload`], [`freeze`], [`frozen`], [`hook`] | who is moved, and CRIU's hold on them |
+//! | [`listen`], [`destination`] | the two ports, and the one destination that was let in |
+//! | [`skeleton`] | CRIU's images on their way |
+//! | [`pending`], [`push_order`], [`book`] | what is owed, and in which order it is pushed |
+//! | [`memory`], [`frame`] | frozen pages, and the frames that carry them |
+//! | [`serve`], [`push`] | demand, and background push |
+//! | [`cli`], [`identity_command`], [`report`] | what the operator says and is told |
+
 pub mod book;
+pub mod cli;
+pub mod destination;
 pub mod frame;
 pub mod freeze;
+pub mod frozen;
 pub mod hook;
+pub mod identity_command;
+pub mod listen;
 pub mod memory;
 pub mod pending;
 pub mod push;
 pub mod push_order;
+pub mod report;
 pub mod serve;
+pub mod session;
 pub mod skeleton;
 pub mod workload;

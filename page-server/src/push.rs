@@ -1,5 +1,6 @@
 //! Background push: in our own order, as far as the destination's credit reaches. Runs on the bulk thread.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use common::proto::bulk::CREDIT_BYTES;
@@ -9,6 +10,7 @@ use crate::book::Book;
 use crate::frame;
 use crate::memory::{MemoryError, PageSource};
 use crate::pending::Run;
+use crate::skeleton::{self, SkeletonError};
 
 /// Why pushing cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +18,9 @@ pub enum PushError {
     /// Frozen memory is lost.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The skeleton cannot be sent.
+    #[error(transparent)]
+    Skeleton(#[from] SkeletonError),
     /// The connection broke.
     #[error("the bulk stream broke: {0}")]
     Write(#[from] quinn::WriteError),
@@ -48,6 +53,12 @@ impl Push {
         }
     }
 
+    /// Sends the skeleton.
+    pub async fn skeleton(mut self, images: &Path) -> Result<Self, PushError> {
+        skeleton::send(&mut self.stream, images).await?;
+        Ok(self)
+    }
+
     /// Sends what threads touch first. It needs no credit: the destination keeps it until the processes are there.
     pub async fn eager(mut self) -> Result<Self, PushError> {
         while let Some(run) = self.book.next_eager() {
@@ -57,7 +68,10 @@ impl Push {
     }
 
     /// Pushes until nothing is owed. `credits` carries the total of payload bytes allowed so far, again and again.
-    pub async fn all(mut self, mut credits: RecvStream) -> Result<(), PushError> {
+    pub async fn all(mut self, credits: Option<RecvStream>) -> Result<(), PushError> {
+        let Some(mut credits) = credits else {
+            return Ok(());
+        };
         let mut allowed = 0;
         let mut sent = 0;
         while self.book.owed() > 0 {

@@ -2,14 +2,10 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bytes::{Bytes, BytesMut};
-use common::images::{
-    AddressSpaceLayout, ImageError, ImagePid, ThreadRegisters, parse_core, parse_mm, parse_pagemap,
-    parse_pstree,
-};
-use common::lazy_map::LazyMap;
+use common::images::DumpedProcess;
 use common::limits::MAX_SKELETON_CHUNK_BYTES;
 use common::page::{PageIndex, PageRange};
 use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader};
@@ -24,35 +20,16 @@ const STACK_PAGES_ABOVE: u64 = 4;
 /// Pages below it: the frames it calls next, as far as they were ever touched.
 const STACK_PAGES_BELOW: u64 = 1;
 
-/// A dumped process.
-#[derive(Debug)]
-pub struct DumpedProcess {
-    /// Its PID in the images.
-    pub pid: ImagePid,
-    /// Its lazy pages.
-    pub lazy: LazyMap,
-    layout: AddressSpaceLayout,
-    threads: Vec<ThreadRegisters>,
-}
-
 /// Why the skeleton cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SkeletonError {
-    /// An image cannot be read.
+    /// An image or the directory cannot be read.
     #[error("cannot read the image {name}: {error}")]
     Read {
         /// Which image.
         name: String,
         /// The system's word.
         error: io::Error,
-    },
-    /// An image cannot be understood.
-    #[error("cannot understand the image {name} of this CRIU: {error}")]
-    Image {
-        /// Which image.
-        name: String,
-        /// Why.
-        error: ImageError,
     },
     /// CRIU wrote a file we do not know.
     #[error("CRIU wrote an image we do not know: {0}")]
@@ -62,78 +39,32 @@ pub enum SkeletonError {
     Send(#[from] quinn::WriteError),
 }
 
-/// Reads what the images say about each process that has memory.
-pub fn read_processes(images: &Path) -> Result<Vec<DumpedProcess>, SkeletonError> {
-    let tree = parse(images, "pstree.img", parse_pstree)?;
-    let mut processes = Vec::new();
-    for entry in tree {
-        let pid = entry.pid;
-        // Zombies and helpers have no memory image.
-        if !images.join(format!("mm-{}.img", pid.0)).exists() {
-            continue;
-        }
-        let threads = entry
-            .threads
-            .iter()
-            .map(|tid| parse(images, &format!("core-{tid}.img"), parse_core));
-        processes.push(DumpedProcess {
-            pid,
-            lazy: parse(images, &format!("pagemap-{}.img", pid.0), parse_pagemap)?.lazy,
-            layout: parse(images, &format!("mm-{}.img", pid.0), parse_mm)?,
-            threads: threads
-                .collect::<Result<Vec<_>, _>>()?
-                .into_iter()
-                .flatten()
-                .collect(),
-        });
-    }
-    Ok(processes)
-}
-
-fn parse<T>(
-    images: &Path,
-    name: &str,
-    parser: fn(&[u8]) -> Result<T, ImageError>,
-) -> Result<T, SkeletonError> {
-    let file = fs::read(images.join(name)).map_err(|error| SkeletonError::Read {
-        name: name.to_owned(),
-        error,
-    })?;
-    parser(&file).map_err(|error| SkeletonError::Image {
-        name: name.to_owned(),
-        error,
-    })
-}
-
-impl DumpedProcess {
-    /// Pages its threads touch first when they run again, whether lazy or not; most urgent first.
-    pub fn eager_runs(&self) -> Vec<Run> {
-        let stacks = self.threads.iter().map(|thread| {
-            let top = thread.stack_pointer.page();
-            let below = STACK_PAGES_BELOW.min(top.0);
-            PageRange::new(PageIndex(top.0 - below), below + 1 + STACK_PAGES_ABOVE)
-        });
-        let locals = self
-            .threads
-            .iter()
-            .map(|thread| PageRange::new(thread.thread_local.page(), 1));
-        let pointed = self
-            .threads
-            .iter()
-            .flat_map(|thread| &thread.others)
-            .map(|address| PageRange::new(address.page(), 1));
-        let arguments = self.layout.arguments.iter().copied();
-        stacks
-            .chain(locals)
-            .chain(arguments)
-            .chain(pointed)
-            .filter(|pages| pages.is_addressable())
-            .map(|pages| Run {
-                pid: self.pid,
-                pages,
-            })
-            .collect()
-    }
+/// Pages that the process's threads touch first when they run again, whether lazy or not; most urgent first.
+pub fn eager_runs(process: &DumpedProcess) -> Vec<Run> {
+    let threads = &process.threads;
+    let stacks = threads.iter().map(|thread| {
+        let top = thread.stack_pointer.page();
+        let below = STACK_PAGES_BELOW.min(top.0);
+        PageRange::new(PageIndex(top.0 - below), below + 1 + STACK_PAGES_ABOVE)
+    });
+    let locals = threads
+        .iter()
+        .map(|thread| PageRange::new(thread.thread_local.page(), 1));
+    let pointed = threads
+        .iter()
+        .flat_map(|thread| &thread.others)
+        .map(|address| PageRange::new(address.page(), 1));
+    let arguments = process.layout.arguments.iter().copied();
+    stacks
+        .chain(locals)
+        .chain(arguments)
+        .chain(pointed)
+        .filter(|pages| pages.is_addressable())
+        .map(|pages| Run {
+            pid: process.pid,
+            pages,
+        })
+        .collect()
 }
 
 /// Files of a skeleton, in the order they are sent.
@@ -153,22 +84,19 @@ pub fn files(images: &Path) -> Result<Vec<SkeletonName>, SkeletonError> {
     Ok(names)
 }
 
-/// Sends all files, then the end mark. Returns the stream and how many bytes the files had.
-pub async fn send(
-    mut stream: SendStream,
-    images: PathBuf,
-) -> Result<(SendStream, u64), SkeletonError> {
-    let names = files(&images)?;
+/// Sends all files, then the end mark.
+pub async fn send(stream: &mut SendStream, images: &Path) -> Result<(), SkeletonError> {
+    let names = files(images)?;
     let mut total = 0;
     for name in &names {
-        total += send_file(&mut stream, &images, name).await?;
+        total += send_file(stream, images, name).await?;
     }
     let end = BulkHeader::SkeletonEnd {
         files: names.len() as u32,
         bytes: total,
     };
     stream.write_all(&end.encode()).await?;
-    Ok((stream, total))
+    Ok(())
 }
 
 async fn send_file(

@@ -7,11 +7,13 @@ mod core;
 mod framing;
 mod mm;
 mod pagemap;
+mod process;
 mod pstree;
 
 pub use self::core::{ThreadRegisters, parse_core};
 pub use self::mm::{AddressSpaceLayout, DumpedVma, parse_mm};
 pub use self::pagemap::{Pagemap, parse_pagemap};
+pub use self::process::{DumpedProcess, ReadImagesError, read_processes};
 pub use self::pstree::{ImagePid, TreeEntry, parse_pstree};
 
 /// Why an image file could not be understood.

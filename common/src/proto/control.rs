@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
 use crate::session::State;
@@ -16,10 +17,30 @@ impl fmt::Display for SessionId {
     }
 }
 
+impl SessionId {
+    /// A new name that nobody else has.
+    pub fn random() -> Result<Self, NoRandomness> {
+        random().map(SessionId)
+    }
+}
+
 impl fmt::Debug for SessionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "SessionId({self})")
     }
+}
+
+/// The system has no randomness to give.
+#[derive(Debug, thiserror::Error)]
+#[error("the system's random number generator does not work")]
+pub struct NoRandomness;
+
+fn random<const BYTES: usize>() -> Result<[u8; BYTES], NoRandomness> {
+    let mut bytes = [0; BYTES];
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| NoRandomness)?;
+    Ok(bytes)
 }
 
 /// A secret of 256 bits that proves to be the peer of this very migration. Never logged.
@@ -27,6 +48,11 @@ impl fmt::Debug for SessionId {
 pub struct Secret(pub [u8; 32]);
 
 impl Secret {
+    /// A new secret.
+    pub fn random() -> Result<Self, NoRandomness> {
+        random().map(Secret)
+    }
+
     /// Compares in a time that does not depend on where the secrets differ.
     pub fn matches(&self, other: &Secret) -> bool {
         self.0

@@ -1,0 +1,244 @@
+//! "This cannot work", said before anything is frozen.
+
+use std::path::Path;
+
+use common::host::{self, CAP_SYS_ADMIN};
+use common::page::{PAGE_SIZE, pages_to_bytes};
+use common::proto::control::WorkloadFacts;
+use userfaultfd::{FeatureFlags, UffdBuilder};
+
+/// Memory beyond the workload's own that a restore needs.
+const MEMORY_SLACK: u64 = 64 << 20;
+/// PIDs named in a message; the rest is counted.
+const NAMED_PIDS: usize = 8;
+
+/// CPU flags that change which instructions a program may have chosen at start-up. Others (mitigations, virtualisation,
+/// power) do not matter to a process.
+const INSTRUCTION_FLAGS: &[&str] = &[
+    "abm",
+    "adx",
+    "aes",
+    "amx_bf16",
+    "amx_int8",
+    "amx_tile",
+    "avx",
+    "avx2",
+    "avx_vnni",
+    "bmi1",
+    "bmi2",
+    "clflushopt",
+    "clwb",
+    "cx16",
+    "erms",
+    "f16c",
+    "fma",
+    "fsgsbase",
+    "fsrm",
+    "gfni",
+    "lahf_lm",
+    "lzcnt",
+    "movbe",
+    "movdir64b",
+    "movdiri",
+    "pclmulqdq",
+    "pku",
+    "pni",
+    "popcnt",
+    "rdpid",
+    "rdrand",
+    "rdseed",
+    "rtm",
+    "sha_ni",
+    "sse",
+    "sse2",
+    "sse4_1",
+    "sse4_2",
+    "sse4a",
+    "ssse3",
+    "vaes",
+    "vpclmulqdq",
+    "xsave",
+    "xsavec",
+    "xsaveopt",
+    "xsaves",
+];
+/// Families of such flags, by prefix.
+const INSTRUCTION_PREFIXES: &[&str] = &["avx512", "avx_", "amx_"];
+
+/// Why the workload cannot run here.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Objection {
+    /// Another machine.
+    #[error(
+        "the source is {source_machine}, this host is {here}: a process cannot change its architecture"
+    )]
+    Architecture {
+        /// The source's.
+        source_machine: String,
+        /// Ours.
+        here: String,
+    },
+    /// Another page size.
+    #[error("the source has pages of {0} bytes, this host of {PAGE_SIZE}")]
+    PageSize(u64),
+    /// Missing instructions.
+    #[error("this host's CPU lacks {}, which the workload may use; choose a host with them, or --ignore-cpu-features if you know that it does not", .0.join(" "))]
+    CpuFeatures(Vec<String>),
+    /// PIDs in use.
+    #[error(
+        "the workload needs its PIDs, but these are taken here: {0}; use --pidns to restore it into a PID namespace of its own"
+    )]
+    PidsTaken(String),
+    /// Not enough memory.
+    #[error("the workload has {needed} MiB resident, but only {available} MiB are available here")]
+    Memory {
+        /// MiB needed.
+        needed: u64,
+        /// MiB there are.
+        available: u64,
+    },
+    /// No permission.
+    #[error(
+        "userfaultfd is not permitted here ({0}); run as root with CAP_SYS_PTRACE, or set vm.unprivileged_userfaultfd=1"
+    )]
+    Userfaultfd(String),
+    /// No permission.
+    #[error("CAP_SYS_ADMIN missing: run lazy-restorer as root")]
+    NotRoot,
+    /// No room for the skeleton.
+    #[error("cannot use the work directory: {0}")]
+    WorkDirectory(String),
+}
+
+/// What can be checked before the source says anything.
+pub fn check_host() -> Result<(), Objection> {
+    if !host::has_capability(CAP_SYS_ADMIN) {
+        return Err(Objection::NotRoot);
+    }
+    let events = FeatureFlags::EVENT_FORK
+        | FeatureFlags::EVENT_REMAP
+        | FeatureFlags::EVENT_REMOVE
+        | FeatureFlags::EVENT_UNMAP;
+    UffdBuilder::new()
+        .require_features(events)
+        .close_on_exec(true)
+        .non_blocking(true)
+        .create()
+        .map(drop)
+        .map_err(|error| Objection::Userfaultfd(error.to_string()))
+}
+
+/// Whether the workload can run here.
+pub fn check_workload(
+    facts: &WorkloadFacts,
+    own_pid_namespace: bool,
+    ignore_cpu_features: bool,
+) -> Result<(), Objection> {
+    let here = host::architecture();
+    if facts.architecture != here {
+        let source_machine = facts.architecture.clone();
+        return Err(Objection::Architecture {
+            source_machine,
+            here,
+        });
+    }
+    if facts.page_size != PAGE_SIZE as u64 {
+        return Err(Objection::PageSize(facts.page_size));
+    }
+    if !ignore_cpu_features {
+        check_cpu(&facts.cpu_features, &host::cpu_features())?;
+    }
+    if !own_pid_namespace {
+        check_pids(&facts.pids, |pid| {
+            Path::new(&format!("/proc/{pid}")).exists()
+        })?;
+    }
+    check_memory(facts.resident_pages, host::available_memory())
+}
+
+fn check_cpu(source: &[String], here: &[String]) -> Result<(), Objection> {
+    let matters = |flag: &&String| {
+        INSTRUCTION_FLAGS.contains(&flag.as_str())
+            || INSTRUCTION_PREFIXES
+                .iter()
+                .any(|prefix| flag.starts_with(prefix))
+    };
+    let missing: Vec<String> = source
+        .iter()
+        .filter(matters)
+        .filter(|flag| !here.contains(flag))
+        .cloned()
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(Objection::CpuFeatures(missing))
+}
+
+fn check_pids(needed: &[u32], is_taken: impl Fn(u32) -> bool) -> Result<(), Objection> {
+    let taken: Vec<String> = needed
+        .iter()
+        .filter(|pid| is_taken(**pid))
+        .map(u32::to_string)
+        .collect();
+    if taken.is_empty() {
+        return Ok(());
+    }
+    let mut named = taken[..taken.len().min(NAMED_PIDS)].join(" ");
+    if taken.len() > NAMED_PIDS {
+        named += &format!(" and {} more", taken.len() - NAMED_PIDS);
+    }
+    Err(Objection::PidsTaken(named))
+}
+
+fn check_memory(resident_pages: u64, available: Option<u64>) -> Result<(), Objection> {
+    let needed = pages_to_bytes(resident_pages).saturating_add(MEMORY_SLACK);
+    match available {
+        Some(available) if available < needed => Err(Objection::Memory {
+            needed: needed >> 20,
+            available: available >> 20,
+        }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flags(names: &str) -> Vec<String> {
+        names.split(' ').map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn only_missing_instructions_matter() {
+        let here = flags("sse2 avx2 fpu");
+        assert_eq!(check_cpu(&flags("sse2 avx2 svm ibrs"), &here), Ok(()));
+        assert_eq!(
+            check_cpu(&flags("sse2 avx512f vaes ibrs"), &here),
+            Err(Objection::CpuFeatures(flags("avx512f vaes")))
+        );
+    }
+
+    #[test]
+    fn taken_pids_are_named_with_the_remedy() {
+        let error = check_pids(&[5, 6, 7], |pid| pid == 6).expect_err("6 is taken");
+        assert!(error.to_string().contains("taken here: 6;"));
+        assert!(error.to_string().contains("--pidns"));
+        let error = check_pids(&(1..=20).collect::<Vec<_>>(), |_| true).expect_err("all");
+        assert!(error.to_string().contains("8 and 12 more"));
+    }
+
+    #[test]
+    fn too_little_memory_is_said_in_mib() {
+        let error = check_memory(262_144, Some(512 << 20)).expect_err("half of it");
+        assert_eq!(
+            error,
+            Objection::Memory {
+                needed: 1024 + 64,
+                available: 512
+            }
+        );
+        assert_eq!(check_memory(u64::MAX, None), Ok(()));
+    }
+}

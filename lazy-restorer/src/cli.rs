@@ -1,0 +1,175 @@
+//! The command line of `lazy-restorer`.
+
+use std::env;
+use std::ffi::OsString;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use common::criu::{CRIU_VARIABLE, Criu};
+use common::exit::{Failure, SessionError};
+use common::identity::{Fingerprint, Identity, Trust};
+use common::proto::version;
+use common::quic::PathProfile;
+use common::session::State;
+use common::token;
+
+use crate::advise;
+use crate::connect::ConnectPlan;
+use crate::session::MigratePlan;
+
+/// For tests of the negotiation only: versions to offer instead of our own, separated by commas.
+const VERSIONS_VARIABLE: &str = "POSTCOPY_OFFER_VERSIONS";
+
+/// Destination host of a post-copy migration: restores a workload at once and fetches its memory while it runs.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 110)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+    /// Log more; may be given several times (RUST_LOG overrides it)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Bring the workload that a page-server offers to this host
+    #[command(after_help = RESTORE_HELP)]
+    Restore(Box<Restore>),
+    /// Used by lazy-restorer itself: a PID namespace for the restored workload
+    #[command(hide = true)]
+    Nursery {
+        /// This is PID 1 of the namespace
+        #[arg(long)]
+        init: bool,
+        /// The command to run in it
+        #[arg(last = true)]
+        command: Vec<OsString>,
+    },
+}
+
+const RESTORE_HELP: &str = "\
+Exits 0 when every page is here and both hosts agree on it; the workload runs on without lazy-restorer.
+
+Commands run by `sh -c` with POSTCOPY_PHASE, POSTCOPY_SESSION, POSTCOPY_PID and POSTCOPY_PEER in the environment.
+
+Example: take redis and its service address over
+  lazy-restorer restore --from 10.0.0.1:7000 --identity /etc/postcopy \\
+      --before-restore 'ip address add 10.0.0.100/24 dev eth0' \\
+      --on-resumed 'arping -q -U -c 1 -I eth0 10.0.0.100' \\
+      --on-aborted 'ip address del 10.0.0.100/24 dev eth0'";
+
+/// Options of `restore`.
+#[derive(Debug, Args)]
+pub struct Restore {
+    /// Address and UDP port of the waiting page-server
+    #[arg(long, value_name = "ADDR:PORT")]
+    from: String,
+    /// Directory of this host's identity (`page-server identity issue`)
+    #[arg(long, value_name = "DIR")]
+    identity: PathBuf,
+    /// Accept only a source with this certificate fingerprint; may be given several times
+    #[arg(long, value_name = "SHA256")]
+    accept: Vec<Fingerprint>,
+    /// The token that page-server wrote with --token-file
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Restore into a new PID namespace, for when the workload's PIDs are taken here; an init of ours stays with it
+    #[arg(long)]
+    pidns: bool,
+    /// Restore into this host's PID namespace (the default)
+    #[arg(long, conflicts_with = "pidns")]
+    detach: bool,
+    /// Do not refuse a workload of a CPU with more features than this host's
+    #[arg(long)]
+    ignore_cpu_features: bool,
+    /// The CRIU to use [default: criu from the search path]
+    #[arg(long, value_name = "PATH", env = CRIU_VARIABLE)]
+    criu: Option<PathBuf>,
+    /// One more argument for `criu restore`; may be given several times
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    criu_arg: Vec<String>,
+    /// Command to run before the restore: add the workload's service address here, without announcing it yet
+    #[arg(long, value_name = "CMD")]
+    before_restore: Option<String>,
+    /// Command to run when the workload runs: announce its service address
+    #[arg(long, value_name = "CMD")]
+    on_resumed: Option<String>,
+    /// Command to run when the migration failed after --before-restore: take the service address away again
+    #[arg(long, value_name = "CMD")]
+    on_aborted: Option<String>,
+    /// Write the PID of the restored root process, as this host numbers it, to this file
+    #[arg(long, value_name = "FILE")]
+    pidfile: Option<PathBuf>,
+    /// Directory for images, best on a tmpfs [default: /run, /dev/shm or /tmp, the first that is a tmpfs]
+    #[arg(long, value_name = "DIR")]
+    work_dir: Option<PathBuf>,
+    /// Largest UDP payload to send [default: found out by probing, up to 1452]
+    #[arg(long, value_name = "BYTES")]
+    mtu: Option<u16>,
+    /// Write a record of the migration to this file, as one JSON object
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+impl Restore {
+    /// Checks everything that can be checked before the source is asked.
+    pub fn plan(&self) -> Result<MigratePlan, SessionError> {
+        let fail = |failure, error: &dyn std::fmt::Display| {
+            SessionError::new(failure, State::Hello, error)
+        };
+        advise::check_host().map_err(|error| fail(Failure::NotPermitted, &error))?;
+        let identity =
+            Identity::load(&self.identity).map_err(|error| fail(Failure::Identity, &error))?;
+        let criu =
+            Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
+        let token = self.token_file.as_deref().map(token::read).transpose();
+        let trust = match &self.accept[..] {
+            [] => Trust::Ca,
+            fingerprints => Trust::Fingerprints(fingerprints.to_vec()),
+        };
+        Ok(MigratePlan {
+            connect: ConnectPlan {
+                source: self
+                    .source()
+                    .map_err(|error| fail(Failure::BadInput, &error))?,
+                identity,
+                trust,
+                path: PathProfile { mtu: self.mtu },
+                versions: offered_versions(),
+                token: token.map_err(|error| fail(Failure::BadInput, &error))?,
+            },
+            criu,
+            criu_args: self.criu_arg.clone(),
+            pid_namespace: self.pidns,
+            ignore_cpu_features: self.ignore_cpu_features,
+            work_dir: self.work_dir.clone(),
+            pidfile: self.pidfile.clone(),
+            before_restore: self.before_restore.clone(),
+            on_resumed: self.on_resumed.clone(),
+            on_aborted: self.on_aborted.clone(),
+        })
+    }
+
+    fn source(&self) -> Result<SocketAddr, String> {
+        let mut addresses = self
+            .from
+            .to_socket_addrs()
+            .map_err(|error| format!("--from {}: {error}", self.from))?;
+        addresses
+            .next()
+            .ok_or_else(|| format!("--from {}: this name has no address", self.from))
+    }
+}
+
+fn offered_versions() -> Vec<u16> {
+    let offered = env::var(VERSIONS_VARIABLE).unwrap_or_default();
+    let versions: Vec<u16> = offered.split(',').filter_map(|v| v.parse().ok()).collect();
+    if versions.is_empty() {
+        return version::SUPPORTED.to_vec();
+    }
+    versions
+}

@@ -1,0 +1,173 @@
+//! Reaching the source: two endpoints, each driven by a thread of its own, and the first messages on both.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use common::control::Control;
+use common::exit::{Failure, SessionError};
+use common::host;
+use common::identity::{Identity, Trust};
+use common::io_thread::{IoThread, Priority};
+use common::limits::HANDSHAKE_TIMEOUT;
+use common::proto::control::{BulkHello, Hello, Secret, ToDestination, ToSource, Welcome};
+use common::proto::stream;
+use common::quic::{self, PathProfile, QuicError, Role};
+use common::session::State;
+use quinn::{Connection, RecvStream, SendStream};
+use tokio::time::timeout;
+
+/// How to reach the source.
+#[derive(Clone, Debug)]
+pub struct ConnectPlan {
+    /// Its fault port.
+    pub source: SocketAddr,
+    /// Who we are.
+    pub identity: Identity,
+    /// Whom we accept.
+    pub trust: Trust,
+    /// Packet sizes.
+    pub path: PathProfile,
+    /// Protocol versions to offer.
+    pub versions: Vec<u16>,
+    /// The one-time token, if the source demands one.
+    pub token: Option<Secret>,
+}
+
+/// A source that welcomed us.
+#[derive(Debug)]
+pub struct Source {
+    /// Drives the fault connection and everything that resolves faults.
+    pub fault_thread: IoThread,
+    /// Drives the bulk connection and what it brings.
+    pub bulk_thread: IoThread,
+    /// The control stream.
+    pub control: Control<ToDestination>,
+    /// What the source said.
+    pub welcome: Welcome,
+    /// The bulk connection.
+    pub bulk: Connection,
+    bulk_stream: Option<(SendStream, RecvStream)>,
+}
+
+/// Connects, says hello and opens the bulk connection.
+pub async fn connect(plan: &ConnectPlan) -> Result<Source, SessionError> {
+    let internal = |error: std::io::Error| fail(Failure::Internal, &error);
+    let fault_thread = IoThread::start("fault", Priority::Urgent).map_err(internal)?;
+    let urgent_granted = fault_thread.granted();
+    let bulk_thread =
+        IoThread::start("bulk", Priority::Background { urgent_granted }).map_err(internal)?;
+    let fault = open(&fault_thread, plan, plan.source, Role::Fault).await?;
+    let (send, recv) = fault.open_bi().await.map_err(|error| {
+        let error = QuicError::from_connection(plan.source, &error);
+        fail(failure_of(&error), &error)
+    })?;
+    let mut control = Control::new(fault, send, recv);
+    let welcome = say_hello(plan, &mut control).await?;
+    let bulk_address = SocketAddr::new(plan.source.ip(), welcome.bulk_port);
+    let bulk = open(&bulk_thread, plan, bulk_address, Role::Bulk).await?;
+    let bulk_stream = open_bulk_stream(&bulk, &welcome)
+        .await
+        .map_err(|error| fail(Failure::Connection, &error))?;
+    Ok(Source {
+        fault_thread,
+        bulk_thread,
+        control,
+        welcome,
+        bulk,
+        bulk_stream: Some(bulk_stream),
+    })
+}
+
+async fn open(
+    thread: &IoThread,
+    plan: &ConnectPlan,
+    address: SocketAddr,
+    role: Role,
+) -> Result<Connection, SessionError> {
+    let plan = plan.clone();
+    let connecting = thread.handle().spawn(async move {
+        let endpoint =
+            quic::bind_client(address, None, &plan.identity, &plan.trust, role, plan.path)?;
+        quic::connect(&endpoint, address).await
+    });
+    match connecting.await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(error)) => Err(fail(failure_of(&error), &error)),
+        Err(error) => Err(fail(Failure::Internal, &error)),
+    }
+}
+
+async fn say_hello(
+    plan: &ConnectPlan,
+    control: &mut Control<ToDestination>,
+) -> Result<Welcome, SessionError> {
+    let hello = ToSource::Hello(Hello {
+        versions: plan.versions.clone(),
+        token: plan.token.clone(),
+        host: host::name(),
+    });
+    let exchange = async {
+        control.send(&hello).await?;
+        control.next().await
+    };
+    // The source answers one destination after the other; a busy one keeps us waiting this long.
+    match timeout(3 * HANDSHAKE_TIMEOUT, exchange).await {
+        Ok(Ok(ToDestination::Welcome(welcome))) => Ok(welcome),
+        Ok(Ok(ToDestination::Abort(abort))) => {
+            let text = format!("source host {} refuses: {}", abort.host, abort.text);
+            Err(fail(Failure::Refused, &text))
+        }
+        Ok(Ok(_)) => Err(fail(
+            Failure::Peer,
+            &"the source does not begin with a welcome",
+        )),
+        Ok(Err(common::control::ControlError::Connection(error))) => {
+            Err(fail(failure_of(&error), &error))
+        }
+        Ok(Err(error)) => Err(fail(Failure::Peer, &error)),
+        Err(_) => Err(fail(
+            Failure::Connection,
+            &"the source does not answer; is it serving another destination?",
+        )),
+    }
+}
+
+async fn open_bulk_stream(
+    bulk: &Connection,
+    welcome: &Welcome,
+) -> Result<(SendStream, RecvStream), String> {
+    let (mut send, recv) = bulk.open_bi().await.map_err(|error| error.to_string())?;
+    let hello = BulkHello {
+        session: welcome.session,
+        secret: welcome.secret.clone(),
+    };
+    stream::send(&mut send, &hello)
+        .await
+        .map_err(|error| error.to_string())?;
+    Ok((send, recv))
+}
+
+fn failure_of(error: &QuicError) -> Failure {
+    match error {
+        QuicError::Refused { .. } => Failure::Refused,
+        QuicError::Tls(_) => Failure::Identity,
+        QuicError::BadMtu { .. } => Failure::BadInput,
+        _ => Failure::Connection,
+    }
+}
+
+fn fail(failure: Failure, error: &dyn std::fmt::Display) -> SessionError {
+    SessionError::new(failure, State::Hello, error)
+}
+
+impl Source {
+    /// The bulk stream, once: our credit's direction and the source's data.
+    pub fn take_bulk_stream(&mut self) -> Option<(SendStream, RecvStream)> {
+        self.bulk_stream.take()
+    }
+
+    /// Time a packet needs to the source and back, as the fault connection sees it.
+    pub fn round_trip(&self) -> Duration {
+        self.control.connection().rtt()
+    }
+}

@@ -1,0 +1,72 @@
+//! Notices the end of restored processes: userfaultfd does not report it.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::unistd::Pid;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::memory::{MemberKey, Memory};
+
+/// Tells `memory` when `pid` has ended. Runs on the current runtime.
+pub fn watch(pid: Pid, key: MemberKey, memory: Arc<Memory>) {
+    tokio::spawn(async move {
+        match ended(pid).await {
+            Ok(()) => {
+                tracing::debug!(%pid, "ended");
+                memory.exited(key);
+            }
+            // The process is then found out when a page is installed in it.
+            Err(error) => tracing::warn!(%pid, %error, "cannot watch a process for its end"),
+        }
+    });
+}
+
+async fn ended(pid: Pid) -> io::Result<()> {
+    let fd = match pidfd_open(pid) {
+        Err(Errno::ESRCH) => return Ok(()),
+        opened => opened?,
+    };
+    // SAFETY: the descriptor is owned and goes into the `AsyncFd`.
+    let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }
+        .map_err(|error| io::Error::other(error.to_string()))?;
+    // A pidfd is readable once its process has ended (pidfd_open(2)).
+    fd.readable().await.map(drop)
+}
+
+fn pidfd_open(pid: Pid) -> Result<OwnedFd, Errno> {
+    // SAFETY: the call takes two numbers and returns a new descriptor or -1.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+    let fd = Errno::result(fd)?;
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn an_end_is_noticed() {
+        let mut child = Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .expect("cat runs");
+        let pid = Pid::from_raw(child.id() as i32);
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime")
+            .block_on(async {
+                let end = tokio::spawn(ended(pid));
+                drop(child.stdin.take());
+                end.await.expect("not cancelled").expect("watched");
+            });
+        child.wait().expect("our child");
+    }
+}

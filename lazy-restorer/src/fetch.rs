@@ -1,0 +1,130 @@
+//! Demand: faults out, pages in. All of it runs on the fault thread.
+
+use std::sync::Arc;
+
+use common::limits::MAX_FRAME_PAGES;
+use common::page::page_in_buffer;
+use common::proto::ProtoError;
+use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
+use common::proto::pages::{DATA_HEADER_BYTES, DemandReply};
+use quinn::{ReadError, ReadExactError, RecvStream, SendStream, WriteError};
+use tokio::sync::mpsc;
+
+use crate::memory::{Arrival, MemberKey, Memory, MemoryError, Order};
+use crate::uffd::UserFault;
+
+/// Requests written with one call.
+const BATCH: usize = 64;
+
+/// Why memory stops moving.
+#[derive(Debug, thiserror::Error)]
+pub enum TransferError {
+    /// The connection broke; the control stream says of what.
+    #[error("the connection broke")]
+    Link,
+    /// The source broke the protocol.
+    #[error("the source broke the protocol: {0}")]
+    Proto(#[from] ProtoError),
+    /// Memory cannot be changed.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A descriptor cannot be watched.
+    #[error("cannot watch for page faults: {0}")]
+    Watch(std::io::Error),
+}
+
+impl From<ReadExactError> for TransferError {
+    fn from(_: ReadExactError) -> Self {
+        TransferError::Link
+    }
+}
+
+impl From<ReadError> for TransferError {
+    fn from(_: ReadError) -> Self {
+        TransferError::Link
+    }
+}
+
+impl From<WriteError> for TransferError {
+    fn from(_: WriteError) -> Self {
+        TransferError::Link
+    }
+}
+
+/// Carries out the memory's orders: watches descriptors and sends requests, many with one write.
+pub async fn carry_out(
+    mut orders: mpsc::UnboundedReceiver<Order>,
+    mut requests: SendStream,
+    memory: Arc<Memory>,
+    failures: mpsc::Sender<TransferError>,
+) -> Result<(), TransferError> {
+    let mut batch = Vec::with_capacity(BATCH);
+    let mut bytes = Vec::with_capacity(BATCH * DEMAND_FRAME_BYTES);
+    while orders.recv_many(&mut batch, BATCH).await > 0 {
+        for order in batch.drain(..) {
+            match order {
+                Order::Demand(frame) => bytes.extend_from_slice(&DemandFrame::encode(frame)),
+                Order::Watch(key, uffd) => {
+                    let watch = watch(key, uffd, memory.clone());
+                    report(watch, failures.clone());
+                }
+            }
+        }
+        if !bytes.is_empty() {
+            requests.write_all(&bytes).await?;
+            bytes.clear();
+        }
+    }
+    Ok(())
+}
+
+/// Runs a task here and reports its failure.
+fn report(
+    task: impl Future<Output = Result<(), TransferError>> + Send + 'static,
+    failures: mpsc::Sender<TransferError>,
+) {
+    tokio::spawn(async move {
+        if let Err(error) = task.await {
+            // Nobody listens when the session has ended.
+            let _ = failures.send(error).await;
+        }
+    });
+}
+
+/// Handles a descriptor's events as they come.
+async fn watch(
+    key: MemberKey,
+    uffd: Arc<UserFault>,
+    memory: Arc<Memory>,
+) -> Result<(), TransferError> {
+    let uffd = UserFault::watched(uffd).map_err(TransferError::Watch)?;
+    loop {
+        let mut ready = uffd.readable().await.map_err(TransferError::Watch)?;
+        // Cleared first: what comes while we drain wakes us again.
+        ready.clear_ready();
+        if !memory.drain(key)? {
+            return Ok(());
+        }
+    }
+}
+
+/// Takes in the source's answers.
+pub async fn take_in(mut replies: RecvStream, memory: Arc<Memory>) -> Result<(), TransferError> {
+    let mut header = [0; DATA_HEADER_BYTES];
+    let mut payload = vec![0; page_in_buffer(MAX_FRAME_PAGES).start];
+    loop {
+        match replies.read_exact(&mut header).await {
+            Ok(()) => {}
+            Err(ReadExactError::FinishedEarly(0)) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        match DemandReply::decode(&header)? {
+            DemandReply::Data(data) => {
+                let payload = &mut payload[..data.payload as usize];
+                replies.read_exact(payload).await?;
+                memory.receive(&data, payload, Arrival::Demanded)?;
+            }
+            DemandReply::Withheld(pid, pages) => memory.withheld(pid, pages)?,
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! CRIU's action script on the destination: this very program, in another role.
+//!
+//! At `post-restore` all tasks are rebuilt and none has run: the script asks `lazy-restorer` and holds CRIU until the
+//! source has given the workload away. A refusal, or `lazy-restorer`'s death, makes CRIU kill the tasks. At
+//! `post-resume` the tasks run, and the script says so.
+
+use std::env;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixListener;
+use tokio::sync::mpsc;
+
+/// Names the socket of the waiting `lazy-restorer`; set for CRIU and inherited by its scripts.
+pub const SOCKET_VARIABLE: &str = "POSTCOPY_GATE_SOCKET";
+/// Set by CRIU: what the script is called for.
+const ACTION_VARIABLE: &str = "CRTOOLS_SCRIPT_ACTION";
+
+/// The script's word: the tasks wait.
+const ARMED: u8 = b'A';
+/// The script's word: the tasks run.
+const RESUMED: u8 = b'R';
+/// Our word: let them run.
+const GO: u8 = b'G';
+
+/// Runs as CRIU's script when called as one.
+pub fn run_if_called() -> Option<ExitCode> {
+    let action = env::var_os(ACTION_VARIABLE)?;
+    let socket = PathBuf::from(env::var_os(SOCKET_VARIABLE)?);
+    let passed = match action.to_str() {
+        Some("post-restore") => ask(&socket),
+        Some("post-resume") => tell_resumed(&socket).map(|()| true),
+        _ => Ok(true),
+    };
+    Some(match passed {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) | Err(_) => ExitCode::FAILURE,
+    })
+}
+
+/// Waits until the tasks may run; false when they must not.
+fn ask(socket: &Path) -> io::Result<bool> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.write_all(&[ARMED])?;
+    let mut answer = [0];
+    let length = stream.read(&mut answer)?;
+    Ok(length == 1 && answer[0] == GO)
+}
+
+fn tell_resumed(socket: &Path) -> io::Result<()> {
+    UnixStream::connect(socket)?.write_all(&[RESUMED])
+}
+
+/// `lazy-restorer`'s end.
+#[derive(Debug)]
+pub struct Gate {
+    calls: mpsc::Receiver<Call>,
+}
+
+/// What CRIU's script says.
+#[derive(Debug)]
+pub enum Call {
+    /// All tasks are rebuilt and wait.
+    Armed(Held),
+    /// The tasks run.
+    Resumed,
+}
+
+/// CRIU, held with all tasks rebuilt. Dropping it makes CRIU kill them.
+#[derive(Debug)]
+pub struct Held {
+    stream: tokio::net::UnixStream,
+}
+
+impl Gate {
+    /// Binds the socket and listens on the current runtime.
+    pub fn bind(socket: &Path) -> io::Result<Self> {
+        let listener = UnixListener::bind(socket)?;
+        let (send, calls) = mpsc::channel(1);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                if let Some(call) = understand(stream).await
+                    && send.send(call).await.is_err()
+                {
+                    return;
+                }
+            }
+        });
+        Ok(Gate { calls })
+    }
+
+    /// The script's next call. May be cancelled without loss.
+    pub async fn next(&mut self) -> Option<Call> {
+        self.calls.recv().await
+    }
+}
+
+async fn understand(mut stream: tokio::net::UnixStream) -> Option<Call> {
+    match stream.read_u8().await {
+        Ok(ARMED) => Some(Call::Armed(Held { stream })),
+        Ok(RESUMED) => Some(Call::Resumed),
+        said => {
+            tracing::warn!(?said, "CRIU's script says something else");
+            None
+        }
+    }
+}
+
+impl Held {
+    /// Lets the tasks run.
+    pub async fn open(mut self) -> io::Result<()> {
+        self.stream.write_all(&[GO]).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    fn with_gate<T>(script: fn(&Path) -> T, ours: impl AsyncFnOnce(Gate)) -> T
+    where
+        T: Send + 'static,
+    {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("gate");
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime")
+            .block_on(async {
+                let gate = Gate::bind(&path).expect("bound");
+                let thread = thread::spawn(move || script(&path));
+                ours(gate).await;
+                thread.join().expect("the script ends")
+            })
+    }
+
+    #[test]
+    fn the_tasks_run_only_when_told() {
+        let passed = with_gate(ask, async |mut gate: Gate| {
+            let Some(Call::Armed(held)) = gate.next().await else {
+                panic!("not armed");
+            };
+            held.open().await.expect("the script waits");
+        });
+        assert!(passed.expect("connected"));
+    }
+
+    #[test]
+    fn silence_means_no() {
+        let passed = with_gate(ask, async |mut gate: Gate| {
+            drop(gate.next().await);
+        });
+        assert!(!passed.expect("connected"));
+    }
+
+    #[test]
+    fn the_resume_is_told() {
+        let told = with_gate(tell_resumed, async |mut gate: Gate| {
+            assert!(matches!(gate.next().await, Some(Call::Resumed)));
+        });
+        told.expect("connected");
+    }
+}

@@ -1,0 +1,96 @@
+//! The record of one migration as the destination saw it (`--json`).
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use common::exit::SessionError;
+use common::record::Phase;
+use serde::Serialize;
+
+use crate::blocktime::LatencySummary;
+use crate::memory::{Memory, PageCounts};
+
+/// One JSON object per migration.
+#[derive(Debug, Serialize)]
+pub struct Record {
+    /// Always `lazy-restorer`.
+    pub role: &'static str,
+    /// The session's name.
+    pub session: String,
+    /// `complete`, or how the migration ended.
+    pub outcome: String,
+    /// What failed.
+    pub error: Option<String>,
+    /// Phases that ended, in order.
+    pub phases: Vec<Phase>,
+    /// When CRIU said that the tasks run.
+    pub resumed_at_unix_us: u64,
+    /// What faults cost.
+    pub faults: Faults,
+    /// What came.
+    pub pages: PageCounts,
+    /// Length of the migration.
+    pub total_us: u64,
+}
+
+/// Page faults of the workload.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Faults {
+    /// Answered by the source.
+    pub remote: u64,
+    /// On pages without content, answered here.
+    pub zero: u64,
+    /// From reading the fault to the page being in place.
+    pub latency_us: LatencySummary,
+}
+
+impl Default for Record {
+    fn default() -> Self {
+        Record {
+            role: "lazy-restorer",
+            session: String::new(),
+            outcome: String::new(),
+            error: None,
+            phases: Vec::new(),
+            resumed_at_unix_us: 0,
+            faults: Faults::default(),
+            pages: PageCounts::default(),
+            total_us: 0,
+        }
+    }
+}
+
+impl Record {
+    /// Notes what the memory counted.
+    pub fn count(&mut self, memory: &Memory) {
+        let blocktime = memory.blocktime();
+        self.pages = memory.counts();
+        self.faults = Faults {
+            remote: blocktime.count(),
+            zero: memory.zero_faults(),
+            latency_us: blocktime.summary(),
+        };
+    }
+
+    /// Notes how the migration ended.
+    pub fn conclude(&mut self, result: &Result<(), SessionError>) {
+        match result {
+            Ok(()) => self.outcome = String::from("complete"),
+            Err(error) => {
+                self.outcome = String::from(match error.state.source_may_thaw() {
+                    true => "aborted",
+                    false => "lost",
+                });
+                self.error = Some(error.to_string());
+            }
+        }
+    }
+
+    /// Writes the record as one line.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        let mut line = serde_json::to_string(self)?;
+        line.push('\n');
+        fs::write(path, line)
+    }
+}

@@ -1,0 +1,235 @@
+//! Restoring by `criu restore --lazy-pages`, in this host's PID namespace or in one of its own.
+
+use std::env;
+use std::ffi::OsString;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use common::criu::{Criu, quote_errors};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use procfs::process::all_processes;
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
+
+use crate::gate::SOCKET_VARIABLE;
+use crate::nursery::{EXIT_LINE, INIT_LINE};
+
+/// How to restore.
+#[derive(Clone, Debug)]
+pub struct RestorePlan {
+    /// The CRIU to use.
+    pub criu: Criu,
+    /// Directory of this migration.
+    pub directory: PathBuf,
+    /// More arguments for `criu restore`.
+    pub criu_args: Vec<String>,
+    /// Established TCP connections move too.
+    pub tcp_established: bool,
+    /// The workload belongs to a shell's session.
+    pub shell_job: bool,
+    /// Restore into a PID namespace of its own.
+    pub pid_namespace: bool,
+}
+
+/// Why the workload could not be restored. Nothing of it is left here.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// CRIU cannot be started.
+    #[error("cannot start CRIU: {0}")]
+    Start(#[from] io::Error),
+    /// CRIU failed.
+    #[error("CRIU could not restore the workload ({status}): {log}")]
+    Restore {
+        /// How it ended.
+        status: String,
+        /// Its error lines.
+        log: String,
+    },
+}
+
+/// A CRIU that is restoring.
+#[derive(Debug)]
+pub struct Restore {
+    child: Child,
+    nursery: Option<Nursery>,
+    log: PathBuf,
+}
+
+/// The namespace's init and its reports.
+#[derive(Debug)]
+struct Nursery {
+    init: Pid,
+    reports: Lines<BufReader<ChildStdout>>,
+}
+
+impl RestorePlan {
+    /// Where the images are.
+    pub fn images(&self) -> PathBuf {
+        self.directory.join("images")
+    }
+
+    /// Where CRIU writes its log and looks for the lazy-pages socket.
+    pub fn work(&self) -> PathBuf {
+        self.directory.join("work")
+    }
+
+    /// Where the gate's socket is.
+    pub fn gate(&self) -> PathBuf {
+        self.directory.join("gate")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.work().join("restore.log")
+    }
+
+    fn arguments(&self, script: &Path) -> Vec<OsString> {
+        let mut arguments = self.criu.command("restore", &self.log());
+        let options: [(&str, &Path); 3] = [
+            ("--images-dir", &self.images()),
+            ("--work-dir", &self.work()),
+            ("--action-script", script),
+        ];
+        for (name, value) in options {
+            arguments.push(name.into());
+            arguments.push(value.into());
+        }
+        arguments.extend(["--lazy-pages", "--restore-detached"].map(OsString::from));
+        if self.tcp_established {
+            arguments.push("--tcp-established".into());
+        }
+        if self.shell_job {
+            arguments.push("--shell-job".into());
+        }
+        arguments.extend(self.criu_args.iter().map(OsString::from));
+        arguments
+    }
+
+    /// Starts CRIU. It needs the lazy-pages socket and the gate to be there.
+    pub async fn start(&self) -> Result<Restore, RestoreError> {
+        let ourselves = env::current_exe()?;
+        let mut command = if self.pid_namespace {
+            let mut command = Command::new(&ourselves);
+            command.args(["nursery", "--"]).arg(self.criu.program());
+            command.stdout(Stdio::piped());
+            command
+        } else {
+            let mut command = Command::new(self.criu.program());
+            command.stdout(Stdio::null());
+            command
+        };
+        let mut child = command
+            .args(self.arguments(&ourselves))
+            .env(SOCKET_VARIABLE, self.gate())
+            .stdin(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        let nursery = match child.stdout.take() {
+            Some(stdout) => Some(Nursery::open(stdout).await?),
+            None => None,
+        };
+        Ok(Restore {
+            child,
+            nursery,
+            log: self.log(),
+        })
+    }
+}
+
+impl Nursery {
+    async fn open(stdout: ChildStdout) -> Result<Self, RestoreError> {
+        let mut reports = BufReader::new(stdout).lines();
+        let init = next_report(&mut reports, INIT_LINE).await?;
+        let init = init.ok_or_else(|| RestoreError::Restore {
+            status: String::from("no init"),
+            log: String::from("the PID namespace could not be made"),
+        })?;
+        Ok(Nursery {
+            init: Pid::from_raw(init),
+            reports,
+        })
+    }
+}
+
+async fn next_report(
+    reports: &mut Lines<BufReader<ChildStdout>>,
+    prefix: &str,
+) -> io::Result<Option<i32>> {
+    while let Some(line) = reports.next_line().await? {
+        if let Some(value) = line.strip_prefix(prefix) {
+            return Ok(value.parse().ok());
+        }
+    }
+    Ok(None)
+}
+
+impl Restore {
+    /// Waits until CRIU has ended; an error when it failed. May be cancelled.
+    pub async fn finished(&mut self) -> Result<(), RestoreError> {
+        let status = match &mut self.nursery {
+            None => {
+                let status = self.child.wait().await?;
+                if status.success() {
+                    return Ok(());
+                }
+                status.to_string()
+            }
+            Some(nursery) => match next_report(&mut nursery.reports, EXIT_LINE).await? {
+                Some(0) => return Ok(()),
+                Some(code) => format!("exit status: {code}"),
+                None => String::from("the namespace's init is gone"),
+            },
+        };
+        Err(RestoreError::Restore {
+            status,
+            log: quote_errors(&self.log),
+        })
+    }
+
+    /// Kills CRIU and everything it restored, and waits for the end of it.
+    pub async fn abort(mut self) {
+        if let Some(nursery) = &self.nursery {
+            kill_quietly(nursery.init);
+        } else if let Some(criu) = self.child.id() {
+            kill_tree(Pid::from_raw(criu as i32));
+        }
+        if let Err(error) = self.child.wait().await {
+            tracing::warn!(%error, "waiting for CRIU");
+        }
+        if let Some(mut nursery) = self.nursery {
+            // The pipe ends when init and with it the whole namespace is gone.
+            while let Ok(Some(_)) = nursery.reports.next_line().await {}
+        }
+    }
+}
+
+fn kill_quietly(pid: Pid) {
+    if let Err(error) = kill(pid, Signal::SIGKILL) {
+        tracing::debug!(%pid, %error, "kill");
+    }
+}
+
+/// Kills a process and its descendants, parents first so that none is born unseen.
+fn kill_tree(root: Pid) {
+    let mut family = vec![root];
+    let mut next = 0;
+    while let Some(pid) = family.get(next).copied() {
+        // A stopped parent cannot fork; its children are then all there are.
+        let _ = kill(pid, Signal::SIGSTOP);
+        family.extend(children(pid));
+        next += 1;
+    }
+    family.into_iter().for_each(kill_quietly);
+}
+
+fn children(parent: Pid) -> Vec<Pid> {
+    let stats = all_processes()
+        .into_iter()
+        .flatten()
+        .filter_map(|process| process.ok()?.stat().ok());
+    stats
+        .filter(|stat| stat.ppid == parent.as_raw())
+        .map(|stat| Pid::from_raw(stat.pid))
+        .collect()
+}

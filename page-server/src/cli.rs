@@ -1,0 +1,177 @@
+//! The command line of `page-server`.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+use common::criu::{CRIU_VARIABLE, Criu};
+use common::exit::{Failure, SessionError};
+use common::host::{self, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
+use common::identity::{Fingerprint, Identity, Trust};
+use common::proto::control::Secret;
+use common::quic::PathProfile;
+use common::session::State;
+use common::token;
+use nix::unistd::Pid;
+
+use crate::identity_command::IdentityCommand;
+use crate::listen::ListenPlan;
+use crate::session::ServePlan;
+use crate::workload::Workload;
+
+/// Source host of a post-copy migration: freezes a process tree and serves its memory to the host it moves to.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 110)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+    /// Log more; may be given several times (RUST_LOG overrides it)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make and show the identities by which hosts recognise each other
+    #[command(subcommand)]
+    Identity(IdentityCommand),
+    /// Move a running process tree to the host that asks for it
+    #[command(after_help = SERVE_HELP)]
+    Serve(Box<Serve>),
+}
+
+const SERVE_HELP: &str = "\
+The workload runs on until a destination has connected, was authenticated and has passed its checks. Whatever fails \
+before the cutover leaves it running here.
+
+Commands run by `sh -c` with POSTCOPY_PHASE, POSTCOPY_SESSION, POSTCOPY_PID and POSTCOPY_PEER in the environment.
+
+Example: move redis and its service address
+  page-server serve --pid $(pidof redis-server) --listen 10.0.0.1:7000 --identity /etc/postcopy \\
+      --tcp-established --on-frozen 'ip address del 10.0.0.100/24 dev eth0' \\
+      --on-thawed 'ip address add 10.0.0.100/24 dev eth0'";
+
+/// Options of `serve`.
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// PID of the workload's root process; its descendants move along
+    #[arg(long)]
+    pid: i32,
+    /// Address and UDP port to wait for the destination on
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: SocketAddr,
+    /// UDP port for bulk data at the same address [default: the port after --listen's]
+    #[arg(long, value_name = "PORT")]
+    bulk_port: Option<u16>,
+    /// Directory of this host's identity (`page-server identity init`)
+    #[arg(long, value_name = "DIR")]
+    identity: PathBuf,
+    /// Accept only a destination with this certificate fingerprint; may be given several times
+    #[arg(long, value_name = "SHA256")]
+    accept: Vec<Fingerprint>,
+    /// Write a one-time token to this file and require it of the destination
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Move established TCP connections too
+    #[arg(long)]
+    tcp_established: bool,
+    /// The workload belongs to a shell's session (its session leader is not part of it)
+    #[arg(long)]
+    shell_job: bool,
+    /// The CRIU to use [default: criu from the search path]
+    #[arg(long, value_name = "PATH", env = CRIU_VARIABLE)]
+    criu: Option<PathBuf>,
+    /// One more argument for `criu dump`; may be given several times
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    criu_arg: Vec<String>,
+    /// Command to run when the workload is frozen and its network locked: take its service address away here
+    #[arg(long, value_name = "CMD")]
+    on_frozen: Option<String>,
+    /// Command to run when the migration failed, before the workload runs on: put its service address back
+    #[arg(long, value_name = "CMD")]
+    on_thawed: Option<String>,
+    /// Directory for images, best on a tmpfs [default: /run, /dev/shm or /tmp, the first that is a tmpfs]
+    #[arg(long, value_name = "DIR")]
+    work_dir: Option<PathBuf>,
+    /// Largest UDP payload to send [default: found out by probing, up to 1452]
+    #[arg(long, value_name = "BYTES")]
+    mtu: Option<u16>,
+    /// Write a record of the migration to this file, as one JSON object
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+impl Serve {
+    /// Checks everything that can be checked before anyone connects.
+    pub fn plan(&self) -> Result<ServePlan, SessionError> {
+        let fail = |failure, error: &dyn std::fmt::Display| {
+            SessionError::new(failure, State::Hello, error)
+        };
+        check_privileges()?;
+        let workload = Workload::find(Pid::from_raw(self.pid))
+            .map_err(|error| fail(Failure::BadInput, &error))?;
+        let identity =
+            Identity::load(&self.identity).map_err(|error| fail(Failure::Identity, &error))?;
+        let criu =
+            Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
+        let token = self.token_file.as_deref().map(new_token).transpose()?;
+        Ok(ServePlan {
+            workload,
+            listen: ListenPlan {
+                fault: self.listen,
+                bulk: SocketAddr::new(self.listen.ip(), self.bulk_port()),
+                identity,
+                trust: trust(&self.accept),
+                path: PathProfile { mtu: self.mtu },
+            },
+            criu,
+            criu_args: self.criu_arg.clone(),
+            tcp_established: self.tcp_established,
+            shell_job: self.shell_job,
+            token,
+            work_dir: self.work_dir.clone(),
+            on_frozen: self.on_frozen.clone(),
+            on_thawed: self.on_thawed.clone(),
+        })
+    }
+
+    fn bulk_port(&self) -> u16 {
+        // Port 0 asks the system for any port, for bulk as well; so does the port after the last one.
+        let next = match self.listen.port() {
+            0 => 0,
+            port => port.wrapping_add(1),
+        };
+        self.bulk_port.unwrap_or(next)
+    }
+}
+
+fn trust(fingerprints: &[Fingerprint]) -> Trust {
+    if fingerprints.is_empty() {
+        Trust::Ca
+    } else {
+        Trust::Fingerprints(fingerprints.to_vec())
+    }
+}
+
+fn new_token(path: &Path) -> Result<Secret, SessionError> {
+    token::create(path).map_err(|error| SessionError::new(Failure::BadInput, State::Hello, error))
+}
+
+/// Freezing needs what CRIU needs; better said before anyone connects.
+fn check_privileges() -> Result<(), SessionError> {
+    let missing: Vec<&str> = [
+        (CAP_SYS_ADMIN, "CAP_SYS_ADMIN"),
+        (CAP_SYS_PTRACE, "CAP_SYS_PTRACE"),
+    ]
+    .into_iter()
+    .filter(|(number, _)| !host::has_capability(*number))
+    .map(|(_, name)| name)
+    .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let text = format!("{} missing: run page-server as root", missing.join(" and "));
+    Err(SessionError::new(Failure::NotPermitted, State::Hello, text))
+}

@@ -1,0 +1,215 @@
+//! The destination as the source sees it: admitted, spoken to, served.
+
+use std::sync::Arc;
+
+use common::control::{Control, ControlError};
+use common::exit::{Failure, SessionError};
+use common::host;
+use common::limits::HANDSHAKE_TIMEOUT;
+use common::proto::control::{Abort, Hello, Secret, SessionId, ToDestination, ToSource, Welcome};
+use common::proto::version;
+use common::session::State;
+use quinn::{Connection, RecvStream, SendStream};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::book::Book;
+use crate::listen::{Listen, accept_bulk};
+use crate::memory::PageSource;
+use crate::serve::{ServeError, serve};
+
+/// A destination that was welcomed.
+#[derive(Debug)]
+pub struct Destination {
+    /// Its control stream.
+    pub control: Control<ToSource>,
+    /// Its host's name.
+    pub host: String,
+    /// Its bulk connection.
+    pub bulk: Connection,
+    push: Option<SendStream>,
+    credits: Option<RecvStream>,
+}
+
+/// Waits for a destination that speaks our protocol and knows the token; strangers are turned away and logged.
+pub async fn admit(
+    listen: &mut Listen,
+    session: SessionId,
+    token: Option<&Secret>,
+) -> Result<Destination, SessionError> {
+    loop {
+        let gone = || SessionError::new(Failure::Internal, State::Hello, "the listener ended");
+        let connection = listen.fault.next().await.ok_or_else(gone)?;
+        let peer = connection.remote_address();
+        match welcome(listen, connection, session, token).await {
+            Ok(destination) => return Ok(destination),
+            Err(reason) => tracing::warn!(%peer, reason, "refused a destination"),
+        }
+    }
+}
+
+async fn welcome(
+    listen: &mut Listen,
+    connection: Connection,
+    session: SessionId,
+    token: Option<&Secret>,
+) -> Result<Destination, String> {
+    let mut control = open_control(&connection).await?;
+    let hello = match timeout(HANDSHAKE_TIMEOUT, control.next()).await {
+        Ok(Ok(ToSource::Hello(hello))) => hello,
+        Ok(Ok(_)) => return Err(String::from("it does not begin with a hello")),
+        Ok(Err(error)) => return Err(error.to_string()),
+        Err(_) => return Err(String::from("it says nothing")),
+    };
+    let version = match check(&hello, token) {
+        Ok(version) => version,
+        Err(text) => {
+            refuse(control, &text).await;
+            return Err(text);
+        }
+    };
+    let secret = Secret::random().map_err(|error| error.to_string())?;
+    let welcome = ToDestination::Welcome(Welcome {
+        version,
+        session,
+        secret: secret.clone(),
+        bulk_port: listen.bulk.address().port(),
+        host: host::name(),
+    });
+    control
+        .send(&welcome)
+        .await
+        .map_err(|error| error.to_string())?;
+    let bulk = timeout(
+        HANDSHAKE_TIMEOUT,
+        accept_bulk(&mut listen.bulk, session, &secret),
+    );
+    let (bulk, push, credits) = match bulk.await {
+        Ok(Some(bulk)) => bulk,
+        _ => {
+            let text = String::from("its bulk connection did not come; is that UDP port open?");
+            refuse(control, &text).await;
+            return Err(text);
+        }
+    };
+    Ok(Destination {
+        control,
+        host: hello.host,
+        bulk,
+        push: Some(push),
+        credits: Some(credits),
+    })
+}
+
+async fn open_control(connection: &Connection) -> Result<Control<ToSource>, String> {
+    match timeout(HANDSHAKE_TIMEOUT, connection.accept_bi()).await {
+        Ok(Ok((send, recv))) => Ok(Control::new(connection.clone(), send, recv)),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(String::from("it opens no control stream")),
+    }
+}
+
+fn check(hello: &Hello, token: Option<&Secret>) -> Result<u16, String> {
+    let version = version::select(&hello.versions).ok_or_else(|| {
+        format!(
+            "no common protocol version: the destination speaks {:?}, this source {:?}; run the same release on both hosts",
+            hello.versions,
+            version::SUPPORTED
+        )
+    })?;
+    let known = match (token, &hello.token) {
+        (None, _) => true,
+        (Some(token), Some(offered)) => token.matches(offered),
+        (Some(_), None) => false,
+    };
+    if !known {
+        return Err(String::from(
+            "the migration token is missing or wrong; give lazy-restorer the --token-file that page-server wrote",
+        ));
+    }
+    Ok(version)
+}
+
+async fn refuse(control: Control<ToSource>, text: &str) {
+    let abort = ToDestination::Abort(abort(State::Hello, text));
+    control.farewell(&abort).await;
+}
+
+/// What the source says when it gives up.
+pub fn abort(state: State, text: &str) -> Abort {
+    Abort {
+        host: host::name(),
+        state,
+        text: text.to_owned(),
+        copy_is_dead: false,
+    }
+}
+
+impl Destination {
+    /// Our direction of the bulk stream, once.
+    pub fn take_push(&mut self) -> Option<SendStream> {
+        self.push.take()
+    }
+
+    /// The destination's direction of the bulk stream, which carries its credit; once.
+    pub fn take_credits(&mut self) -> Option<RecvStream> {
+        self.credits.take()
+    }
+
+    /// Waits for the next message; a destination that gives up, or is lost, is an error of this phase.
+    pub async fn next(&mut self, state: State) -> Result<ToSource, SessionError> {
+        match self.control.next().await {
+            Ok(ToSource::Abort(abort)) => Err(self.gave_up(state, &abort)),
+            Ok(message) => Ok(message),
+            Err(error) => Err(lost(state, &error)),
+        }
+    }
+
+    /// The error for a destination that gave up.
+    pub fn gave_up(&self, state: State, abort: &Abort) -> SessionError {
+        let text = format!(
+            "destination host {} gave up in phase {}: {}",
+            abort.host, abort.state, abort.text
+        );
+        SessionError::new(Failure::Peer, state, text)
+    }
+
+    /// Sends a message.
+    pub async fn send(
+        &mut self,
+        state: State,
+        message: &ToDestination,
+    ) -> Result<(), SessionError> {
+        let sent = self.control.send(message).await;
+        sent.map_err(|error| lost(state, &error))
+    }
+
+    /// Serves the demand stream, on the fault thread, as soon as the destination opens it.
+    pub fn serve(
+        &self,
+        listen: &Listen,
+        source: Arc<dyn PageSource>,
+        book: Arc<Book>,
+    ) -> JoinHandle<Result<(), ServeError>> {
+        let connection = self.control.connection().clone();
+        listen.fault.thread.handle().spawn(async move {
+            // The connection's end is the control stream's to report.
+            let Ok((replies, requests)) = connection.accept_bi().await else {
+                return Ok(());
+            };
+            serve(replies, requests, source, book).await
+        })
+    }
+}
+
+/// The error for a destination that is gone.
+pub fn lost(state: State, error: &ControlError) -> SessionError {
+    let text = format!("lost the destination: {error}");
+    SessionError::new(Failure::Connection, state, text)
+}
+
+/// The error for a message that does not belong into this phase.
+pub fn unexpected(state: State, message: &ToSource) -> SessionError {
+    let text = format!("the destination broke the protocol: unexpected {message:?}");
+    SessionError::new(Failure::Peer, state, text)
+}

@@ -1,0 +1,406 @@
+//! One migration, from the source's side: the phases in order.
+//!
+//! Up to [`State::Listen`] every way out ends with the workload running here as before; from [`State::Cutover`] on
+//! nothing but the destination's word that its copy is dead does.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use common::criu::Criu;
+use common::exit::{Failure, SessionError};
+use common::host;
+use common::operator::{self, Facts};
+use common::proto::control::{Abort, Secret, SessionId, Tally, ToDestination, ToSource};
+use common::record::{Phases, unix_us};
+use common::session::{Event, Session, State};
+use common::stop::StopSignal;
+use tokio::task::JoinHandle;
+
+use crate::destination::{self, Destination, abort, unexpected};
+use crate::freeze::FreezePlan;
+use crate::frozen::FrozenWorkload;
+use crate::listen::{Listen, ListenPlan};
+use crate::push::{Push, PushError};
+use crate::report::{Record, WireBytes};
+use crate::serve::ServeError;
+use crate::workload::Workload;
+
+/// Everything the operator decided.
+#[derive(Clone, Debug)]
+pub struct ServePlan {
+    /// Whom to move.
+    pub workload: Workload,
+    /// How to listen.
+    pub listen: ListenPlan,
+    /// The CRIU to use.
+    pub criu: Criu,
+    /// More arguments for `criu dump`.
+    pub criu_args: Vec<String>,
+    /// Established TCP connections move too.
+    pub tcp_established: bool,
+    /// The workload belongs to a shell's session.
+    pub shell_job: bool,
+    /// One-time token that the destination must know.
+    pub token: Option<Secret>,
+    /// Where to put the migration's directory.
+    pub work_dir: Option<PathBuf>,
+    /// Command for when the workload is frozen and its skeleton complete.
+    pub on_frozen: Option<String>,
+    /// Command for a rollback, before the workload runs again.
+    pub on_thawed: Option<String>,
+}
+
+/// Performs one migration and fills `record` as far as it comes.
+pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionError> {
+    let at_start =
+        |failure, error: &dyn std::fmt::Display| SessionError::new(failure, State::Hello, error);
+    let stop = StopSignal::install().map_err(|error| at_start(Failure::Internal, &error))?;
+    let session = SessionId::random().map_err(|error| at_start(Failure::Internal, &error))?;
+    let mut listen =
+        Listen::open(&plan.listen).map_err(|error| at_start(Failure::BadInput, &error))?;
+    println!("listening on {}", listen.fault.address());
+    record.session = session.to_string();
+    let mut migration = Migration {
+        plan,
+        id: session,
+        session: Session::default(),
+        phases: Phases::start(State::Hello),
+        stop,
+        record,
+    };
+    let result = migration.perform(&mut listen).await;
+    migration.record.phases = migration.phases.done().to_vec();
+    migration.record.total_us = migration.phases.total_us();
+    migration.record.conclude(&result);
+    result
+}
+
+struct Migration<'a> {
+    plan: &'a ServePlan,
+    id: SessionId,
+    session: Session,
+    phases: Phases,
+    stop: StopSignal,
+    record: &'a mut Record,
+}
+
+/// Tasks that move memory while the session's messages are exchanged.
+struct Transfer {
+    demand: JoinHandle<Result<(), ServeError>>,
+    push: JoinHandle<Result<(), PushError>>,
+}
+
+impl Migration<'_> {
+    async fn perform(&mut self, listen: &mut Listen) -> Result<(), SessionError> {
+        let mut destination = self.hello(listen).await?;
+        self.advance(Event::Welcomed)?;
+        let result = self.migrate(listen, &mut destination).await;
+        self.record.wire_bytes = WireBytes::of(destination.control.connection(), &destination.bulk);
+        match &result {
+            Err(error) if error.failure != Failure::Peer => {
+                let abort = abort(error.state, &error.text);
+                destination
+                    .control
+                    .farewell(&ToDestination::Abort(abort))
+                    .await;
+            }
+            _ => destination.control.close().await,
+        }
+        result
+    }
+
+    async fn migrate(
+        &mut self,
+        listen: &Listen,
+        destination: &mut Destination,
+    ) -> Result<(), SessionError> {
+        self.advise(destination).await?;
+        self.advance(Event::Ready)?;
+        let mut workload = self.freeze(destination).await?;
+        match self.hand_over(listen, destination, &mut workload).await {
+            Ok(transfer) => self.postcopy(destination, workload, transfer).await,
+            Err(error) => {
+                self.roll_back(workload, destination).await;
+                Err(error)
+            }
+        }
+    }
+
+    fn state(&self) -> State {
+        self.session.state()
+    }
+
+    fn advance(&mut self, event: Event) -> Result<(), SessionError> {
+        let next = self
+            .session
+            .apply(event)
+            .map_err(|error| self.fail(Failure::Internal, error))?;
+        self.phases.enter(next);
+        Ok(())
+    }
+
+    fn fail(&self, failure: Failure, text: impl std::fmt::Display) -> SessionError {
+        SessionError::new(failure, self.state(), text)
+    }
+
+    fn facts(&self, destination: &Destination) -> Facts {
+        Facts {
+            session: self.id,
+            pid: self.plan.workload.root().as_raw().unsigned_abs(),
+            peer: destination.control.peer().to_string(),
+        }
+    }
+
+    async fn hello(&mut self, listen: &mut Listen) -> Result<Destination, SessionError> {
+        let admitted = destination::admit(listen, self.id, self.plan.token.as_ref());
+        tokio::select! {
+            destination = admitted => destination,
+            name = self.stop.wait() => Err(interrupted(State::Hello, name)),
+        }
+    }
+
+    /// The next message, unless the operator stops us first.
+    async fn next(&mut self, destination: &mut Destination) -> Result<ToSource, SessionError> {
+        let state = self.state();
+        tokio::select! {
+            message = destination.next(state) => message,
+            name = self.stop.wait() => Err(interrupted(state, name)),
+        }
+    }
+
+    async fn expect(
+        &mut self,
+        destination: &mut Destination,
+        expected: ToSource,
+    ) -> Result<(), SessionError> {
+        let message = self.next(destination).await?;
+        if message == expected {
+            return Ok(());
+        }
+        Err(unexpected(self.state(), &message))
+    }
+
+    async fn advise(&mut self, destination: &mut Destination) -> Result<(), SessionError> {
+        let facts = self.plan.workload.facts(
+            self.plan.criu.version(),
+            self.plan.tcp_established,
+            self.plan.shell_job,
+        );
+        let advise = ToDestination::Advise(facts);
+        destination.send(self.state(), &advise).await?;
+        self.expect(destination, ToSource::Ready).await
+    }
+
+    async fn freeze(
+        &mut self,
+        destination: &mut Destination,
+    ) -> Result<FrozenWorkload, SessionError> {
+        destination
+            .send(self.state(), &ToDestination::Freezing)
+            .await?;
+        let directory = host::staging_directory(self.plan.work_dir.as_deref())
+            .map_err(|error| self.fail(Failure::Freeze, format!("no place for images: {error}")))?;
+        let plan = FreezePlan {
+            criu: self.plan.criu.clone(),
+            workload: self.plan.workload.clone(),
+            directory: directory.path().to_owned(),
+            tcp_established: self.plan.tcp_established,
+            shell_job: self.plan.shell_job,
+            criu_args: self.plan.criu_args.clone(),
+            on_thawed: self.plan.on_thawed.clone(),
+        };
+        let workload = FrozenWorkload::take(plan, directory)
+            .await
+            .map_err(|error| self.fail(Failure::Freeze, error))?;
+        self.record.frozen_at_unix_us = unix_us(workload.frozen.frozen_at());
+        Ok(workload)
+    }
+
+    /// From the complete skeleton to the point of no return. Whatever fails here is rolled back.
+    async fn hand_over(
+        &mut self,
+        listen: &Listen,
+        destination: &mut Destination,
+        workload: &mut FrozenWorkload,
+    ) -> Result<Transfer, SessionError> {
+        self.advance(Event::Dumped)?;
+        let demand = destination.serve(listen, workload.source.clone(), workload.book.clone());
+        let push = self.send_skeleton(listen, destination, workload).await?;
+        self.expect(destination, ToSource::Staged).await?;
+        self.advance(Event::Staged)?;
+        let credits = destination.take_credits();
+        let push = listen.bulk.thread.handle().spawn(push.all(credits));
+        self.await_restore(destination, workload).await?;
+        self.advance(Event::CutoverAsked)?;
+        // Told to the hook before it is told to the destination: from here on our death must not thaw the workload.
+        let committed = workload.frozen.commit().await;
+        committed.map_err(|error| SessionError::new(Failure::Freeze, State::Listen, error))?;
+        Ok(Transfer { demand, push })
+    }
+
+    /// Sends the skeleton and the eager pages while the operator's command runs.
+    async fn send_skeleton(
+        &mut self,
+        listen: &Listen,
+        destination: &mut Destination,
+        workload: &FrozenWorkload,
+    ) -> Result<Push, SessionError> {
+        let state = self.state();
+        let failed =
+            |error: &dyn std::fmt::Display| SessionError::new(Failure::Freeze, state, error);
+        let stream = destination
+            .take_push()
+            .ok_or_else(|| failed(&"the bulk stream is in use"))?;
+        let push = Push::new(stream, workload.source.clone(), workload.book.clone());
+        let images = workload.images();
+        let sending = listen.bulk.thread.handle().spawn(async move {
+            let push = push.skeleton(&images).await?;
+            push.eager().await
+        });
+        let facts = self.facts(destination);
+        let on_frozen = operator::run("--on-frozen", self.plan.on_frozen.as_deref(), state, &facts);
+        on_frozen.await.map_err(|error| failed(&error))?;
+        destination.send(state, &ToDestination::Frozen).await?;
+        match sending.await {
+            Ok(Ok(push)) => Ok(push),
+            Ok(Err(error)) => Err(failed(&error)),
+            Err(error) => Err(failed(&error)),
+        }
+    }
+
+    /// Waits until the destination's tasks stand ready, as long as CRIU holds ours.
+    async fn await_restore(
+        &mut self,
+        destination: &mut Destination,
+        workload: &mut FrozenWorkload,
+    ) -> Result<(), SessionError> {
+        let state = self.state();
+        tokio::select! {
+            asked = self.expect(destination, ToSource::CutoverRequest) => asked,
+            error = workload.frozen.lost() => Err(SessionError::new(Failure::Freeze, state, error)),
+        }
+    }
+
+    async fn roll_back(&mut self, workload: FrozenWorkload, destination: &Destination) {
+        let facts = self.facts(destination);
+        let on_thawed = self.plan.on_thawed.as_deref();
+        if let Err(error) = operator::run("--on-thawed", on_thawed, State::Aborted, &facts).await {
+            tracing::error!(%error, "the workload is thawed nevertheless");
+        }
+        match workload.thaw().await {
+            Ok(()) => tracing::info!("the workload runs here as before"),
+            Err(error) => tracing::error!(%error, "thawing"),
+        }
+    }
+
+    /// The workload is given away: from here on only the destination decides.
+    async fn postcopy(
+        &mut self,
+        destination: &mut Destination,
+        workload: FrozenWorkload,
+        transfer: Transfer,
+    ) -> Result<(), SessionError> {
+        let granted = destination
+            .send(self.state(), &ToDestination::CutoverGranted)
+            .await;
+        if let Err(error) = granted {
+            return Err(self.pause(error).await);
+        }
+        self.advance(Event::CutoverGranted)?;
+        loop {
+            let message = tokio::select! {
+                message = destination.control.next() => message,
+                name = self.stop.wait() => {
+                    tracing::warn!("{name} ignored: the workload runs on the destination and needs this memory");
+                    continue;
+                }
+            };
+            match message {
+                Ok(ToSource::Resumed) => self.resumed(),
+                Ok(ToSource::Drained(tally)) => {
+                    return self.complete(destination, workload, &transfer, tally).await;
+                }
+                Ok(ToSource::Abort(abort)) if abort.copy_is_dead => {
+                    return Err(self.copy_died(workload, destination, &abort).await);
+                }
+                Ok(ToSource::Abort(abort)) => {
+                    let error = destination.gave_up(self.state(), &abort);
+                    return Err(self.pause(error).await);
+                }
+                Ok(message) => return Err(unexpected(self.state(), &message)),
+                Err(error) => {
+                    let error = destination::lost(self.state(), &error);
+                    return Err(self.pause(error).await);
+                }
+            }
+        }
+    }
+
+    fn resumed(&mut self) {
+        let now = unix_us(SystemTime::now());
+        self.record.resumed_at_unix_us = now;
+        self.record.cutover_us = now.saturating_sub(self.record.frozen_at_unix_us);
+    }
+
+    async fn copy_died(
+        &mut self,
+        workload: FrozenWorkload,
+        destination: &Destination,
+        abort: &Abort,
+    ) -> SessionError {
+        let error = destination.gave_up(self.state(), abort);
+        self.roll_back(workload, destination).await;
+        match self.advance(Event::CopyDead) {
+            Ok(()) => error,
+            Err(invalid) => invalid,
+        }
+    }
+
+    /// Holds the frozen workload until the operator comes: it may be running on the destination.
+    async fn pause(&mut self, error: SessionError) -> SessionError {
+        eprintln!(
+            "page-server: {error}; the destination may be running the workload, so it stays frozen here; \
+             stop this program with SIGKILL only after deciding which copy shall live"
+        );
+        if let Err(invalid) = self.advance(Event::LinkLost) {
+            return invalid;
+        }
+        loop {
+            self.stop.wait().await;
+            tracing::warn!("still holding the frozen workload");
+        }
+    }
+
+    async fn complete(
+        &mut self,
+        destination: &mut Destination,
+        workload: FrozenWorkload,
+        transfer: &Transfer,
+        theirs: Tally,
+    ) -> Result<(), SessionError> {
+        self.advance(Event::AllPresent)?;
+        let ours = workload.book.tally();
+        self.record.pages = workload.book.counts();
+        if ours != theirs || workload.book.owed() > 0 {
+            let text = format!(
+                "the ends disagree (source {ours:?}, destination {theirs:?}); the frozen original is kept"
+            );
+            let error = self.fail(Failure::Lost, text);
+            return Err(self.pause(error).await);
+        }
+        destination
+            .send(self.state(), &ToDestination::Complete)
+            .await?;
+        self.advance(Event::Agreed)?;
+        transfer.push.abort();
+        transfer.demand.abort();
+        workload
+            .release()
+            .await
+            .map_err(|error| self.fail(Failure::Internal, error))
+    }
+}
+
+fn interrupted(state: State, signal: &str) -> SessionError {
+    SessionError::new(Failure::Interrupted, state, format!("stopped by {signal}"))
+}
