@@ -1,0 +1,59 @@
+//! The workload of the comparison: redis with a heartbeat beside it, and its client.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::unistd::Pid;
+use tests::process::Process;
+use tests::pulse::{Pulse, monotonic_ns};
+use tests::redis_client::{ClientPlan, RedisClient};
+use tests::rig::Rig;
+use tests::wait::wait_until;
+use tests::{binaries, redis};
+
+/// How long the heartbeat may take to show a sign of life.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running tree: the heartbeat at its root, redis below.
+pub struct Workload {
+    process: Process,
+    pulse: &'static Pulse,
+    /// The client of redis.
+    pub client: RedisClient,
+}
+
+impl Workload {
+    /// Starts the tree on the source and its client, and returns when redis is filled.
+    pub fn start(rig: &Rig, plan: ClientPlan) -> Result<Self> {
+        let file: PathBuf = rig.folder().join("pulse");
+        let pulse = Pulse::map(&file)?;
+        let mut command = rig.source.command("setsid");
+        command.arg(binaries::program("pulse")?).arg(&file);
+        // The root of the tree has made the session already.
+        command.args(redis::arguments(&rig.make_folder("redis")?).iter().skip(1));
+        let process = Process::start_detached("pulse", &mut command)?;
+        let client = RedisClient::start(rig.client.namespace(), rig.service.port(redis::PORT), plan)?;
+        Ok(Self { process, pulse, client })
+    }
+
+    /// The root of the tree on the source.
+    pub fn pid(&self) -> Pid {
+        self.process.pid()
+    }
+
+    /// Forgets gaps of the time before, such as those while redis was filled.
+    pub fn forget_gaps(&self) -> Result<()> {
+        self.pulse.forget.store(1, Ordering::Relaxed);
+        wait_until(PATIENCE, "the heartbeat", || self.pulse.forget.load(Ordering::Relaxed) == 0)
+    }
+
+    /// The longest time without an instruction of the workload, once it has resumed.
+    pub fn longest_gap(&self) -> Result<Duration> {
+        let now = monotonic_ns();
+        let beats = || self.pulse.last_ns.load(Ordering::Relaxed) > now;
+        wait_until(PATIENCE, "the heartbeat after the move", beats).context("the workload does not run")?;
+        Ok(Duration::from_nanos(self.pulse.longest_gap_ns.load(Ordering::Relaxed)))
+    }
+}
