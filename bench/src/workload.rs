@@ -4,14 +4,14 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
 use tests::process::Process;
 use tests::pulse::{Pulse, monotonic_ns};
 use tests::redis_client::{ClientPlan, RedisClient};
 use tests::rig::Rig;
 use tests::wait::wait_until;
-use tests::{binaries, redis};
+use tests::{binaries, redis, shared_file};
 
 /// How long the heartbeat may take to show a sign of life.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -28,7 +28,7 @@ impl Workload {
     /// Starts the tree on the source and its client, and returns when redis is filled.
     pub fn start(rig: &Rig, plan: ClientPlan) -> Result<Self> {
         let file: PathBuf = rig.folder().join("pulse");
-        let pulse = Pulse::map(&file)?;
+        let pulse = shared_file::map(&file)?;
         let mut command = rig.source.command("setsid");
         command.arg(binaries::program("pulse")?).arg(&file);
         // The root of the tree has made the session already.
@@ -54,6 +54,8 @@ impl Workload {
         let now = monotonic_ns();
         let beats = || self.pulse.last_ns.load(Ordering::Relaxed) > now;
         wait_until(PATIENCE, "the heartbeat after the move", beats).context("the workload does not run")?;
+        let foreign = self.pulse.foreign_ticks.load(Ordering::Relaxed);
+        ensure!(foreign == 0, "two copies of the workload ran at the same time ({foreign} ticks of the other)");
         Ok(Duration::from_nanos(self.pulse.longest_gap_ns.load(Ordering::Relaxed)))
     }
 }

@@ -4,6 +4,7 @@
 //! The programs under test are found on disk and never linked, so the rig knows them only by their command line.
 
 pub mod binaries;
+pub mod board;
 pub mod client_times;
 pub mod criu_baseline;
 pub mod dataset;
@@ -20,6 +21,7 @@ pub mod redis_client;
 pub mod resp;
 pub mod rig;
 pub mod service;
+pub mod shared_file;
 pub mod shell;
 pub mod sysctl;
 pub mod task;

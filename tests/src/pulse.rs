@@ -1,18 +1,14 @@
-//! A page of counters in a file that several processes map: what a workload says of itself while it runs.
+//! A workload's heartbeat, on a page shared with whoever watches it.
 //!
-//! The page is shared and backed by a file, so it is there for the observer without a word between them, and CRIU
-//! maps it again by its path. Times are of `CLOCK_MONOTONIC`, which all processes of a machine share.
+//! Times are of `CLOCK_MONOTONIC`, which all processes of a machine share.
 
-use std::fs::OpenOptions;
-use std::num::NonZeroUsize;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::{Context, Result};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use nix::time::{ClockId, clock_gettime};
 
-/// Counters of a workload. Zero is the state before its first tick.
+use crate::shared_file::Counters;
+
+/// What is shared. Zero is the state before the first tick.
 #[derive(Debug, Default)]
 #[repr(C)]
 pub struct Pulse {
@@ -24,38 +20,50 @@ pub struct Pulse {
     pub longest_gap_ns: AtomicU64,
     /// When the longest gap began.
     pub longest_gap_from_ns: AtomicU64,
+    /// Ticks of a second copy of the workload. Anything but 0 means that two of them ran at some time.
+    pub foreign_ticks: AtomicU64,
     /// Set by the observer: forget the longest gap.
     pub forget: AtomicU64,
     /// Set by the observer: the workload is to end.
     pub stop: AtomicU64,
 }
 
-impl Pulse {
-    /// Maps the file at `path`, which is created when it is missing. It stays mapped to the end of the process.
-    pub fn map(path: &Path) -> Result<&'static Self> {
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
-        let file = file.with_context(|| format!("cannot open {}", path.display()))?;
-        let length = NonZeroUsize::new(size_of::<Self>()).context("a pulse has a size")?;
-        file.set_len(length.get() as u64).context("cannot size the pulse's file")?;
-        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
-        let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &file, 0) };
-        let address = address.context("cannot map the pulse's file")?;
-        // SAFETY: the mapping is as long as `Self`, page-aligned, never unmapped, and any bytes are valid counters.
-        Ok(unsafe { address.cast::<Self>().as_ref() })
+// SAFETY: nothing but atomic integers.
+unsafe impl Counters for Pulse {}
+
+/// The one that ticks.
+///
+/// It counts along in private memory, which a migration copies and the shared page it does not: if a copy that should
+/// be frozen or dead has ticked in between, the two counts differ.
+#[derive(Debug)]
+pub struct Ticker<'a> {
+    pulse: &'a Pulse,
+    ticks: u64,
+}
+
+impl<'a> Ticker<'a> {
+    /// A ticker that goes on from what `pulse` says.
+    pub fn new(pulse: &'a Pulse) -> Self {
+        Self { pulse, ticks: pulse.ticks.load(Ordering::Relaxed) }
     }
 
     /// One tick of the workload.
-    pub fn tick(&self) {
+    pub fn tick(&mut self) {
+        let pulse = self.pulse;
         let now = monotonic_ns();
-        let last = self.last_ns.swap(now, Ordering::Relaxed);
-        if self.forget.swap(0, Ordering::Relaxed) != 0 {
-            self.longest_gap_ns.store(0, Ordering::Relaxed);
-        } else if last != 0 && now - last > self.longest_gap_ns.load(Ordering::Relaxed) {
-            self.longest_gap_ns.store(now - last, Ordering::Relaxed);
-            self.longest_gap_from_ns.store(last, Ordering::Relaxed);
+        let last = pulse.last_ns.swap(now, Ordering::Relaxed);
+        if pulse.forget.swap(0, Ordering::Relaxed) != 0 {
+            pulse.longest_gap_ns.store(0, Ordering::Relaxed);
+        } else if last != 0 && now.saturating_sub(last) > pulse.longest_gap_ns.load(Ordering::Relaxed) {
+            pulse.longest_gap_ns.store(now - last, Ordering::Relaxed);
+            pulse.longest_gap_from_ns.store(last, Ordering::Relaxed);
         }
-        self.ticks.fetch_add(1, Ordering::Relaxed);
+        let before = pulse.ticks.fetch_add(1, Ordering::Relaxed);
+        let foreign = before.wrapping_sub(self.ticks);
+        if foreign != 0 {
+            pulse.foreign_ticks.fetch_add(foreign, Ordering::Relaxed);
+        }
+        self.ticks = before + 1;
     }
 }
 
@@ -72,14 +80,25 @@ mod tests {
     #[test]
     fn a_gap_is_kept_until_it_is_forgotten() {
         let pulse = Pulse::default();
-        pulse.tick();
+        let mut ticker = Ticker::new(&pulse);
+        ticker.tick();
         pulse.last_ns.fetch_sub(1_000_000_000, Ordering::Relaxed);
-        pulse.tick();
-        pulse.tick();
+        ticker.tick();
+        ticker.tick();
         assert!(pulse.longest_gap_ns.load(Ordering::Relaxed) >= 1_000_000_000);
         pulse.forget.store(1, Ordering::Relaxed);
-        pulse.tick();
+        ticker.tick();
         assert_eq!(pulse.longest_gap_ns.load(Ordering::Relaxed), 0);
         assert_eq!(pulse.ticks.load(Ordering::Relaxed), 4);
+        assert_eq!(pulse.foreign_ticks.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_second_copy_is_noticed() {
+        let pulse = Pulse::default();
+        let (mut one, mut copy) = (Ticker::new(&pulse), Ticker::new(&pulse));
+        one.tick();
+        copy.tick();
+        assert_eq!(pulse.foreign_ticks.load(Ordering::Relaxed), 1);
     }
 }

@@ -9,7 +9,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use tests::pulse::Pulse;
+use tests::pulse::{Pulse, Ticker};
+use tests::shared_file;
 
 /// Short against any cutover, long enough not to disturb the workload.
 const PERIOD: Duration = Duration::from_micros(500);
@@ -17,10 +18,11 @@ const PERIOD: Duration = Duration::from_micros(500);
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let file = arguments.next().context("usage: pulse FILE COMMAND [ARGUMENT]...")?;
-    let pulse = Pulse::map(Path::new(&file))?;
+    let pulse: &Pulse = shared_file::map(Path::new(&file))?;
+    let mut ticker = Ticker::new(pulse);
     let child = arguments.next().map(|program| start(&program, arguments)).transpose()?;
     while pulse.stop.load(Ordering::Relaxed) == 0 {
-        pulse.tick();
+        ticker.tick();
         std::thread::sleep(PERIOD);
     }
     if let Some(mut child) = child {
