@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use tests::beating_redis::BeatingRedis;
 use tests::binaries;
 use tests::criu_baseline::{self, BaselineHome};
 use tests::pair::PairPlan;
@@ -12,7 +13,6 @@ use tests::rig::Rig;
 
 use crate::stats::Summary;
 use crate::table::Table;
-use crate::workload::Workload;
 use crate::{CompareOptions, memory, write_json};
 
 /// Commands answered between the end of a move and the end of the client: half a second at the usual rate.
@@ -101,7 +101,7 @@ fn order(round: usize, only: Option<Contender>) -> Vec<Contender> {
 
 fn measure(by: Contender, options: &CompareOptions, seed: u64) -> Result<Measurement> {
     let rig = Rig::new()?;
-    let workload = Workload::start(&rig, ClientPlan { mib: options.memory, seed, rate: options.rate })?;
+    let workload = BeatingRedis::start(&rig, ClientPlan { mib: options.memory, seed, rate: options.rate })?;
     memory::warm(options.memory + options.memory / 4)?;
     let mover = Mover::prepare(by, &rig)?;
     workload.client.wait_for_replies(REPLIES_AFTER)?;
@@ -134,7 +134,7 @@ impl Mover {
         })
     }
 
-    fn go(&self, rig: &Rig, workload: &Workload) -> Result<std::time::Duration> {
+    fn go(&self, rig: &Rig, workload: &BeatingRedis) -> Result<std::time::Duration> {
         match self {
             Self::Criu(home, criu) => {
                 let started = Instant::now();

@@ -5,7 +5,6 @@ mod demo;
 mod memory;
 mod stats;
 mod table;
-mod workload;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -3,17 +3,21 @@
 //!
 //! The programs under test are found on disk and never linked, so the rig knows them only by their command line.
 
+pub mod beating_redis;
 pub mod binaries;
 pub mod board;
 pub mod client_times;
 pub mod criu_baseline;
 pub mod dataset;
+pub mod harness;
 pub mod host;
 pub mod identity;
+pub mod leftovers;
 pub mod namespace;
 pub mod pair;
 pub mod process;
 pub mod pulse;
+pub mod python;
 pub mod random;
 pub mod record;
 pub mod redis;
@@ -25,4 +29,5 @@ pub mod shared_file;
 pub mod shell;
 pub mod sysctl;
 pub mod task;
+pub mod torture;
 pub mod wait;

@@ -17,6 +17,11 @@ pub fn state(pid: Pid) -> Option<char> {
     stat_fields(pid)?.0.chars().next()
 }
 
+/// The parent's PID.
+pub fn parent(pid: Pid) -> Option<Pid> {
+    stat_fields(pid).map(|(_, parent)| parent)
+}
+
 /// Whether the task exists and is not a zombie.
 pub fn is_alive(pid: Pid) -> bool {
     state(pid).is_some_and(|state| state != 'Z' && state != 'X')
