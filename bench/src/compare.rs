@@ -67,7 +67,8 @@ pub fn run(options: &CompareOptions) -> Result<()> {
     let mut measurements = Vec::new();
     for round in 0..options.repeat {
         for contender in order(round, options.only) {
-            let measurement = measure(contender, options, round as u64).with_context(|| format!("{contender:?}"))?;
+            let measurement = measure(contender, options, round as u64)
+                .with_context(|| format!("{contender:?}"))?;
             eprintln!(
                 "{:>4}: cutover {:.1} ms, client's longest gap {:.1} ms, total {:.0} ms",
                 format!("{contender:?}").to_lowercase(),
@@ -86,7 +87,10 @@ pub fn run(options: &CompareOptions) -> Result<()> {
         measurements,
     };
     print!("{}", render(&report));
-    options.json.as_ref().map_or(Ok(()), |path| write_json(path, &report))
+    options
+        .json
+        .as_ref()
+        .map_or(Ok(()), |path| write_json(path, &report))
 }
 
 /// Who goes first changes from round to round.
@@ -101,7 +105,14 @@ fn order(round: usize, only: Option<Contender>) -> Vec<Contender> {
 
 fn measure(by: Contender, options: &CompareOptions, seed: u64) -> Result<Measurement> {
     let rig = Rig::new()?;
-    let workload = BeatingRedis::start(&rig, ClientPlan { mib: options.memory, seed, rate: options.rate })?;
+    let workload = BeatingRedis::start(
+        &rig,
+        ClientPlan {
+            mib: options.memory,
+            seed,
+            rate: options.rate,
+        },
+    )?;
     memory::warm(options.memory + options.memory / 4)?;
     let mover = Mover::prepare(by, &rig)?;
     workload.client.wait_for_replies(REPLIES_AFTER)?;
@@ -149,12 +160,22 @@ impl Mover {
 fn rows(measurements: &[Measurement]) -> Vec<Row> {
     let row = |what, must_be_met: bool, value: fn(&Measurement) -> f64| {
         let of = |by| {
-            let values: Vec<f64> = measurements.iter().filter(|one| one.by == by).map(value).collect();
+            let values: Vec<f64> = measurements
+                .iter()
+                .filter(|one| one.by == by)
+                .map(value)
+                .collect();
             Summary::of(&values)
         };
         let (criu, ours) = (of(Contender::Criu), of(Contender::Ours));
         let ratio = criu.zip(ours).map(|(criu, ours)| ours.median / criu.median);
-        Row { what, criu, ours, ratio, met: ratio.filter(|_| must_be_met).map(|ratio| ratio <= 1.0) }
+        Row {
+            what,
+            criu,
+            ours,
+            ratio,
+            met: ratio.filter(|_| must_be_met).map(|ratio| ratio <= 1.0),
+        }
     };
     vec![
         row("cutover", true, |one| one.cutover_ms),
@@ -165,13 +186,25 @@ fn rows(measurements: &[Measurement]) -> Vec<Row> {
 
 fn render(report: &Report) -> String {
     let mut table = Table::default();
-    table.row(["", "CRIU lazy-pages (TCP)", "ours (QUIC, TLS 1.3)", "ours / CRIU", "not longer?"]);
+    table.row([
+        "",
+        "CRIU lazy-pages (TCP)",
+        "ours (QUIC, TLS 1.3)",
+        "ours / CRIU",
+        "not longer?",
+    ]);
     for row in &report.rows {
         let cell = |summary: Option<Summary>| {
-            summary.map_or("-".to_owned(), |of| format!("{:.1} ms ({:.1} to {:.1})", of.median, of.min, of.max))
+            summary.map_or("-".to_owned(), |of| {
+                format!("{:.1} ms ({:.1} to {:.1})", of.median, of.min, of.max)
+            })
         };
-        let ratio = row.ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
-        let met = row.met.map_or("", |met| if met { "met" } else { "NOT MET" });
+        let ratio = row
+            .ratio
+            .map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
+        let met = row
+            .met
+            .map_or("", |met| if met { "met" } else { "NOT MET" });
         table.row([row.what, &cell(row.criu), &cell(row.ours), &ratio, met]);
     }
     let runs = report.measurements.len();

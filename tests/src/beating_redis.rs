@@ -4,14 +4,14 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use nix::unistd::Pid;
 use crate::process::Process;
 use crate::pulse::{Pulse, monotonic_ns};
 use crate::redis_client::{ClientPlan, RedisClient};
 use crate::rig::Rig;
 use crate::wait::wait_until;
 use crate::{binaries, redis, shared_file};
+use anyhow::{Context, Result, ensure};
+use nix::unistd::Pid;
 
 /// How long the heartbeat may take to show a sign of life.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,8 +35,13 @@ impl BeatingRedis {
         // The root of the tree has made the session already.
         command.args(redis::arguments(&rig.make_folder("redis")?).iter().skip(1));
         let process = Process::start_detached("pulse", &mut command)?;
-        let client = RedisClient::start(rig.client.namespace(), rig.service.port(redis::PORT), plan)?;
-        Ok(Self { process, pulse, client })
+        let client =
+            RedisClient::start(rig.client.namespace(), rig.service.port(redis::PORT), plan)?;
+        Ok(Self {
+            process,
+            pulse,
+            client,
+        })
     }
 
     /// The root of the tree on the source.
@@ -47,7 +52,9 @@ impl BeatingRedis {
     /// Forgets gaps of the time before, such as those while redis was filled.
     pub fn forget_gaps(&self) -> Result<()> {
         self.pulse.forget.store(1, Ordering::Relaxed);
-        wait_until(PATIENCE, "the heartbeat", || self.pulse.forget.load(Ordering::Relaxed) == 0)
+        wait_until(PATIENCE, "the heartbeat", || {
+            self.pulse.forget.load(Ordering::Relaxed) == 0
+        })
     }
 
     /// The workload runs, here or there: its heart beats, its client is answered, and there is one of it.
@@ -61,7 +68,10 @@ impl BeatingRedis {
 
     fn assert_single(&self) -> Result<()> {
         let foreign = self.pulse.foreign_ticks.load(Ordering::Relaxed);
-        ensure!(foreign == 0, "two copies of the workload ran at the same time ({foreign} ticks of the other)");
+        ensure!(
+            foreign == 0,
+            "two copies of the workload ran at the same time ({foreign} ticks of the other)"
+        );
         Ok(())
     }
 
@@ -69,8 +79,11 @@ impl BeatingRedis {
     pub fn longest_gap(&self) -> Result<Duration> {
         let now = monotonic_ns();
         let beats = || self.pulse.last_ns.load(Ordering::Relaxed) > now;
-        wait_until(PATIENCE, "the heartbeat after the move", beats).context("the workload does not run")?;
+        wait_until(PATIENCE, "the heartbeat after the move", beats)
+            .context("the workload does not run")?;
         self.assert_single()?;
-        Ok(Duration::from_nanos(self.pulse.longest_gap_ns.load(Ordering::Relaxed)))
+        Ok(Duration::from_nanos(
+            self.pulse.longest_gap_ns.load(Ordering::Relaxed),
+        ))
     }
 }

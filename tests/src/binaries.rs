@@ -11,7 +11,11 @@ pub fn program(name: &str) -> Result<PathBuf> {
         None => build_folder()?,
     };
     let path = folder.join(name);
-    ensure!(path.is_file(), "there is no {}: build it first (`make build`)", path.display());
+    ensure!(
+        path.is_file(),
+        "there is no {}: build it first (`make build`)",
+        path.display()
+    );
     Ok(path)
 }
 
@@ -19,7 +23,11 @@ pub fn program(name: &str) -> Result<PathBuf> {
 fn build_folder() -> Result<PathBuf> {
     let own = std::env::current_exe().context("this program does not know where it is")?;
     let folder = own.parent().context("a program lies in a directory")?;
-    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
+    let folder = if folder.ends_with("deps") {
+        folder.parent().unwrap_or(folder)
+    } else {
+        folder
+    };
     Ok(folder.to_owned())
 }
 
@@ -27,7 +35,11 @@ fn build_folder() -> Result<PathBuf> {
 pub fn criu() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("POSTCOPY_CRIU") {
         let path = PathBuf::from(path);
-        ensure!(path.is_file(), "POSTCOPY_CRIU names {}, which is no file", path.display());
+        ensure!(
+            path.is_file(),
+            "POSTCOPY_CRIU names {}, which is no file",
+            path.display()
+        );
         return Ok(path);
     }
     let own = std::env::current_exe().context("this program does not know where it is")?;
@@ -39,4 +51,3 @@ pub fn criu() -> Result<PathBuf> {
         .find(|candidate| candidate.is_file())
         .context("no CRIU: `make setup` installs one")
 }
-

@@ -22,7 +22,8 @@ pub struct Worker {
 impl Worker {
     /// Notes that a step begun at `started_ns` is over.
     pub fn note(&self, started_ns: u64) {
-        self.longest_round_ns.fetch_max(monotonic_ns().saturating_sub(started_ns), Ordering::Relaxed);
+        self.longest_round_ns
+            .fetch_max(monotonic_ns().saturating_sub(started_ns), Ordering::Relaxed);
         self.rounds.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -44,7 +45,13 @@ pub enum Place {
 }
 
 impl Place {
-    const ALL: [Self; 5] = [Self::Arena, Self::Fragments, Self::Stack, Self::Heap, Self::Child];
+    const ALL: [Self; 5] = [
+        Self::Arena,
+        Self::Fragments,
+        Self::Stack,
+        Self::Heap,
+        Self::Child,
+    ];
 }
 
 /// A word that was not what had been written.
@@ -62,8 +69,17 @@ pub struct Mismatch {
 
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { place, address, expected, got } = self;
-        write!(f, "{place:?} at {address:#x} (page {:#x}): expected {expected:#018x}, got {got:#018x}", address & !0xfff)
+        let Self {
+            place,
+            address,
+            expected,
+            got,
+        } = self;
+        write!(
+            f,
+            "{place:?} at {address:#x} (page {:#x}): expected {expected:#018x}, got {got:#018x}",
+            address & !0xfff
+        )
     }
 }
 
@@ -107,10 +123,16 @@ impl Board {
     /// Reports a mismatch and ends the workload. Allocates nothing, so a forked child may call it.
     pub fn report(&self, mismatch: Mismatch) {
         if self.first.claimed.swap(1, Ordering::AcqRel) == 0 {
-            self.first.address.store(mismatch.address, Ordering::Relaxed);
-            self.first.expected.store(mismatch.expected, Ordering::Relaxed);
+            self.first
+                .address
+                .store(mismatch.address, Ordering::Relaxed);
+            self.first
+                .expected
+                .store(mismatch.expected, Ordering::Relaxed);
             self.first.got.store(mismatch.got, Ordering::Relaxed);
-            self.first.place.store(mismatch.place as u64, Ordering::Release);
+            self.first
+                .place
+                .store(mismatch.place as u64, Ordering::Release);
         }
         self.pulse.stop.store(1, Ordering::Release);
     }
@@ -128,11 +150,18 @@ impl Board {
 
     /// Steps of all workers.
     pub fn rounds(&self) -> u64 {
-        self.workers.iter().map(|worker| worker.rounds.load(Ordering::Relaxed)).sum()
+        self.workers
+            .iter()
+            .map(|worker| worker.rounds.load(Ordering::Relaxed))
+            .sum()
     }
 
     /// Steps of the slowest of the first `workers` workers.
     pub fn least_rounds(&self, workers: usize) -> u64 {
-        self.workers[..workers].iter().map(|worker| worker.rounds.load(Ordering::Relaxed)).min().unwrap_or(0)
+        self.workers[..workers]
+            .iter()
+            .map(|worker| worker.rounds.load(Ordering::Relaxed))
+            .min()
+            .unwrap_or(0)
     }
 }

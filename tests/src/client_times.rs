@@ -28,7 +28,9 @@ impl ClientTimes {
     /// Starts the clock.
     pub fn start() -> Self {
         let now = Instant::now();
-        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let wall = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         Self {
             started: now,
             started_unix_us: wall.as_micros() as u64,
@@ -70,7 +72,8 @@ mod tests {
     fn keeps_the_longest_gap_and_counts_by_tenths() {
         let mut times = ClientTimes::start();
         let at = |ms| times.started + Duration::from_millis(ms);
-        let notes = [(0, 1), (1, 2), (2, 152), (152, 153)].map(|(sent, answered)| (at(sent), at(answered)));
+        let notes =
+            [(0, 1), (1, 2), (2, 152), (152, 153)].map(|(sent, answered)| (at(sent), at(answered)));
         for (sent, answered) in notes {
             times.note(sent, answered);
         }

@@ -51,12 +51,24 @@ impl BaselineHome {
     /// Makes the namespace; nothing of it is part of what is measured.
     pub fn new(rig: &Rig) -> Result<Self> {
         let mut command = rig.destination.command("unshare");
-        command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "sleep", "infinity"]);
+        command.args([
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "sleep",
+            "infinity",
+        ]);
         let holder = Process::start_detached("baseline-home", &mut command)?;
         let init = wait_for(PATIENCE, "the init of the new PID namespace", || {
-            task::descendants(holder.pid()).into_iter().find(|pid| task::name(*pid) == "sleep")
+            task::descendants(holder.pid())
+                .into_iter()
+                .find(|pid| task::name(*pid) == "sleep")
         })?;
-        Ok(Self { _holder: holder, init })
+        Ok(Self {
+            _holder: holder,
+            init,
+        })
     }
 }
 
@@ -64,7 +76,13 @@ impl BaselineHome {
 pub fn migrate(rig: &Rig, home: &BaselineHome, criu: &Path, pid: Pid) -> Result<BaselineRecord> {
     let _pipes = Sysctl::raise("fs/pipe-max-size", PIPE_BYTES)?;
     let images = rig.make_folder("baseline-images")?;
-    let run = Run { rig, home, criu, images, started: Instant::now() };
+    let run = Run {
+        rig,
+        home,
+        criu,
+        images,
+        started: Instant::now(),
+    };
     run.go(pid).with_context(|| run.errors())
 }
 
@@ -85,7 +103,9 @@ impl Run<'_> {
             let daemon = scope.spawn(|| Background::start("criu lazy-pages", self.lazy_pages()));
             self.rig.source.shell(&service.on_frozen())?;
             self.rig.destination.shell(&service.before_restore())?;
-            daemon.join().unwrap_or_else(|_| bail!("starting criu lazy-pages panicked"))
+            daemon
+                .join()
+                .unwrap_or_else(|_| bail!("starting criu lazy-pages panicked"))
         });
         let mut daemon = daemon?;
         crate::shell::run(&mut self.restore())?;
@@ -94,34 +114,69 @@ impl Run<'_> {
         daemon.finish()?;
         dump.finish()?;
         let total_us = self.elapsed_us();
-        let pid = task::outer_pid(self.home.init, pid.as_raw()).context("the restored root is not there")?;
-        Ok(BaselineRecord { dumped_us, restored_us, total_us, pid })
+        let pid = task::outer_pid(self.home.init, pid.as_raw())
+            .context("the restored root is not there")?;
+        Ok(BaselineRecord {
+            dumped_us,
+            restored_us,
+            total_us,
+            pid,
+        })
     }
 
     fn dump(&self, pid: Pid) -> Command {
         let mut command = self.rig.source.command(self.criu);
-        command.args(["dump", "--tree", &pid.to_string(), "--log-file", "dump.log", "--lazy-pages"]);
+        command.args([
+            "dump",
+            "--tree",
+            &pid.to_string(),
+            "--log-file",
+            "dump.log",
+            "--lazy-pages",
+        ]);
         command.args(["--address", "0.0.0.0", "--port", PORT, "--tcp-established"]);
         self.complete(command)
     }
 
     fn lazy_pages(&self) -> Command {
         let mut command = self.rig.destination.command(self.criu);
-        command.args(["lazy-pages", "--page-server", "--log-file", "lazy-pages.log"]);
-        command.args(["--address", &self.rig.source.address().to_string(), "--port", PORT]);
+        command.args([
+            "lazy-pages",
+            "--page-server",
+            "--log-file",
+            "lazy-pages.log",
+        ]);
+        command.args([
+            "--address",
+            &self.rig.source.address().to_string(),
+            "--port",
+            PORT,
+        ]);
         self.complete(command)
     }
 
     fn restore(&self) -> Command {
         let mut command = self.rig.destination.command("nsenter");
-        command.args(["-t", &self.home.init.to_string(), "--pid", "--mount", "--"]).arg(self.criu);
-        command.args(["restore", "--lazy-pages", "--restore-detached", "--tcp-established"]);
-        command.args(["--log-file", "restore.log", "--images-dir"]).arg(&self.images);
+        command
+            .args(["-t", &self.home.init.to_string(), "--pid", "--mount", "--"])
+            .arg(self.criu);
+        command.args([
+            "restore",
+            "--lazy-pages",
+            "--restore-detached",
+            "--tcp-established",
+        ]);
+        command
+            .args(["--log-file", "restore.log", "--images-dir"])
+            .arg(&self.images);
         command
     }
 
     fn complete(&self, mut command: Command) -> Command {
-        command.arg("--images-dir").arg(&self.images).args(["--status-fd", "1"]);
+        command
+            .arg("--images-dir")
+            .arg(&self.images)
+            .args(["--status-fd", "1"]);
         command
     }
 
@@ -150,8 +205,13 @@ struct Background {
 impl Background {
     /// Starts it and returns when it is ready: it then writes one byte, for which its standard output serves.
     fn start(name: &'static str, mut command: Command) -> Result<Self> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot start {name}"))?;
         let stdout = child.stdout.take().context("its output is a pipe")?;
         let mut background = Self { name, child };
         if !is_ready(stdout)? {
@@ -179,7 +239,14 @@ impl Drop for Background {
 
 fn is_ready(mut stdout: ChildStdout) -> Result<bool> {
     let timeout = PollTimeout::try_from(PATIENCE).context("the patience fits")?;
-    let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&stdout), PollFlags::POLLIN)];
+    let mut fds = [PollFd::new(
+        std::os::fd::AsFd::as_fd(&stdout),
+        PollFlags::POLLIN,
+    )];
     let ready = poll(&mut fds, timeout).context("cannot wait for CRIU")?;
-    Ok(ready > 0 && stdout.read(&mut [0; 1]).context("cannot read CRIU's status")? == 1)
+    Ok(ready > 0
+        && stdout
+            .read(&mut [0; 1])
+            .context("cannot read CRIU's status")?
+            == 1)
 }

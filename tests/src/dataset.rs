@@ -7,21 +7,67 @@ use std::io::Write;
 
 use crate::random::Random;
 
-const FIRST_NAMES: [&str; 12] =
-    ["Amara", "Bjorn", "Chidi", "Dolores", "Emil", "Farah", "Goran", "Hanako", "Ines", "Jun", "Katya", "Luis"];
+const FIRST_NAMES: [&str; 12] = [
+    "Amara", "Bjorn", "Chidi", "Dolores", "Emil", "Farah", "Goran", "Hanako", "Ines", "Jun",
+    "Katya", "Luis",
+];
 const LAST_NAMES: [&str; 12] = [
-    "Abiodun", "Bergstrom", "Castillo", "Dvorak", "Eriksen", "Fujimoto", "Gonzalez", "Haddad", "Ivanova", "Jensen",
-    "Kowalski", "Lindqvist",
+    "Abiodun",
+    "Bergstrom",
+    "Castillo",
+    "Dvorak",
+    "Eriksen",
+    "Fujimoto",
+    "Gonzalez",
+    "Haddad",
+    "Ivanova",
+    "Jensen",
+    "Kowalski",
+    "Lindqvist",
 ];
 const GOODS: [&str; 16] = [
-    "hex bolt M8 galvanised", "walnut veneer sheet", "linen tablecloth", "espresso grinder burr", "cast iron skillet",
-    "bicycle inner tube 28in", "graphite pencil set", "merino base layer", "solar garden lamp", "ceramic plant pot",
-    "usb-c charging cable", "oak cutting board", "down sleeping bag", "rice cooker 1.8 l", "acoustic guitar strings",
+    "hex bolt M8 galvanised",
+    "walnut veneer sheet",
+    "linen tablecloth",
+    "espresso grinder burr",
+    "cast iron skillet",
+    "bicycle inner tube 28in",
+    "graphite pencil set",
+    "merino base layer",
+    "solar garden lamp",
+    "ceramic plant pot",
+    "usb-c charging cable",
+    "oak cutting board",
+    "down sleeping bag",
+    "rice cooker 1.8 l",
+    "acoustic guitar strings",
     "telescopic ladder",
 ];
 const WORDS: [&str; 24] = [
-    "please", "deliver", "before", "noon", "behind", "the", "blue", "gate", "and", "call", "when", "nobody", "answers",
-    "fragile", "second", "floor", "leave", "with", "neighbour", "invoice", "follows", "by", "mail", "thanks",
+    "please",
+    "deliver",
+    "before",
+    "noon",
+    "behind",
+    "the",
+    "blue",
+    "gate",
+    "and",
+    "call",
+    "when",
+    "nobody",
+    "answers",
+    "fragile",
+    "second",
+    "floor",
+    "leave",
+    "with",
+    "neighbour",
+    "invoice",
+    "follows",
+    "by",
+    "mail",
+    "thanks",
 ];
 
 /// The records of one redis.
@@ -86,14 +132,24 @@ fn write_item(random: &mut Random, out: &mut Vec<u8>) {
     push_hex(random.next(), out);
     out.extend_from_slice(b"\",\"title\":\"");
     out.extend_from_slice(random.pick(&GOODS).as_bytes());
-    let written =
-        write!(out, "\",\"quantity\":{},\"cents\":{}}}", 1 + random.below(9), 100 + random.below(100_000));
+    let written = write!(
+        out,
+        "\",\"quantity\":{},\"cents\":{}}}",
+        1 + random.below(9),
+        100 + random.below(100_000)
+    );
     written.expect("writing to a Vec does not fail");
 }
 
 fn push_hex(value: u64, out: &mut Vec<u8>) {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    out.extend(value.to_be_bytes().iter().flat_map(|byte| [byte >> 4, byte & 15]).map(|digit| DIGITS[digit as usize]));
+    out.extend(
+        value
+            .to_be_bytes()
+            .iter()
+            .flat_map(|byte| [byte >> 4, byte & 15])
+            .map(|digit| DIGITS[digit as usize]),
+    );
 }
 
 #[cfg(test)]
@@ -122,6 +178,10 @@ mod tests {
             serde_json::from_slice::<serde_json::Value>(&value).expect("it parses");
             total += value.len();
         }
-        assert!((1000..3000).contains(&(total / 200)), "{} bytes on average", total / 200);
+        assert!(
+            (1000..3000).contains(&(total / 200)),
+            "{} bytes on average",
+            total / 200
+        );
     }
 }

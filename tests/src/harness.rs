@@ -37,9 +37,9 @@ impl Need {
     fn is_missing(self) -> Option<String> {
         match self {
             Self::Namespaces if !nix::unistd::geteuid().is_root() => Some("not root".to_owned()),
-            Self::Namespaces => {
-                ["ip", "nsenter", "iptables", "nft", "arping", "setsid"].into_iter().find_map(missing_program)
-            }
+            Self::Namespaces => ["ip", "nsenter", "iptables", "nft", "arping", "setsid"]
+                .into_iter()
+                .find_map(missing_program),
             Self::Criu => binaries::criu().err().map(|error| error.to_string()),
             Self::Program(program) => missing_program(program),
         }
@@ -50,6 +50,9 @@ fn missing_program(program: &str) -> Option<String> {
     (!shell::is_installed(program)).then(|| format!("{program} is not installed"))
 }
 
+/// What a test does.
+pub type Body = fn(&Rig) -> Result<()>;
+
 /// One test.
 #[derive(Debug)]
 pub struct Test {
@@ -58,7 +61,7 @@ pub struct Test {
     /// What it needs.
     pub needs: &'static [Need],
     /// What it does.
-    pub body: fn(&Rig) -> Result<()>,
+    pub body: Body,
 }
 
 /// The `main` of a test program.
@@ -87,7 +90,9 @@ fn run(test: &Test) -> Result<(), Failed> {
 }
 
 fn show_logs(folder: &Path) {
-    let Ok(entries) = std::fs::read_dir(folder) else { return };
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return;
+    };
     for path in entries.flatten().map(|entry| entry.path()) {
         let text = std::fs::read_to_string(&path).unwrap_or_default();
         let lines: Vec<_> = text.lines().collect();

@@ -22,13 +22,25 @@ pub struct Host {
 
 impl Host {
     /// Makes the namespace and plugs it into the bridge `br0` of the namespace `switch`.
-    pub(crate) fn plug_in(namespace: &str, switch: &str, port: &str, address: Ipv4Addr) -> Result<Self> {
+    pub(crate) fn plug_in(
+        namespace: &str,
+        switch: &str,
+        port: &str,
+        address: Ipv4Addr,
+    ) -> Result<Self> {
         namespace::add(namespace)?;
-        run_line(&format!("ip -n {switch} link add {port} type veth peer name {INTERFACE} netns {namespace}"))?;
+        run_line(&format!(
+            "ip -n {switch} link add {port} type veth peer name {INTERFACE} netns {namespace}"
+        ))?;
         run_line(&format!("ip -n {switch} link set {port} master br0 up"))?;
-        run_line(&format!("ip -n {namespace} addr add {address}/24 dev {INTERFACE}"))?;
+        run_line(&format!(
+            "ip -n {namespace} addr add {address}/24 dev {INTERFACE}"
+        ))?;
         run_line(&format!("ip -n {namespace} link set {INTERFACE} up"))?;
-        Ok(Self { namespace: namespace.to_owned(), address })
+        Ok(Self {
+            namespace: namespace.to_owned(),
+            address,
+        })
     }
 
     /// The host's own address, which never moves.
@@ -60,7 +72,11 @@ impl Host {
     /// The packet filter's rules: whatever a migration adds must be gone after it.
     pub fn filter_rules(&self) -> Result<String> {
         let rules = run(self.command("nft").args(["-s", "list", "ruleset"]))?;
-        Ok(rules.lines().filter(|line| line.contains("drop") || line.contains("CRIU")).collect::<Vec<_>>().join("\n"))
+        Ok(rules
+            .lines()
+            .filter(|line| line.contains("drop") || line.contains("CRIU"))
+            .collect::<Vec<_>>()
+            .join("\n"))
     }
 }
 

@@ -24,15 +24,23 @@ impl Identities {
         let destination = folder.join("destination");
         init(&source, &[])?;
         let mut command = Command::new(binaries::program("page-server")?);
-        command.args(["identity", "issue", "--name", "destination", "--ca"]).arg(&source);
+        command
+            .args(["identity", "issue", "--name", "destination", "--ca"])
+            .arg(&source);
         run(command.arg("--dir2").arg(&destination))?;
-        Ok(Self { source, destination })
+        Ok(Self {
+            source,
+            destination,
+        })
     }
 }
 
 /// Makes an authority and a host certificate in `folder`; `options` are passed on.
 pub fn init(folder: &Path, options: &[&str]) -> Result<()> {
     let mut command = Command::new(binaries::program("page-server")?);
-    run(command.args(["identity", "init", "--dir"]).arg(folder).args(options))?;
+    run(command
+        .args(["identity", "init", "--dir"])
+        .arg(folder)
+        .args(options))?;
     Ok(())
 }

@@ -79,14 +79,24 @@ pub fn assert_moved(rig: &Rig, root: Pid) -> Result<()> {
     let gone = || processes(&rig.source).is_empty();
     wait_until(BURIAL, "the source to be empty", gone)
         .with_context(|| format!("on the source: {}", names(&processes(&rig.source))))?;
-    ensure!(task::is_alive(root), "the workload's root (PID {root}) does not run on the destination");
-    let home = task::parent(root).filter(|parent| processes(&rig.destination).contains(parent)).unwrap_or(root);
+    ensure!(
+        task::is_alive(root),
+        "the workload's root (PID {root}) does not run on the destination"
+    );
+    let home = task::parent(root)
+        .filter(|parent| processes(&rig.destination).contains(parent))
+        .unwrap_or(root);
     let of_workload: BTreeSet<Pid> = task::descendants(home).into_iter().chain([home]).collect();
     let strangers = || -> Vec<Pid> {
-        processes(&rig.destination).into_iter().filter(|pid| !of_workload.contains(pid) && !is_child_of(*pid, home)).collect()
+        processes(&rig.destination)
+            .into_iter()
+            .filter(|pid| !of_workload.contains(pid) && !is_child_of(*pid, home))
+            .collect()
     };
-    wait_until(BURIAL, "the destination to hold the workload alone", || strangers().is_empty())
-        .with_context(|| format!("on the destination: {}", names(&strangers())))?;
+    wait_until(BURIAL, "the destination to hold the workload alone", || {
+        strangers().is_empty()
+    })
+    .with_context(|| format!("on the destination: {}", names(&strangers())))?;
     for host in [&rig.source, &rig.destination] {
         let rules = host.filter_rules()?;
         ensure!(rules.is_empty(), "{host} still filters packets: {rules}");
@@ -102,7 +112,10 @@ fn is_child_of(pid: Pid, home: Pid) -> bool {
 
 fn assert_nothing_frozen(rig: &Rig) -> Result<()> {
     for host in [&rig.source, &rig.destination] {
-        let frozen: Vec<Pid> = processes(host).into_iter().filter(|pid| task::is_frozen(*pid)).collect();
+        let frozen: Vec<Pid> = processes(host)
+            .into_iter()
+            .filter(|pid| task::is_frozen(*pid))
+            .collect();
         ensure!(frozen.is_empty(), "frozen on {host}: {}", names(&frozen));
     }
     Ok(())
@@ -110,13 +123,25 @@ fn assert_nothing_frozen(rig: &Rig) -> Result<()> {
 
 fn assert_no_files(rig: &Rig) -> Result<()> {
     for side in ["page-server-tmp", "lazy-restorer-tmp"] {
-        let Ok(entries) = fs::read_dir(rig.folder().join(side)) else { continue };
-        let left: Vec<_> = entries.flatten().map(|entry| entry.path().display().to_string()).collect();
-        ensure!(left.is_empty(), "temporary files were left: {}", left.join(", "));
+        let Ok(entries) = fs::read_dir(rig.folder().join(side)) else {
+            continue;
+        };
+        let left: Vec<_> = entries
+            .flatten()
+            .map(|entry| entry.path().display().to_string())
+            .collect();
+        ensure!(
+            left.is_empty(),
+            "temporary files were left: {}",
+            left.join(", ")
+        );
     }
     Ok(())
 }
 
 fn names(pids: &[Pid]) -> String {
-    pids.iter().map(|pid| format!("{} ({pid})", task::name(*pid))).collect::<Vec<_>>().join(", ")
+    pids.iter()
+        .map(|pid| format!("{} ({pid})", task::name(*pid)))
+        .collect::<Vec<_>>()
+        .join(", ")
 }

@@ -26,9 +26,17 @@ pub fn make_mounts_private() -> Result<()> {
     }
     unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace (is this root?)")?;
     let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("cannot make mounts private")?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .context("cannot make mounts private")?;
     keep_inherited_files_to_ourselves();
-    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).context("cannot mount /run")?;
+    mount(
+        Some("tmpfs"),
+        "/run",
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("mode=755"),
+    )
+    .context("cannot mount /run")?;
     MOUNTS_ARE_PRIVATE.set(true);
     Ok(())
 }
@@ -56,6 +64,8 @@ pub fn path(name: &str) -> PathBuf {
 
 /// Moves the calling thread into the network namespace `name`; sockets it opens from now on belong there.
 pub fn enter(name: &str) -> Result<()> {
-    let file = std::fs::File::open(path(name)).with_context(|| format!("no network namespace {name}"))?;
-    setns(file, CloneFlags::CLONE_NEWNET).with_context(|| format!("cannot enter network namespace {name}"))
+    let file =
+        std::fs::File::open(path(name)).with_context(|| format!("no network namespace {name}"))?;
+    setns(file, CloneFlags::CLONE_NEWNET)
+        .with_context(|| format!("cannot enter network namespace {name}"))
 }

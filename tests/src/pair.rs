@@ -6,6 +6,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::binaries;
@@ -81,7 +82,12 @@ impl PairPlan {
         command.args(["--listen", &format!("{}:{PORT}", rig.source.address())]);
         command.arg("--identity").arg(&self.identities.source);
         command.arg("--criu").arg(&self.source_criu);
-        command.args(["--on-frozen", &self.on_frozen, "--on-thawed", &self.on_thawed]);
+        command.args([
+            "--on-frozen",
+            &self.on_frozen,
+            "--on-thawed",
+            &self.on_thawed,
+        ]);
         command.arg("--json").arg(&files.json).args(&self.server);
         command.env("TMPDIR", &files.temporary);
         Side::start("page-server", files, &mut command)
@@ -91,13 +97,29 @@ impl PairPlan {
     pub fn start_restorer(&self, rig: &Rig) -> Result<Side> {
         let files = SideFiles::make(rig, "lazy-restorer")?;
         let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
-        command.args(["restore", "--from", &format!("{}:{PORT}", rig.source.address())]);
+        command.args([
+            "restore",
+            "--from",
+            &format!("{}:{PORT}", rig.source.address()),
+        ]);
         command.arg("--identity").arg(&self.identities.destination);
         command.arg("--criu").arg(&self.destination_criu);
-        command.args(["--before-restore", &self.before_restore, "--on-resumed", &self.on_resumed]);
+        command.args([
+            "--before-restore",
+            &self.before_restore,
+            "--on-resumed",
+            &self.on_resumed,
+        ]);
         command.args(["--on-aborted", &self.on_aborted]);
-        command.arg("--json").arg(&files.json).arg("--pidfile").arg(&files.pidfile).args(&self.restorer);
-        command.env("TMPDIR", &files.temporary).envs(self.restorer_env.iter().cloned());
+        command
+            .arg("--json")
+            .arg(&files.json)
+            .arg("--pidfile")
+            .arg(&files.pidfile)
+            .args(&self.restorer);
+        command
+            .env("TMPDIR", &files.temporary)
+            .envs(self.restorer_env.iter().cloned());
         Side::start("lazy-restorer", files, &mut command)
     }
 
@@ -110,7 +132,12 @@ impl PairPlan {
         server.expect_success()?;
         let total = started.elapsed();
         let pid = restorer.restored_pid()?;
-        Ok(Migration { source: server.record()?, destination: restorer.record()?, pid, total })
+        Ok(Migration {
+            source: server.record()?,
+            destination: restorer.record()?,
+            pid,
+            total,
+        })
     }
 }
 
@@ -144,7 +171,12 @@ impl SideFiles {
         // A record of an earlier migration on this rig is not this one's.
         let _ = std::fs::remove_file(&json);
         let temporary = rig.make_folder(&format!("{name}-tmp"))?;
-        Ok(Self { logs, json, pidfile: rig.folder().join("restored.pid"), temporary })
+        Ok(Self {
+            logs,
+            json,
+            pidfile: rig.folder().join("restored.pid"),
+            temporary,
+        })
     }
 }
 
@@ -158,8 +190,26 @@ pub struct Side {
 }
 
 impl Side {
+    /// Starts `command` as one of the programs, with no options but its own.
+    pub fn start_program(
+        rig: &Rig,
+        name: &str,
+        command: &mut std::process::Command,
+    ) -> Result<Self> {
+        Self::start(name, SideFiles::make(rig, name)?, command)
+    }
+
+    /// Asks it to end and waits until it has.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        kill(self.process.pid(), Signal::SIGTERM).context("it has ended already")?;
+        self.end()
+    }
+
     fn start(name: &str, files: SideFiles, command: &mut std::process::Command) -> Result<Self> {
-        Ok(Self { process: Process::start(name, &files.logs, command)?, files })
+        Ok(Self {
+            process: Process::start(name, &files.logs, command)?,
+            files,
+        })
     }
 
     /// Waits for the end and returns how it ended.
@@ -183,7 +233,9 @@ impl Side {
     pub fn error_line(&self) -> Result<String> {
         let stderr = self.process.stderr();
         let mut lines = stderr.lines().filter(|line| line.contains(": error: "));
-        let line = lines.next().with_context(|| format!("no error line in: {stderr}"))?;
+        let line = lines
+            .next()
+            .with_context(|| format!("no error line in: {stderr}"))?;
         ensure!(lines.next().is_none(), "more than one error line: {stderr}");
         Ok(line.to_owned())
     }
@@ -195,6 +247,9 @@ impl Side {
 }
 
 fn read_pid(path: &Path) -> Result<Pid> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("no PID file {}", path.display()))?;
-    Ok(Pid::from_raw(text.trim().parse().with_context(|| format!("{} holds {text:?}", path.display()))?))
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("no PID file {}", path.display()))?;
+    Ok(Pid::from_raw(text.trim().parse().with_context(|| {
+        format!("{} holds {text:?}", path.display())
+    })?))
 }

@@ -26,18 +26,40 @@ impl Process {
     pub fn start(name: &str, logs: &Path, command: &mut Command) -> Result<Self> {
         let stdout = logs.join(format!("{name}.out"));
         let stderr = logs.join(format!("{name}.err"));
-        let create = |path: &Path| File::create(path).with_context(|| format!("cannot create {}", path.display()));
-        command.stdin(Stdio::null()).stdout(create(&stdout)?).stderr(create(&stderr)?);
-        let child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
-        Ok(Self { name: name.to_owned(), child, stdout, stderr })
+        let create = |path: &Path| {
+            File::create(path).with_context(|| format!("cannot create {}", path.display()))
+        };
+        command
+            .stdin(Stdio::null())
+            .stdout(create(&stdout)?)
+            .stderr(create(&stderr)?);
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {command:?}"))?;
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            stdout,
+            stderr,
+        })
     }
 
     /// Starts `command` as a workload: a session of its own and no file of the rig's open, so CRIU can dump it.
     pub fn start_detached(name: &str, command: &mut Command) -> Result<Self> {
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {command:?}"))?;
         let nowhere = PathBuf::from("/dev/null");
-        Ok(Self { name: name.to_owned(), child, stdout: nowhere.clone(), stderr: nowhere })
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            stdout: nowhere.clone(),
+            stderr: nowhere,
+        })
     }
 
     /// The process's PID.

@@ -44,7 +44,10 @@ pub struct Ticker<'a> {
 impl<'a> Ticker<'a> {
     /// A ticker that goes on from what `pulse` says.
     pub fn new(pulse: &'a Pulse) -> Self {
-        Self { pulse, ticks: pulse.ticks.load(Ordering::Relaxed) }
+        Self {
+            pulse,
+            ticks: pulse.ticks.load(Ordering::Relaxed),
+        }
     }
 
     /// One tick of the workload.
@@ -54,7 +57,9 @@ impl<'a> Ticker<'a> {
         let last = pulse.last_ns.swap(now, Ordering::Relaxed);
         if pulse.forget.swap(0, Ordering::Relaxed) != 0 {
             pulse.longest_gap_ns.store(0, Ordering::Relaxed);
-        } else if last != 0 && now.saturating_sub(last) > pulse.longest_gap_ns.load(Ordering::Relaxed) {
+        } else if last != 0
+            && now.saturating_sub(last) > pulse.longest_gap_ns.load(Ordering::Relaxed)
+        {
             pulse.longest_gap_ns.store(now - last, Ordering::Relaxed);
             pulse.longest_gap_from_ns.store(last, Ordering::Relaxed);
         }

@@ -78,8 +78,16 @@ impl Python {
         let folder = rig.make_folder("python")?;
         let (status, stop) = (folder.join("status"), folder.join("stop"));
         let mut command = rig.source.command("setsid");
-        command.args(["/usr/bin/python3", "-I", "-c", SCRIPT]).arg(&status).arg(&stop).arg(records.to_string());
-        let python = Self { process: Process::start_detached("python", &mut command)?, status, stop };
+        command
+            .args(["/usr/bin/python3", "-I", "-c", SCRIPT])
+            .arg(&status)
+            .arg(&stop)
+            .arg(records.to_string());
+        let python = Self {
+            process: Process::start_detached("python", &mut command)?,
+            status,
+            stop,
+        };
         python.wait_for_rounds(5)?;
         Ok(python)
     }
@@ -104,7 +112,9 @@ impl Python {
     /// Ends it; it checks every record first.
     pub fn finish(&self) -> Result<()> {
         std::fs::write(&self.stop, "")?;
-        wait_until(PATIENCE, "the python workload to end", || self.status().1 != "runs")?;
+        wait_until(PATIENCE, "the python workload to end", || {
+            self.status().1 != "runs"
+        })?;
         let (_, state) = self.status();
         ensure!(state == "ok", "the python workload says: {state}");
         Ok(())

@@ -41,9 +41,13 @@ pub const fn mix(value: u64) -> u64 {
 
 /// A seed from `POSTCOPY_SEED`, or a fresh one; printed, so that a failure can be run again.
 pub fn seed_of_this_run() -> u64 {
-    let given = std::env::var("POSTCOPY_SEED").ok().and_then(|text| text.parse().ok());
+    let given = std::env::var("POSTCOPY_SEED")
+        .ok()
+        .and_then(|text| text.parse().ok());
     let seed = given.unwrap_or_else(|| {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default();
         mix(now.as_nanos() as u64 ^ u64::from(std::process::id()))
     });
     eprintln!("seed {seed} (run again with POSTCOPY_SEED={seed})");

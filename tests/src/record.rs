@@ -108,7 +108,9 @@ pub struct Record {
 impl Record {
     /// Reads the record at `path`.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("no record at {}", path.display()))?;
-        serde_json::from_str(&text).with_context(|| format!("{} is no record: {text}", path.display()))
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("no record at {}", path.display()))?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("{} is no record: {text}", path.display()))
     }
 }

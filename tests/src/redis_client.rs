@@ -81,7 +81,10 @@ impl RedisClient {
         });
         let client = Self { thread, shared };
         if is_loaded.recv().is_err() {
-            return Err(client.end().err().unwrap_or_else(|| anyhow!("the client ended early")));
+            return Err(client
+                .end()
+                .err()
+                .unwrap_or_else(|| anyhow!("the client ended early")));
         }
         client.wait_for_replies(100)?;
         Ok(client)
@@ -98,14 +101,19 @@ impl RedisClient {
         wait_until(SILENCE, "the client's commands to be answered", || {
             self.replies() >= wanted || self.thread.is_finished()
         })?;
-        ensure!(self.replies() >= wanted, "the client has ended; its report says why");
+        ensure!(
+            self.replies() >= wanted,
+            "the client has ended; its report says why"
+        );
         Ok(())
     }
 
     /// Stops the commands, compares every key and returns what was seen.
     pub fn end(self) -> Result<ClientReport> {
         self.shared.stop.store(true, Ordering::Relaxed);
-        self.thread.join().map_err(|_| anyhow!("the client panicked"))?
+        self.thread
+            .join()
+            .map_err(|_| anyhow!("the client panicked"))?
     }
 }
 
@@ -126,7 +134,9 @@ struct Session {
 impl Session {
     fn open(redis: SocketAddrV4, plan: ClientPlan) -> Result<Self> {
         // Redis was started a moment ago.
-        let connection = wait_for(Duration::from_secs(10), "redis to listen", || Connection::open(redis, SILENCE).ok())?;
+        let connection = wait_for(Duration::from_secs(10), "redis to listen", || {
+            Connection::open(redis, SILENCE).ok()
+        })?;
         Ok(Self {
             connection,
             dataset: Dataset::new(plan.seed),
@@ -154,7 +164,8 @@ impl Session {
         for _ in 0..PIPELINE {
             let number = self.versions.len();
             self.dataset.value(number, 0, &mut self.expected);
-            self.connection.queue(&[b"SET", self.dataset.key(number).as_bytes(), &self.expected]);
+            self.connection
+                .queue(&[b"SET", self.dataset.key(number).as_bytes(), &self.expected]);
             self.versions.push(0);
         }
         self.connection.flush()?;
@@ -162,9 +173,14 @@ impl Session {
     }
 
     fn used_memory(&mut self) -> Result<u64> {
-        let Reply::Bulk(info) = self.connection.call(&[b"INFO", b"memory"])? else { anyhow::bail!("INFO is no text") };
+        let Reply::Bulk(info) = self.connection.call(&[b"INFO", b"memory"])? else {
+            anyhow::bail!("INFO is no text")
+        };
         let info = String::from_utf8_lossy(&info);
-        let line = info.lines().find_map(|line| line.strip_prefix("used_memory:")).context("no used_memory in INFO")?;
+        let line = info
+            .lines()
+            .find_map(|line| line.strip_prefix("used_memory:"))
+            .context("no used_memory in INFO")?;
         line.trim().parse().context("used_memory is no number")
     }
 
@@ -175,7 +191,10 @@ impl Session {
         while !shared.stop.load(Ordering::Relaxed) {
             let sent = Instant::now();
             self.one_command().with_context(|| {
-                format!("{:.3} s after the client's start", sent.duration_since(self.times.started()).as_secs_f64())
+                format!(
+                    "{:.3} s after the client's start",
+                    sent.duration_since(self.times.started()).as_secs_f64()
+                )
             })?;
             self.times.note(sent, Instant::now());
             shared.replies.fetch_add(1, Ordering::Relaxed);
@@ -190,13 +209,18 @@ impl Session {
 
     fn one_command(&mut self) -> Result<()> {
         let number = self.random.index(self.versions.len());
-        if self.random.below(10) < 3 { self.set(number) } else { self.get(number) }
+        if self.random.below(10) < 3 {
+            self.set(number)
+        } else {
+            self.get(number)
+        }
     }
 
     fn set(&mut self, number: usize) -> Result<()> {
         let version = self.versions[number] + 1;
         self.dataset.value(number, version, &mut self.expected);
-        self.connection.queue(&[b"SET", self.dataset.key(number).as_bytes(), &self.expected]);
+        self.connection
+            .queue(&[b"SET", self.dataset.key(number).as_bytes(), &self.expected]);
         self.connection.flush()?;
         self.expect_ok()?;
         self.versions[number] = version;
@@ -205,7 +229,8 @@ impl Session {
     }
 
     fn get(&mut self, number: usize) -> Result<()> {
-        self.connection.queue(&[b"GET", self.dataset.key(number).as_bytes()]);
+        self.connection
+            .queue(&[b"GET", self.dataset.key(number).as_bytes()]);
         self.connection.flush()?;
         self.gets += 1;
         self.compare(number)
@@ -213,17 +238,27 @@ impl Session {
 
     fn expect_ok(&mut self) -> Result<()> {
         let reply = self.connection.reply()?;
-        ensure!(reply == Reply::Status("OK".to_owned()), "redis answered a SET with {reply:?}");
+        ensure!(
+            reply == Reply::Status("OK".to_owned()),
+            "redis answered a SET with {reply:?}"
+        );
         Ok(())
     }
 
     fn compare(&mut self, number: usize) -> Result<()> {
         let reply = self.connection.reply()?;
-        self.dataset.value(number, self.versions[number], &mut self.expected);
-        let Reply::Bulk(value) = reply else { anyhow::bail!("{} is {reply:?}", self.dataset.key(number)) };
+        self.dataset
+            .value(number, self.versions[number], &mut self.expected);
+        let Reply::Bulk(value) = reply else {
+            anyhow::bail!("{} is {reply:?}", self.dataset.key(number))
+        };
         self.value_bytes += value.len() as u64;
         if value != self.expected {
-            let at = value.iter().zip(&self.expected).take_while(|(got, wanted)| got == wanted).count();
+            let at = value
+                .iter()
+                .zip(&self.expected)
+                .take_while(|(got, wanted)| got == wanted)
+                .count();
             anyhow::bail!(
                 "{} (version {}) differs at byte {at} of {}: got {:?}",
                 self.dataset.key(number),
@@ -238,16 +273,28 @@ impl Session {
     fn verify_all(mut self) -> Result<ClientReport> {
         let keys = self.versions.len();
         let count = self.connection.call(&[b"DBSIZE"])?;
-        ensure!(count == Reply::Integer(keys as i64), "redis holds {count:?} keys instead of {keys}");
+        ensure!(
+            count == Reply::Integer(keys as i64),
+            "redis holds {count:?} keys instead of {keys}"
+        );
         self.value_bytes = 0;
         for start in (0..keys).step_by(PIPELINE) {
             let batch = start..keys.min(start + PIPELINE);
             for number in batch.clone() {
-                self.connection.queue(&[b"GET", self.dataset.key(number).as_bytes()]);
+                self.connection
+                    .queue(&[b"GET", self.dataset.key(number).as_bytes()]);
             }
             self.connection.flush()?;
-            batch.into_iter().try_for_each(|number| self.compare(number))?;
+            batch
+                .into_iter()
+                .try_for_each(|number| self.compare(number))?;
         }
-        Ok(ClientReport { keys, sets: self.sets, gets: self.gets, value_bytes: self.value_bytes, times: self.times })
+        Ok(ClientReport {
+            keys,
+            sets: self.sets,
+            gets: self.gets,
+            value_bytes: self.value_bytes,
+            times: self.times,
+        })
     }
 }

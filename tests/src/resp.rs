@@ -33,11 +33,16 @@ pub struct Connection {
 impl Connection {
     /// Connects; `silence` is how long a reply may take before it is an error.
     pub fn open(address: SocketAddrV4, silence: Duration) -> Result<Self> {
-        let writer = TcpStream::connect(address).with_context(|| format!("cannot connect to redis at {address}"))?;
+        let writer = TcpStream::connect(address)
+            .with_context(|| format!("cannot connect to redis at {address}"))?;
         writer.set_nodelay(true)?;
         writer.set_read_timeout(Some(silence))?;
         let reader = BufReader::with_capacity(256 << 10, writer.try_clone()?);
-        Ok(Self { reader, writer, request: Vec::new() })
+        Ok(Self {
+            reader,
+            writer,
+            request: Vec::new(),
+        })
     }
 
     /// Appends a command to what [`Connection::flush`] will send.
@@ -52,7 +57,9 @@ impl Connection {
 
     /// Sends everything queued.
     pub fn flush(&mut self) -> Result<()> {
-        self.writer.write_all(&self.request).context("the connection to redis broke while sending")?;
+        self.writer
+            .write_all(&self.request)
+            .context("the connection to redis broke while sending")?;
         self.request.clear();
         Ok(())
     }
@@ -67,10 +74,14 @@ impl Connection {
     /// Reads the next reply.
     pub fn reply(&mut self) -> Result<Reply> {
         let line = self.line()?;
-        let (kind, rest) = line.split_at_checked(1).context("redis sent an empty line")?;
+        let (kind, rest) = line
+            .split_at_checked(1)
+            .context("redis sent an empty line")?;
         match kind {
             "+" => Ok(Reply::Status(rest.to_owned())),
-            ":" => Ok(Reply::Integer(rest.parse().context("redis sent a bad number")?)),
+            ":" => Ok(Reply::Integer(
+                rest.parse().context("redis sent a bad number")?,
+            )),
             "$" if rest == "-1" => Ok(Reply::Nil),
             "$" => self.bulk(rest.parse().context("redis sent a bad length")?),
             _ => bail!("redis says: {line}"),
@@ -79,16 +90,24 @@ impl Connection {
 
     fn line(&mut self) -> Result<String> {
         let mut line = String::new();
-        let length = self.reader.read_line(&mut line).context("the connection to redis broke")?;
+        let length = self
+            .reader
+            .read_line(&mut line)
+            .context("the connection to redis broke")?;
         anyhow::ensure!(length > 0, "redis closed the connection");
         line.truncate(line.trim_end().len());
         Ok(line)
     }
 
     fn bulk(&mut self, length: usize) -> Result<Reply> {
-        anyhow::ensure!(length <= MAX_REPLY_BYTES, "redis announces a reply of {length} bytes");
+        anyhow::ensure!(
+            length <= MAX_REPLY_BYTES,
+            "redis announces a reply of {length} bytes"
+        );
         let mut bytes = vec![0; length + 2];
-        self.reader.read_exact(&mut bytes).context("the connection to redis broke within a reply")?;
+        self.reader
+            .read_exact(&mut bytes)
+            .context("the connection to redis broke within a reply")?;
         bytes.truncate(length);
         Ok(Reply::Bulk(bytes))
     }

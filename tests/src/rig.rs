@@ -56,7 +56,12 @@ impl Rig {
         run_line(&format!("ip -n {switch} link add br0 type bridge"))?;
         run_line(&format!("ip -n {switch} link set br0 up"))?;
         let plug_in = |name: &str, number: u8| {
-            Host::plug_in(name, switch, &format!("port{number}"), Ipv4Addr::new(10, 77, 0, number))
+            Host::plug_in(
+                name,
+                switch,
+                &format!("port{number}"),
+                Ipv4Addr::new(10, 77, 0, number),
+            )
         };
         let rig = Self {
             source: plug_in(source, 1)?,
@@ -64,7 +69,10 @@ impl Rig {
             client: plug_in(client, 3)?,
             service: ServiceAddress(Ipv4Addr::new(10, 77, 0, 100)),
             warden,
-            folder: tempfile::Builder::new().prefix("postcopy-rig-").tempdir().context("no temporary directory")?,
+            folder: tempfile::Builder::new()
+                .prefix("postcopy-rig-")
+                .tempdir()
+                .context("no temporary directory")?,
         };
         rig.source.shell(&rig.service.put())?;
         Ok(rig)
@@ -78,7 +86,8 @@ impl Rig {
     /// Makes a directory in the rig's own.
     pub fn make_folder(&self, name: &str) -> Result<PathBuf> {
         let folder = self.folder().join(name);
-        std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        std::fs::create_dir_all(&folder)
+            .with_context(|| format!("cannot make {}", folder.display()))?;
         Ok(folder)
     }
 }

@@ -35,12 +35,18 @@ impl ServiceAddress {
     ///
     /// A packet that arrives before its socket exists would be answered with a reset.
     pub fn before_restore(self) -> String {
-        format!("iptables -w -I INPUT -d {0} -j DROP && ip addr add {0}/32 dev {INTERFACE}", self.0)
+        format!(
+            "iptables -w -I INPUT -d {0} -j DROP && ip addr add {0}/32 dev {INTERFACE}",
+            self.0
+        )
     }
 
     /// Destination, the workload runs: packets get in, and the neighbours learn where the address is now.
     pub fn on_resumed(self) -> String {
-        format!("iptables -w -D INPUT -d {0} -j DROP; arping -q -A -c 1 -w 1 -I {INTERFACE} {0}", self.0)
+        format!(
+            "iptables -w -D INPUT -d {0} -j DROP; arping -q -A -c 1 -w 1 -I {INTERFACE} {0}",
+            self.0
+        )
     }
 
     /// Destination, migration given up: as if nothing had been.

@@ -19,10 +19,16 @@ pub unsafe trait Counters: Sized + Sync + 'static {}
 
 /// Maps the file at `path`, which is made of zeros when it is missing. It stays mapped to the end of the process.
 pub fn map<T: Counters>(path: &Path) -> Result<&'static T> {
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;
     let length = NonZeroUsize::new(size_of::<T>()).context("counters have a size")?;
-    file.set_len(length.get() as u64).with_context(|| format!("cannot size {}", path.display()))?;
+    file.set_len(length.get() as u64)
+        .with_context(|| format!("cannot size {}", path.display()))?;
     let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
     let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &file, 0) };

@@ -35,7 +35,14 @@ pub struct TorturePlan {
 
 impl Default for TorturePlan {
     fn default() -> Self {
-        Self { mib: 64, threads: 2, children: 0, pieces: 100, seed: 1, zombie: false }
+        Self {
+            mib: 64,
+            threads: 2,
+            children: 0,
+            pieces: 100,
+            seed: 1,
+            zombie: false,
+        }
     }
 }
 
@@ -56,7 +63,12 @@ impl Torture {
         let folder = rig.make_folder("torture")?;
         let (board, verdict) = (folder.join("board"), folder.join("verdict"));
         let mut command = rig.source.command("setsid");
-        command.arg(binaries::program("torture")?).arg("--board").arg(&board).arg("--verdict").arg(&verdict);
+        command
+            .arg(binaries::program("torture")?)
+            .arg("--board")
+            .arg(&board)
+            .arg("--verdict")
+            .arg(&verdict);
         let numbers = [
             ("--mib", plan.mib as u64),
             ("--threads", plan.threads as u64),
@@ -71,7 +83,12 @@ impl Torture {
         let process = Process::start_detached("torture", &mut command)?;
         let board: &Board = shared_file::map(&board)?;
         let workers = plan.threads * (plan.children + 1);
-        let torture = Self { process, board, workers, verdict };
+        let torture = Self {
+            process,
+            board,
+            workers,
+            verdict,
+        };
         wait_until(PATIENCE, "the torture workload to fill its memory", || {
             torture.board.ready.load(Ordering::Relaxed) >= workers as u64
         })?;
@@ -90,14 +107,21 @@ impl Torture {
         let ticks = board.pulse.ticks.load(Ordering::Relaxed);
         let before: Vec<u64> = self.rounds();
         wait_until(PATIENCE, "every worker to go on", || {
-            let worked = self.rounds().iter().zip(&before).all(|(now, before)| *now >= before + more);
+            let worked = self
+                .rounds()
+                .iter()
+                .zip(&before)
+                .all(|(now, before)| *now >= before + more);
             board.is_stopped() || (worked && board.pulse.ticks.load(Ordering::Relaxed) > ticks)
         })?;
         self.assert_unharmed()
     }
 
     fn rounds(&self) -> Vec<u64> {
-        self.board.workers[..self.workers].iter().map(|worker| worker.rounds.load(Ordering::Relaxed)).collect()
+        self.board.workers[..self.workers]
+            .iter()
+            .map(|worker| worker.rounds.load(Ordering::Relaxed))
+            .collect()
     }
 
     /// No byte was wrong so far, and never did two copies run.
@@ -107,7 +131,10 @@ impl Torture {
         }
         ensure!(!self.board.is_stopped(), "the workload ended by itself");
         let foreign = self.board.pulse.foreign_ticks.load(Ordering::Relaxed);
-        ensure!(foreign == 0, "two copies of the workload ran at the same time ({foreign} ticks of the other)");
+        ensure!(
+            foreign == 0,
+            "two copies of the workload ran at the same time ({foreign} ticks of the other)"
+        );
         Ok(())
     }
 
@@ -116,7 +143,8 @@ impl Torture {
         self.assert_unharmed()?;
         self.board.pulse.stop.store(1, Ordering::Release);
         let read = || std::fs::read_to_string(&self.verdict).ok();
-        let verdict = wait_for(PATIENCE, "the torture workload's verdict", read).context("it hangs or died")?;
+        let verdict = wait_for(PATIENCE, "the torture workload's verdict", read)
+            .context("it hangs or died")?;
         ensure!(verdict == "ok", "the torture workload says: {verdict}");
         Ok(())
     }

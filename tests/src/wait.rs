@@ -33,7 +33,8 @@ mod tests {
 
     #[test]
     fn reports_what_did_not_happen() {
-        let error = wait_until(Duration::from_millis(5), "the moon to fall", || false).expect_err("it stays up");
+        let error = wait_until(Duration::from_millis(5), "the moon to fall", || false)
+            .expect_err("it stays up");
         assert!(error.to_string().contains("the moon to fall"));
     }
 

@@ -21,17 +21,41 @@ const PYTHON: &[Need] = &[Need::Namespaces, Need::Criu, Need::Program("python3")
 
 fn main() -> ExitCode {
     harness::main([
-        Test { name: "hosts_reach_each_other", needs: &[Need::Namespaces], body: hosts_reach_each_other },
-        Test { name: "a_dropped_rig_leaves_nothing", needs: &[Need::Namespaces], body: a_dropped_rig_leaves_nothing },
-        Test { name: "criu_moves_redis", needs: REDIS_MIGRATION, body: criu_moves_redis },
-        Test { name: "criu_moves_python", needs: PYTHON, body: criu_moves_python },
-        Test { name: "torture_is_sound_at_home", needs: MIGRATION, body: torture_is_sound_at_home },
+        Test {
+            name: "hosts_reach_each_other",
+            needs: &[Need::Namespaces],
+            body: hosts_reach_each_other,
+        },
+        Test {
+            name: "a_dropped_rig_leaves_nothing",
+            needs: &[Need::Namespaces],
+            body: a_dropped_rig_leaves_nothing,
+        },
+        Test {
+            name: "criu_moves_redis",
+            needs: REDIS_MIGRATION,
+            body: criu_moves_redis,
+        },
+        Test {
+            name: "criu_moves_python",
+            needs: PYTHON,
+            body: criu_moves_python,
+        },
+        Test {
+            name: "torture_is_sound_at_home",
+            needs: MIGRATION,
+            body: torture_is_sound_at_home,
+        },
     ])
 }
 
 fn hosts_reach_each_other(rig: &Rig) -> Result<()> {
-    rig.client.shell(&format!("arping -q -c 1 -w 5 -I eth0 {}", rig.service.0))?;
-    rig.source.shell(&format!("arping -q -c 1 -w 5 -I eth0 {}", rig.destination.address()))?;
+    rig.client
+        .shell(&format!("arping -q -c 1 -w 5 -I eth0 {}", rig.service.0))?;
+    rig.source.shell(&format!(
+        "arping -q -c 1 -w 5 -I eth0 {}",
+        rig.destination.address()
+    ))?;
     Ok(())
 }
 
@@ -39,20 +63,27 @@ fn a_dropped_rig_leaves_nothing(_: &Rig) -> Result<()> {
     let rig = Rig::new()?;
     let folder = rig.folder().to_owned();
     let name = namespace::path(rig.source.namespace());
-    rig.source.shell("setsid sleep 1000 </dev/null >/dev/null 2>&1 &")?;
+    rig.source
+        .shell("setsid sleep 1000 </dev/null >/dev/null 2>&1 &")?;
     let started = task::in_network_namespace(&name);
     ensure!(!started.is_empty(), "the process was not started");
     drop(rig);
     ensure!(!name.exists(), "the namespace is still there");
     ensure!(!folder.exists(), "the directory is still there");
-    ensure!(started.into_iter().all(|pid| !task::is_alive(pid)), "a process is still there");
+    ensure!(
+        started.into_iter().all(|pid| !task::is_alive(pid)),
+        "a process is still there"
+    );
     Ok(())
 }
 
 fn criu_moves(rig: &Rig, pid: Pid) -> Result<()> {
     let home = BaselineHome::new(rig)?;
     let record = criu_baseline::migrate(rig, &home, &binaries::criu()?, pid)?;
-    ensure!(task::is_alive(record.pid), "the root does not run on the destination");
+    ensure!(
+        task::is_alive(record.pid),
+        "the root does not run on the destination"
+    );
     ensure!(!task::is_alive(pid), "the root still runs on the source");
     // The namespace must outlive the workload.
     std::mem::forget(home);
@@ -60,7 +91,14 @@ fn criu_moves(rig: &Rig, pid: Pid) -> Result<()> {
 }
 
 fn criu_moves_redis(rig: &Rig) -> Result<()> {
-    let redis = BeatingRedis::start(rig, ClientPlan { mib: 32, seed: seed_of_this_run(), rate: 2000 })?;
+    let redis = BeatingRedis::start(
+        rig,
+        ClientPlan {
+            mib: 32,
+            seed: seed_of_this_run(),
+            rate: 2000,
+        },
+    )?;
     criu_moves(rig, redis.pid())?;
     redis.assert_alive()?;
     let report = redis.client.end()?;
@@ -77,7 +115,12 @@ fn criu_moves_python(rig: &Rig) -> Result<()> {
 
 /// Not moved: CRIU's own daemon loses faults under this load.
 fn torture_is_sound_at_home(rig: &Rig) -> Result<()> {
-    let plan = TorturePlan { children: 2, zombie: true, seed: seed_of_this_run(), ..TorturePlan::default() };
+    let plan = TorturePlan {
+        children: 2,
+        zombie: true,
+        seed: seed_of_this_run(),
+        ..TorturePlan::default()
+    };
     let torture = Torture::start(rig, plan)?;
     torture.wait_for_rounds(2000)?;
     torture.finish()

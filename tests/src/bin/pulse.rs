@@ -17,10 +17,15 @@ const PERIOD: Duration = Duration::from_micros(500);
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
-    let file = arguments.next().context("usage: pulse FILE COMMAND [ARGUMENT]...")?;
+    let file = arguments
+        .next()
+        .context("usage: pulse FILE COMMAND [ARGUMENT]...")?;
     let pulse: &Pulse = shared_file::map(Path::new(&file))?;
     let mut ticker = Ticker::new(pulse);
-    let child = arguments.next().map(|program| start(&program, arguments)).transpose()?;
+    let child = arguments
+        .next()
+        .map(|program| start(&program, arguments))
+        .transpose()?;
     while pulse.stop.load(Ordering::Relaxed) == 0 {
         ticker.tick();
         std::thread::sleep(PERIOD);
@@ -34,6 +39,12 @@ fn main() -> Result<()> {
 
 fn start(program: &str, arguments: impl Iterator<Item = String>) -> Result<std::process::Child> {
     let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    command.spawn().with_context(|| format!("cannot start {program}"))
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command
+        .spawn()
+        .with_context(|| format!("cannot start {program}"))
 }

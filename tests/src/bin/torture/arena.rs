@@ -43,7 +43,12 @@ pub struct Arena<'a> {
 impl<'a> Arena<'a> {
     /// Maps `pages` pages of zeros; `checked` counts the pages compared.
     pub fn new(pages: usize, place: Place, checked: &'a AtomicU64) -> io::Result<Self> {
-        Ok(Self { mapping: Mapping::new(pages)?, stamps: vec![0; pages], place, checked })
+        Ok(Self {
+            mapping: Mapping::new(pages)?,
+            stamps: vec![0; pages],
+            place,
+            checked,
+        })
     }
 
     /// How many pages it has at the moment.

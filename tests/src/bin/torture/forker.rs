@@ -44,7 +44,11 @@ fn one_child(arena: &mut Arena<'_>, random: &mut Random, board: &Board) -> Resul
             }
             match waitpid(child, None).map_err(io::Error::from)? {
                 WaitStatus::Exited(_, 0) => {}
-                ended => return Err(io::Error::other(format!("a forked child ended so: {ended:?}")).into()),
+                ended => {
+                    return Err(
+                        io::Error::other(format!("a forked child ended so: {ended:?}")).into(),
+                    );
+                }
             }
             board.forks.fetch_add(1, Ordering::Relaxed);
             arena.check(random.index(PAGES))?;

@@ -20,9 +20,16 @@ pub struct Fragments<'a> {
 
 impl<'a> Fragments<'a> {
     /// Makes a mapping of `pieces` VMAs, half of its pages written.
-    pub fn new(pieces: usize, random: &mut Random, checked: &'a AtomicU64) -> Result<Self, Failure> {
+    pub fn new(
+        pieces: usize,
+        random: &mut Random,
+        checked: &'a AtomicU64,
+    ) -> Result<Self, Failure> {
         let mut arena = Arena::new(pieces * PIECE, Place::Fragments, checked)?;
-        for page in (0..pieces * PIECE).filter(|_| random.below(2) == 0).collect::<Vec<_>>() {
+        for page in (0..pieces * PIECE)
+            .filter(|_| random.below(2) == 0)
+            .collect::<Vec<_>>()
+        {
             arena.write(page, random);
         }
         for piece in (0..pieces).step_by(2) {
@@ -42,7 +49,8 @@ impl<'a> Fragments<'a> {
         if read_only {
             self.arena.protect(pages_of(piece), true)?;
         }
-        self.arena.write(piece * PIECE + random.index(PIECE), random);
+        self.arena
+            .write(piece * PIECE + random.index(PIECE), random);
         if read_only {
             self.arena.protect(pages_of(piece), false)?;
         }

@@ -22,7 +22,11 @@ impl Heap {
     /// Takes a block, grows one or gives one back, comparing what it held.
     pub fn step(&mut self, random: &mut Random) -> Result<(), Mismatch> {
         let stamp = random.next() | 1;
-        let limit = if random.below(16) == 0 { LARGE_WORDS } else { SMALL_WORDS };
+        let limit = if random.below(16) == 0 {
+            LARGE_WORDS
+        } else {
+            SMALL_WORDS
+        };
         let mut block = vec![0; 1 + random.index(limit as usize)];
         fill(&mut block, stamp);
         self.blocks.push((stamp, block));
@@ -40,6 +44,8 @@ impl Heap {
 
     /// Compares every block.
     pub fn check_all(&self) -> Result<(), Mismatch> {
-        self.blocks.iter().try_for_each(|(stamp, block)| check(block, *stamp, Place::Heap))
+        self.blocks
+            .iter()
+            .try_for_each(|(stamp, block)| check(block, *stamp, Place::Heap))
     }
 }

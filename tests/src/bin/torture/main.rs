@@ -48,7 +48,11 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let board: &Board = shared_file::map(&options.board)?;
-    ensure!(options.workers() <= MAX_WORKERS, "{} workers are more than {MAX_WORKERS}", options.workers());
+    ensure!(
+        options.workers() <= MAX_WORKERS,
+        "{} workers are more than {MAX_WORKERS}",
+        options.workers()
+    );
     if options.zombie {
         // Never waited for: a zombie to the end.
         fork_into(|| ExitCode::SUCCESS)?;
@@ -58,7 +62,10 @@ fn run(options: &Options) -> Result<()> {
         children.push(fork_into(|| process(options, board, number))?);
     }
     let own = process(options, board, 0);
-    let failed: Vec<_> = children.into_iter().filter_map(|child| failure_of(child).err()).collect();
+    let failed: Vec<_> = children
+        .into_iter()
+        .filter_map(|child| failure_of(child).err())
+        .collect();
     let verdict = verdict(board, own, &failed);
     write_verdict(options, &verdict)?;
     ensure!(verdict == "ok", "{verdict}");
@@ -105,19 +112,35 @@ fn process(options: &Options, board: &'static Board, number: usize) -> ExitCode 
     let mut threads = Vec::new();
     for worker in first..first + options.threads {
         let size = options.size_of_worker();
-        threads.push(spawn(board, move || work(size, mix(seed ^ worker as u64), board, worker)));
+        threads.push(spawn(board, move || {
+            work(size, mix(seed ^ worker as u64), board, worker)
+        }));
     }
     if options.forks {
         threads.push(spawn(board, move || forker::run(board, !seed)));
     }
     let main = beat(board, seed, number == 0);
-    let joined = threads.into_iter().map(|thread| thread.join().unwrap_or(false)).fold(true, |all, one| all && one);
-    if joined && settle(board, main) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    let main_is_well = settle(board, main);
+    // All are joined before any is judged.
+    let joined: Vec<bool> = threads
+        .into_iter()
+        .map(|thread| thread.join().unwrap_or(false))
+        .collect();
+    if main_is_well && joined.into_iter().all(|is_well| is_well) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
-fn spawn(board: &'static Board, body: impl FnOnce() -> Result<(), Failure> + Send + 'static) -> thread::JoinHandle<bool> {
+fn spawn(
+    board: &'static Board,
+    body: impl FnOnce() -> Result<(), Failure> + Send + 'static,
+) -> thread::JoinHandle<bool> {
     let builder = thread::Builder::new().stack_size(STACK_BYTES);
-    builder.spawn(move || settle(board, body())).expect("a thread starts")
+    builder
+        .spawn(move || settle(board, body()))
+        .expect("a thread starts")
 }
 
 /// Makes a failure known to all and says whether there was none.

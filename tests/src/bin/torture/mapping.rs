@@ -21,7 +21,10 @@ unsafe impl Send for Mapping {}
 impl Mapping {
     /// Maps `pages` pages of zeros.
     pub fn new(pages: usize) -> io::Result<Self> {
-        Ok(Self { base: map(pages)?, pages })
+        Ok(Self {
+            base: map(pages)?,
+            pages,
+        })
     }
 
     fn address(&self, page: usize) -> *mut libc::c_void {
@@ -55,7 +58,9 @@ impl Mapping {
     pub fn protect(&mut self, range: Range<usize>, writable: bool) -> io::Result<()> {
         let access = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
         // SAFETY: inside our own mapping, and no reference to its pages is held.
-        checked(unsafe { libc::mprotect(self.address(range.start), range.len() * PAGE_BYTES, access) })
+        checked(unsafe {
+            libc::mprotect(self.address(range.start), range.len() * PAGE_BYTES, access)
+        })
     }
 
     /// Maps new pages over some in the middle, which unmaps the old ones; they read as zeros.
@@ -63,8 +68,21 @@ impl Mapping {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
         // SAFETY: inside our own mapping, and no reference to its pages is held.
-        let base = unsafe { libc::mmap(self.address(range.start), range.len() * PAGE_BYTES, access, flags, -1, 0) };
-        if base == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+        let base = unsafe {
+            libc::mmap(
+                self.address(range.start),
+                range.len() * PAGE_BYTES,
+                access,
+                flags,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
     }
 
     /// Moves the whole mapping to a new address.
@@ -89,7 +107,8 @@ impl Mapping {
         // SAFETY: our own mapping, no reference to its pages is held, and the new address is kept below.
         let base = unsafe { libc::mremap(self.address(0), old, new, libc::MREMAP_MAYMOVE) };
         if base != libc::MAP_FAILED {
-            self.base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mremap returned address 0"))?;
+            self.base = NonNull::new(base.cast())
+                .ok_or_else(|| io::Error::other("mremap returned address 0"))?;
         } else if is_several_vmas(&io::Error::last_os_error()) {
             let target = map(pages)?;
             move_pages(self.base, self.pages, target)?;
@@ -104,14 +123,28 @@ impl Mapping {
     /// Takes pages out of the middle, lets `visit` have them elsewhere, and puts the mapping together at a new address.
     ///
     /// The old place cannot be kept: any thread's new mapping may take the hole.
-    pub fn excursion<T>(&mut self, range: Range<usize>, visit: impl FnOnce(&mut Self) -> T) -> io::Result<T> {
-        let mut away = Self { base: map(range.len())?, pages: range.len() };
+    pub fn excursion<T>(
+        &mut self,
+        range: Range<usize>,
+        visit: impl FnOnce(&mut Self) -> T,
+    ) -> io::Result<T> {
+        let mut away = Self {
+            base: map(range.len())?,
+            pages: range.len(),
+        };
         move_pages(self.part(range.start), range.len(), away.base)?;
         let result = visit(&mut away);
-        let whole = Self { base: map(self.pages)?, pages: self.pages };
+        let whole = Self {
+            base: map(self.pages)?,
+            pages: self.pages,
+        };
         move_pages(self.base, range.start, whole.base)?;
         move_pages(away.base, range.len(), whole.part(range.start))?;
-        move_pages(self.part(range.end), self.pages - range.end, whole.part(range.end))?;
+        move_pages(
+            self.part(range.end),
+            self.pages - range.end,
+            whole.part(range.end),
+        )?;
         std::mem::forget(away);
         // Nothing is left of the old mapping, and its addresses may be someone else's by now.
         std::mem::forget(std::mem::replace(self, whole));
@@ -135,7 +168,11 @@ fn map(pages: usize) -> io::Result<NonNull<u8>> {
 }
 
 fn checked(result: libc::c_int) -> io::Result<()> {
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// `mremap` takes one VMA at a time, and a mapping of which pages were replaced consists of several.
@@ -148,7 +185,10 @@ fn move_pages(from: NonNull<u8>, pages: usize, to: NonNull<u8>) -> io::Result<()
     if pages == 0 {
         return Ok(());
     }
-    let (bytes, flags) = (pages * PAGE_BYTES, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
+    let (bytes, flags) = (
+        pages * PAGE_BYTES,
+        libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+    );
     // SAFETY: both are mappings of ours of this length, and no reference to their pages is held.
     let moved = unsafe { libc::mremap(from.as_ptr().cast(), bytes, bytes, flags, to.as_ptr()) };
     if moved != libc::MAP_FAILED {

@@ -53,7 +53,11 @@ impl Options {
             zombie: false,
         };
         while let Some(name) = arguments.next() {
-            let mut value = || arguments.next().with_context(|| format!("{name} wants a value"));
+            let mut value = || {
+                arguments
+                    .next()
+                    .with_context(|| format!("{name} wants a value"))
+            };
             match name.as_str() {
                 "--board" => options.board = value()?.into(),
                 "--verdict" => options.verdict = value()?.into(),
@@ -69,7 +73,10 @@ impl Options {
         }
         ensure!(options.threads > 0, "a process has at least one worker");
         ensure!(!options.board.as_os_str().is_empty(), "--board is missing");
-        ensure!(!options.verdict.as_os_str().is_empty(), "--verdict is missing");
+        ensure!(
+            !options.verdict.as_os_str().is_empty(),
+            "--verdict is missing"
+        );
         Ok(options)
     }
 
@@ -80,10 +87,15 @@ impl Options {
 
     /// Each worker's share of the memory.
     pub fn size_of_worker(&self) -> Size {
-        Size { pages: (self.mib << 20) / PAGE_BYTES / self.workers(), pieces: self.pieces }
+        Size {
+            pages: (self.mib << 20) / PAGE_BYTES / self.workers(),
+            pieces: self.pieces,
+        }
     }
 }
 
 fn number<T: FromStr>(text: &str) -> Result<T> {
-    text.parse().ok().with_context(|| format!("{text:?} is no number"))
+    text.parse()
+        .ok()
+        .with_context(|| format!("{text:?} is no number"))
 }

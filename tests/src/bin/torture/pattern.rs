@@ -8,7 +8,11 @@ pub type Stamp = u64;
 
 /// The word at `index` under `stamp`.
 fn word(stamp: Stamp, index: usize) -> u64 {
-    if stamp == 0 { 0 } else { mix(stamp.wrapping_add(index as u64)) }
+    if stamp == 0 {
+        0
+    } else {
+        mix(stamp.wrapping_add(index as u64))
+    }
 }
 
 /// Writes the pattern of `stamp`.
@@ -24,7 +28,12 @@ pub fn check(words: &[u64], stamp: Stamp, place: Place) -> Result<(), Mismatch> 
         let expected = word(stamp, index);
         if *got != expected {
             let address = std::ptr::from_ref(got) as u64;
-            return Err(Mismatch { place, address, expected, got: *got });
+            return Err(Mismatch {
+                place,
+                address,
+                expected,
+                got: *got,
+            });
         }
     }
     Ok(())
