@@ -18,3 +18,7 @@ pub const FREEZE: i32 = 7;
 pub const RESTORE: i32 = 8;
 /// The peer gave up.
 pub const ABORTED_BY_PEER: i32 = 9;
+/// Lost after the point of no return.
+pub const LOST: i32 = 10;
+/// A signal asked it to stop before anything had been moved.
+pub const INTERRUPTED: i32 = 11;

@@ -27,7 +27,7 @@ impl Identities {
         command
             .args(["identity", "issue", "--name", "destination", "--ca"])
             .arg(&source);
-        run(command.arg("--dir2").arg(&destination))?;
+        run(command.arg("--dir").arg(&destination))?;
         Ok(Self {
             source,
             destination,
