@@ -1,1 +1,81 @@
-fn main() {}
+//! `bench`: the demonstration, and the comparison with CRIU's own post-copy.
+
+mod compare;
+mod demo;
+mod memory;
+mod stats;
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+
+/// Moves real workloads between two hosts made of network namespaces, and measures it. Needs root.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Moves a redis under a client that never disconnects, and checks every key.
+    Demo(DemoOptions),
+    /// Moves the same workload by CRIU's own lazy-pages and by ours, in turns, and sets the times side by side.
+    Compare(CompareOptions),
+}
+
+#[derive(Debug, Args)]
+struct DemoOptions {
+    /// Memory redis holds, at least.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    memory: u64,
+    /// Commands the client issues per second; 0 for as many as it can.
+    #[arg(long, value_name = "N", default_value_t = 4000)]
+    rate: u32,
+    /// Writes what the table shows to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct CompareOptions {
+    /// Memory redis holds, at least.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    memory: u64,
+    /// Migrations by each of the two.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    repeat: usize,
+    /// Commands the client issues per second; 0 for as many as it can.
+    #[arg(long, value_name = "N", default_value_t = 4000)]
+    rate: u32,
+    /// Measures only one of the two.
+    #[arg(long, value_name = "NAME")]
+    only: Option<compare::Contender>,
+    /// Writes every measurement and the summary to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Demo(options) => demo::run(&options),
+        Command::Compare(options) => compare::run(&options),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Writes a record where the user wants it.
+fn write_json(path: &std::path::Path, record: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(record).context("the record has no JSON form")?;
+    std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
+}

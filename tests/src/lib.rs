@@ -1,1 +1,38 @@
+//! The rig for end-to-end tests and benchmarks: two hosts and a client on one machine, workloads, and the means to
+//! start both programs as an operator would.
+//!
+//! The programs under test are found on disk and never linked, so the rig knows them only by their command line.
 
+pub mod beating_redis;
+pub mod binaries;
+pub mod board;
+pub mod client_times;
+pub mod criu_baseline;
+pub mod dataset;
+pub mod exit_code;
+pub mod failure;
+pub mod fake_criu;
+pub mod gate;
+pub mod harness;
+pub mod host;
+pub mod identity;
+pub mod leftovers;
+pub mod namespace;
+pub mod pair;
+pub mod process;
+pub mod pulse;
+pub mod python;
+pub mod random;
+pub mod record;
+pub mod redis;
+pub mod redis_client;
+pub mod resp;
+pub mod rig;
+pub mod service;
+pub mod shared_file;
+pub mod shell;
+pub mod small_disk;
+pub mod sysctl;
+pub mod task;
+pub mod torture;
+pub mod wait;

@@ -1,0 +1,45 @@
+# On a fresh Debian 12 with root and Rust: `make demo` and `make test` install what is missing and do the rest.
+.PHONY: help setup build demo compare test lint doc
+
+export POSTCOPY_CRIU := $(CURDIR)/.deps/criu/bin/criu
+CARGO ?= cargo
+MEMORY ?= 512
+REPEAT ?= 3
+
+help:
+	@echo 'make demo     a running redis moves to another host and its client never disconnects (MEMORY=$(MEMORY) MiB)'
+	@echo 'make compare  the same beside CRIU'"'"'s own lazy-pages (MEMORY=$(MEMORY) REPEAT=$(REPEAT))'
+	@echo 'make test     every check and every test'
+	@echo 'make build    the programs, in target/release'
+	@echo 'make setup    what all of this needs: packages, and CRIU into .deps/criu'
+
+# Each package is installed only when a program it brings is missing.
+setup:
+	@tests/install-packages
+	@scripts/install-criu .deps/criu
+
+build:
+	$(CARGO) build --release --locked --bins
+
+demo: setup build
+	target/release/bench demo --memory $(MEMORY) $(if $(JSON),--json $(JSON))
+
+compare: setup build
+	target/release/bench compare --memory $(MEMORY) --repeat $(REPEAT) $(if $(JSON),--json $(JSON))
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+doc:
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items --locked
+
+# The programs are built first: the end-to-end tests start them as an operator does.
+test: setup lint doc
+	$(CARGO) build --workspace --bins --locked
+	@if $(CARGO) nextest --version >/dev/null 2>&1 || tests/install-nextest; then \
+	  $(CARGO) nextest run --workspace --locked && $(CARGO) test --workspace --doc --locked; \
+	else \
+	  echo 'make: cargo-nextest is not to be had here; tests run one after the other' >&2; \
+	  $(CARGO) test --workspace --locked -- --test-threads 1; \
+	fi

@@ -1,0 +1,252 @@
+//! The rival: CRIU's own `dump --lazy-pages`, `lazy-pages` and `restore`, over plain TCP, as its manual tells.
+//!
+//! The choreography is as tight as a careful operator's script can make it: the daemon starts while the address
+//! moves, images need no copy (both hosts share the directory), logs are at the default level.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::Pid;
+use serde::Serialize;
+
+use crate::process::Process;
+use crate::rig::Rig;
+use crate::sysctl::Sysctl;
+use crate::task;
+use crate::wait::wait_for;
+
+/// CRIU's page server on the source.
+const PORT: &str = "27027";
+/// Longer than any step of a move that works.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Without CAP_SYS_RESOURCE the page server's pipes must fit into this limit.
+const PIPE_BYTES: u64 = 64 << 20;
+
+/// What the move took, each from the start of `criu dump`.
+#[derive(Debug, Clone, Serialize)]
+pub struct BaselineRecord {
+    /// The dump is complete and its page server listens.
+    pub dumped_us: u64,
+    /// `criu restore` has returned: the tasks run.
+    pub restored_us: u64,
+    /// The last page has arrived and both ends are gone.
+    pub total_us: u64,
+    /// The root of the tree on the destination.
+    #[serde(skip)]
+    pub pid: Pid,
+}
+
+/// A PID namespace on the destination, for the tree wants its old PIDs; kept until dropped.
+#[derive(Debug)]
+pub struct BaselineHome {
+    _holder: Process,
+    init: Pid,
+}
+
+impl BaselineHome {
+    /// Makes the namespace; nothing of it is part of what is measured.
+    pub fn new(rig: &Rig) -> Result<Self> {
+        let mut command = rig.destination.command("unshare");
+        command.args([
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "sleep",
+            "infinity",
+        ]);
+        let holder = Process::start_detached("baseline-home", &mut command)?;
+        let init = wait_for(PATIENCE, "the init of the new PID namespace", || {
+            task::descendants(holder.pid())
+                .into_iter()
+                .find(|pid| task::name(*pid) == "sleep")
+        })?;
+        Ok(Self {
+            _holder: holder,
+            init,
+        })
+    }
+}
+
+/// Moves the tree under `pid` from the source of `rig` to `home`, with the service address.
+pub fn migrate(rig: &Rig, home: &BaselineHome, criu: &Path, pid: Pid) -> Result<BaselineRecord> {
+    let _pipes = Sysctl::raise("fs/pipe-max-size", PIPE_BYTES)?;
+    let images = rig.make_folder("baseline-images")?;
+    let run = Run {
+        rig,
+        home,
+        criu,
+        images,
+        started: Instant::now(),
+    };
+    run.go(pid).with_context(|| run.errors())
+}
+
+struct Run<'a> {
+    rig: &'a Rig,
+    home: &'a BaselineHome,
+    criu: &'a Path,
+    images: PathBuf,
+    started: Instant,
+}
+
+impl Run<'_> {
+    fn go(&self, pid: Pid) -> Result<BaselineRecord> {
+        let service = self.rig.service;
+        let mut dump = Background::start("criu dump", self.dump(pid))?;
+        let dumped_us = self.elapsed_us();
+        let daemon = std::thread::scope(|scope| {
+            let daemon = scope.spawn(|| Background::start("criu lazy-pages", self.lazy_pages()));
+            self.rig.source.shell(&service.on_frozen())?;
+            self.rig.destination.shell(&service.before_restore())?;
+            daemon
+                .join()
+                .unwrap_or_else(|_| bail!("starting criu lazy-pages panicked"))
+        });
+        let mut daemon = daemon?;
+        crate::shell::run(&mut self.restore())?;
+        let restored_us = self.elapsed_us();
+        self.rig.destination.shell(&service.on_resumed())?;
+        daemon.finish()?;
+        dump.finish()?;
+        let total_us = self.elapsed_us();
+        let pid = task::outer_pid(self.home.init, pid.as_raw())
+            .context("the restored root is not there")?;
+        Ok(BaselineRecord {
+            dumped_us,
+            restored_us,
+            total_us,
+            pid,
+        })
+    }
+
+    fn dump(&self, pid: Pid) -> Command {
+        let mut command = self.rig.source.command(self.criu);
+        command.args([
+            "dump",
+            "--tree",
+            &pid.to_string(),
+            "--log-file",
+            "dump.log",
+            "--lazy-pages",
+        ]);
+        command.args(["--address", "0.0.0.0", "--port", PORT, "--tcp-established"]);
+        self.complete(command)
+    }
+
+    fn lazy_pages(&self) -> Command {
+        let mut command = self.rig.destination.command(self.criu);
+        command.args([
+            "lazy-pages",
+            "--page-server",
+            "--log-file",
+            "lazy-pages.log",
+        ]);
+        command.args([
+            "--address",
+            &self.rig.source.address().to_string(),
+            "--port",
+            PORT,
+        ]);
+        self.complete(command)
+    }
+
+    fn restore(&self) -> Command {
+        let mut command = self.rig.destination.command("nsenter");
+        command
+            .args(["-t", &self.home.init.to_string(), "--pid", "--mount", "--"])
+            .arg(self.criu);
+        command.args([
+            "restore",
+            "--lazy-pages",
+            "--restore-detached",
+            "--tcp-established",
+        ]);
+        command
+            .args(["--log-file", "restore.log", "--images-dir"])
+            .arg(&self.images);
+        command
+    }
+
+    fn complete(&self, mut command: Command) -> Command {
+        command
+            .arg("--images-dir")
+            .arg(&self.images)
+            .args(["--status-fd", "1"]);
+        command
+    }
+
+    fn elapsed_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
+    fn errors(&self) -> String {
+        let mut text = String::from("CRIU's own lazy migration failed");
+        for log in ["dump.log", "lazy-pages.log", "restore.log"] {
+            let content = std::fs::read_to_string(self.images.join(log)).unwrap_or_default();
+            for line in content.lines().filter(|line| line.contains("Error")) {
+                text.push_str(&format!("\n  {log}: {line}"));
+            }
+        }
+        text
+    }
+}
+
+/// A CRIU command that says when it is ready and goes on.
+struct Background {
+    name: &'static str,
+    child: Child,
+}
+
+impl Background {
+    /// Starts it and returns when it is ready: it then writes one byte, for which its standard output serves.
+    fn start(name: &'static str, mut command: Command) -> Result<Self> {
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot start {name}"))?;
+        let stdout = child.stdout.take().context("its output is a pipe")?;
+        let mut background = Self { name, child };
+        if !is_ready(stdout)? {
+            background.finish()?;
+            bail!("{name} ended without being ready");
+        }
+        Ok(background)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let child = &mut self.child;
+        let status = wait_for(PATIENCE, self.name, || child.try_wait().ok().flatten())?;
+        anyhow::ensure!(status.success(), "{} ended with {status}", self.name);
+        Ok(())
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        // It has ended unless something went wrong.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn is_ready(mut stdout: ChildStdout) -> Result<bool> {
+    let timeout = PollTimeout::try_from(PATIENCE).context("the patience fits")?;
+    let mut fds = [PollFd::new(
+        std::os::fd::AsFd::as_fd(&stdout),
+        PollFlags::POLLIN,
+    )];
+    let ready = poll(&mut fds, timeout).context("cannot wait for CRIU")?;
+    Ok(ready > 0
+        && stdout
+            .read(&mut [0; 1])
+            .context("cannot read CRIU's status")?
+            == 1)
+}

@@ -1,0 +1,43 @@
+//! A CRIU that fails at one thing and otherwise is the real one.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::binaries;
+use crate::rig::Rig;
+
+/// What it says before it fails, in CRIU's own form.
+pub const ITS_ERROR: &str = "Error (criu/fake.c:1): the test wants this to fail";
+
+/// Makes a CRIU that fails when its command line holds `word`, such as `dump` or `restore`.
+///
+/// The error goes to the log file it is told to write, as CRIU does it, and to its standard error.
+pub fn failing_at(rig: &Rig, word: &str) -> Result<PathBuf> {
+    let path = rig.folder().join(format!("criu-failing-at-{word}"));
+    let criu = binaries::criu()?;
+    let script = format!(
+        r#"#!/bin/sh
+case " $* " in *" {word} "*) ;; *) exec {criu} "$@" ;; esac
+echo "{ITS_ERROR}" >&2
+folder=. log=
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -D | --images-dir | -W | --work-dir) folder=$2; shift ;;
+    -o | --log-file) log=$2; shift ;;
+    --images-dir=* | --work-dir=*) folder=${{1#*=}} ;;
+    --log-file=*) log=${{1#*=}} ;;
+  esac
+  shift
+done
+[ -z "$log" ] || (cd "$folder" && echo "(00.000001) {ITS_ERROR}" >"$log")
+exit 1
+"#,
+        criu = criu.display()
+    );
+    std::fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755))
+        .context("cannot make it a program")?;
+    Ok(path)
+}

@@ -1,0 +1,255 @@
+//! Both programs, started as an operator starts them: one on each host, with hooks that move the service address.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::binaries;
+use crate::identity::Identities;
+use crate::process::Process;
+use crate::record::Record;
+use crate::rig::Rig;
+
+/// The port `page-server` listens on; bulk data takes the next one.
+pub const PORT: u16 = 7700;
+/// Longer than any step of a migration that works.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How the two programs are to be started; every field may be changed before they are.
+#[derive(Debug, Clone)]
+pub struct PairPlan {
+    /// Options of `page-server serve` besides the necessary ones.
+    pub server: Vec<OsString>,
+    /// Options of `lazy-restorer restore` besides the necessary ones.
+    pub restorer: Vec<OsString>,
+    /// The environment of `lazy-restorer`.
+    pub restorer_env: Vec<(String, String)>,
+    /// CRIU on the source.
+    pub source_criu: PathBuf,
+    /// CRIU on the destination.
+    pub destination_criu: PathBuf,
+    /// Identity directories.
+    pub identities: Identities,
+    /// The line of shell `--on-frozen` runs.
+    pub on_frozen: String,
+    /// The line of shell `--on-thawed` runs.
+    pub on_thawed: String,
+    /// The line of shell `--before-restore` runs.
+    pub before_restore: String,
+    /// The line of shell `--on-resumed` runs.
+    pub on_resumed: String,
+    /// The line of shell `--on-aborted` runs.
+    pub on_aborted: String,
+}
+
+impl PairPlan {
+    /// The plan of a migration that moves the service address and restores into a new PID namespace.
+    pub fn new(rig: &Rig) -> Result<Self> {
+        let criu = binaries::criu()?;
+        let service = rig.service;
+        Ok(Self {
+            server: vec!["--tcp-established".into()],
+            restorer: vec!["--pidns".into()],
+            restorer_env: Vec::new(),
+            source_criu: criu.clone(),
+            destination_criu: criu,
+            identities: Identities::make(&rig.make_folder("identities")?)?,
+            on_frozen: service.on_frozen(),
+            on_thawed: service.on_thawed(),
+            before_restore: service.before_restore(),
+            on_resumed: service.on_resumed(),
+            on_aborted: service.on_aborted(),
+        })
+    }
+
+    /// Starts `page-server` for `pid` and returns when it listens.
+    pub fn start_server(&self, rig: &Rig, pid: Pid) -> Result<Side> {
+        let mut side = self.spawn_server(rig, pid)?;
+        side.process.wait_for_output(PATIENCE, "listening on")?;
+        Ok(side)
+    }
+
+    /// Starts `page-server` for `pid` and does not wait.
+    pub fn spawn_server(&self, rig: &Rig, pid: Pid) -> Result<Side> {
+        let files = SideFiles::make(rig, "page-server")?;
+        let mut command = rig.source.command(binaries::program("page-server")?);
+        command.args(["serve", "--pid", &pid.to_string()]);
+        command.args(["--listen", &format!("{}:{PORT}", rig.source.address())]);
+        command.arg("--identity").arg(&self.identities.source);
+        command.arg("--criu").arg(&self.source_criu);
+        command.args([
+            "--on-frozen",
+            &self.on_frozen,
+            "--on-thawed",
+            &self.on_thawed,
+        ]);
+        command.arg("--json").arg(&files.json).args(&self.server);
+        command.env("TMPDIR", &files.temporary);
+        Side::start("page-server", files, &mut command)
+    }
+
+    /// Starts `lazy-restorer`.
+    pub fn start_restorer(&self, rig: &Rig) -> Result<Side> {
+        let files = SideFiles::make(rig, "lazy-restorer")?;
+        let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
+        command.args([
+            "restore",
+            "--from",
+            &format!("{}:{PORT}", rig.source.address()),
+        ]);
+        command.arg("--identity").arg(&self.identities.destination);
+        command.arg("--criu").arg(&self.destination_criu);
+        command.args([
+            "--before-restore",
+            &self.before_restore,
+            "--on-resumed",
+            &self.on_resumed,
+        ]);
+        command.args(["--on-aborted", &self.on_aborted]);
+        command
+            .arg("--json")
+            .arg(&files.json)
+            .arg("--pidfile")
+            .arg(&files.pidfile)
+            .args(&self.restorer);
+        command
+            .env("TMPDIR", &files.temporary)
+            .envs(self.restorer_env.iter().cloned());
+        Side::start("lazy-restorer", files, &mut command)
+    }
+
+    /// Migrates `pid` from beginning to end.
+    pub fn migrate(&self, rig: &Rig, pid: Pid) -> Result<Migration> {
+        let mut server = self.start_server(rig, pid)?;
+        let started = std::time::Instant::now();
+        let mut restorer = self.start_restorer(rig)?;
+        restorer.expect_success()?;
+        server.expect_success()?;
+        let total = started.elapsed();
+        let pid = restorer.restored_pid()?;
+        Ok(Migration {
+            source: server.record()?,
+            destination: restorer.record()?,
+            pid,
+            total,
+        })
+    }
+}
+
+/// A migration that succeeded.
+#[derive(Debug, Clone)]
+pub struct Migration {
+    /// The source's record.
+    pub source: Record,
+    /// The destination's record.
+    pub destination: Record,
+    /// The restored root as this machine sees it.
+    pub pid: Pid,
+    /// From the start of `lazy-restorer` until both programs have ended.
+    pub total: Duration,
+}
+
+/// Where one side keeps what.
+#[derive(Debug, Clone)]
+pub struct SideFiles {
+    logs: PathBuf,
+    json: PathBuf,
+    pidfile: PathBuf,
+    /// The side's directory for temporary files, which must be empty in the end.
+    pub temporary: PathBuf,
+}
+
+impl SideFiles {
+    fn make(rig: &Rig, name: &str) -> Result<Self> {
+        let logs = rig.make_folder("logs")?;
+        let json = rig.folder().join(format!("{name}.json"));
+        // A record of an earlier migration on this rig is not this one's.
+        let _ = std::fs::remove_file(&json);
+        let temporary = rig.make_folder(&format!("{name}-tmp"))?;
+        Ok(Self {
+            logs,
+            json,
+            pidfile: rig.folder().join("restored.pid"),
+            temporary,
+        })
+    }
+}
+
+/// One of the two programs.
+#[derive(Debug)]
+pub struct Side {
+    /// The program.
+    pub process: Process,
+    /// Its files.
+    pub files: SideFiles,
+}
+
+impl Side {
+    /// Starts `command` as one of the programs, with no options but its own.
+    pub fn start_program(
+        rig: &Rig,
+        name: &str,
+        command: &mut std::process::Command,
+    ) -> Result<Self> {
+        Self::start(name, SideFiles::make(rig, name)?, command)
+    }
+
+    /// Asks it to end and waits until it has.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        kill(self.process.pid(), Signal::SIGTERM).context("it has ended already")?;
+        self.end()
+    }
+
+    fn start(name: &str, files: SideFiles, command: &mut std::process::Command) -> Result<Self> {
+        Ok(Self {
+            process: Process::start(name, &files.logs, command)?,
+            files,
+        })
+    }
+
+    /// Waits for the end and returns how it ended.
+    pub fn end(&mut self) -> Result<ExitStatus> {
+        self.process.wait(PATIENCE)
+    }
+
+    /// Waits for the end, which must be a success.
+    pub fn expect_success(&mut self) -> Result<()> {
+        let status = self.end()?;
+        ensure!(status.success(), "{status}: {}", self.process.stderr());
+        Ok(())
+    }
+
+    /// The record it wrote.
+    pub fn record(&self) -> Result<Record> {
+        Record::read(&self.files.json)
+    }
+
+    /// The one line that says why it failed.
+    pub fn error_line(&self) -> Result<String> {
+        let stderr = self.process.stderr();
+        let mut lines = stderr.lines().filter(|line| line.contains(": error: "));
+        let line = lines
+            .next()
+            .with_context(|| format!("no error line in: {stderr}"))?;
+        ensure!(lines.next().is_none(), "more than one error line: {stderr}");
+        Ok(line.to_owned())
+    }
+
+    /// The PID of the restored root.
+    pub fn restored_pid(&self) -> Result<Pid> {
+        read_pid(&self.files.pidfile)
+    }
+}
+
+fn read_pid(path: &Path) -> Result<Pid> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("no PID file {}", path.display()))?;
+    Ok(Pid::from_raw(text.trim().parse().with_context(|| {
+        format!("{} holds {text:?}", path.display())
+    })?))
+}

@@ -1,0 +1,132 @@
+//! The destination dies at each phase before the cutover: the source thaws the workload, and a second try succeeds.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use nix::sys::signal::{Signal, kill};
+use tests::exit_code::CONNECTION;
+use tests::failure::{Bystander, expect_failure};
+use tests::gate::Gate;
+use tests::harness::{self, Body, REDIS_MIGRATION, Test};
+use tests::pair::{PATIENCE, PairPlan, Side};
+use tests::rig::Rig;
+
+fn main() -> ExitCode {
+    let tests: [(&'static str, Body); 5] = [
+        (
+            "killed_while_the_source_freezes",
+            killed_while_the_source_freezes,
+        ),
+        ("killed_before_restore", killed_before_restore),
+        (
+            "terminated_while_the_source_freezes",
+            terminated_while_the_source_freezes,
+        ),
+        ("terminated_before_restore", terminated_before_restore),
+        (
+            "the_source_is_terminated_while_frozen",
+            the_source_is_terminated_while_frozen,
+        ),
+    ];
+    harness::main(tests.map(|(name, body)| Test {
+        name,
+        needs: REDIS_MIGRATION,
+        body,
+    }))
+}
+
+fn killed_while_the_source_freezes(rig: &Rig) -> Result<()> {
+    dies_while_the_source_freezes(rig, Signal::SIGKILL)
+}
+
+fn terminated_while_the_source_freezes(rig: &Rig) -> Result<()> {
+    dies_while_the_source_freezes(rig, Signal::SIGTERM)
+}
+
+fn killed_before_restore(rig: &Rig) -> Result<()> {
+    dies_before_restore(rig, Signal::SIGKILL)
+}
+
+fn terminated_before_restore(rig: &Rig) -> Result<()> {
+    dies_before_restore(rig, Signal::SIGTERM)
+}
+
+fn dies_while_the_source_freezes(rig: &Rig, signal: Signal) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let plan = PairPlan::new(rig)?;
+    let gate = Gate::new(rig, "frozen")?;
+    let held = PairPlan {
+        on_frozen: gate.after(&plan.on_frozen),
+        ..plan.clone()
+    };
+    let mut server = held.start_server(rig, bystander.redis.pid())?;
+    let mut restorer = held.start_restorer(rig)?;
+    gate.wait(PATIENCE)?;
+    end(&mut restorer, signal)?;
+    gate.open()?;
+    expect_failure(
+        &mut server,
+        source_exit_code(signal),
+        &["page-server: error:", "destination"],
+    )?;
+    bystander.assert_movable(rig, &plan)
+}
+
+fn dies_before_restore(rig: &Rig, signal: Signal) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let plan = PairPlan::new(rig)?;
+    let gate = Gate::new(rig, "before-restore")?;
+    // The address is not put on the destination: nobody would be left to take it away.
+    let held = PairPlan {
+        before_restore: gate.after("true"),
+        ..plan.clone()
+    };
+    let mut server = held.start_server(rig, bystander.redis.pid())?;
+    let mut restorer = held.start_restorer(rig)?;
+    gate.wait(PATIENCE)?;
+    end(&mut restorer, signal)?;
+    gate.open()?;
+    expect_failure(
+        &mut server,
+        source_exit_code(signal),
+        &["page-server: error:", "destination"],
+    )?;
+    bystander.assert_movable(rig, &plan)
+}
+
+/// A destination that is asked to end says goodbye; one that is killed cannot.
+fn source_exit_code(signal: Signal) -> i32 {
+    if signal == Signal::SIGKILL {
+        CONNECTION
+    } else {
+        tests::exit_code::ABORTED_BY_PEER
+    }
+}
+
+fn end(side: &mut Side, signal: Signal) -> Result<()> {
+    kill(side.process.pid(), signal)?;
+    side.end()?;
+    Ok(())
+}
+
+fn the_source_is_terminated_while_frozen(rig: &Rig) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let plan = PairPlan::new(rig)?;
+    let gate = Gate::new(rig, "frozen")?;
+    let held = PairPlan {
+        on_frozen: gate.after(&plan.on_frozen),
+        ..plan.clone()
+    };
+    let mut server = held.start_server(rig, bystander.redis.pid())?;
+    let mut restorer = held.start_restorer(rig)?;
+    gate.wait(PATIENCE)?;
+    kill(server.process.pid(), Signal::SIGTERM)?;
+    gate.open()?;
+    server.end()?;
+    expect_failure(
+        &mut restorer,
+        tests::exit_code::ABORTED_BY_PEER,
+        &["lazy-restorer: error:", "source"],
+    )?;
+    bystander.assert_movable(rig, &plan)
+}
