@@ -59,8 +59,10 @@ pub fn run(options: &DemoOptions) -> Result<()> {
         Ok(migration) => migration,
         Err(error) => return Err(error.context("the migration failed")),
     };
-    client.wait_for_replies(REPLIES_AFTER)?;
+    // A client that ended early says why in its report.
+    let answered = client.wait_for_replies(REPLIES_AFTER);
     let client = client.end().context("the client noticed")?;
+    answered?;
     ensure!(
         !task::is_alive(redis.pid()),
         "redis still runs on the source"

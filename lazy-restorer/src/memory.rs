@@ -121,11 +121,21 @@ impl Memory {
         Some(family.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// A restored process handed its descriptor over; pages that came before it are installed at once.
+    /// A process being restored handed its descriptor over. Until [`restored`](Self::restored) only faults are answered.
     pub fn attach(&self, pid: ImagePid, uffd: UserFault) -> Result<MemberKey, MemoryError> {
         let mut family = self.family(pid).ok_or(MemoryError::UnknownProcess(pid))?;
         let key = family.attach(uffd, &self.sink())?;
         Ok(key)
+    }
+
+    /// All processes are restored: pages that came early are installed, and from here on as they come.
+    pub fn restored(&self) -> Result<(), MemoryError> {
+        for pid in self.families.keys() {
+            if let Some(mut family) = self.family(*pid) {
+                family.restored(&self.sink())?;
+            }
+        }
+        Ok(())
     }
 
     /// Handles everything that waits on a member's descriptor. False when there is nothing more to watch.

@@ -34,7 +34,6 @@ pub fn make(command: &[OsString]) -> ExitCode {
 }
 
 fn try_make(command: &[OsString]) -> io::Result<u32> {
-    setsid()?;
     unshare(CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS)?;
     // Mounts of ours must not reach the host; mounts of the host may still reach us.
     mount_propagation(MsFlags::MS_SLAVE)?;
@@ -78,6 +77,8 @@ pub fn init(command: &[OsString]) -> ExitCode {
 }
 
 fn run_command(command: &[OsString]) -> io::Result<i32> {
+    // A terminal's signals are not for the namespace.
+    setsid()?;
     mount(
         Some("proc"),
         "/proc",

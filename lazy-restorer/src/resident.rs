@@ -142,8 +142,12 @@ impl Resident {
                 exits::watch(pid, key, self.memory.clone());
                 tracing::debug!(%image, %pid, "handed over");
             }
-            // CRIU closes the socket after the last descriptor, or because it failed; its exit tells which.
-            Some(Handover::Finished) | None => self.handed_over = true,
+            Some(Handover::Finished) => {
+                self.handed_over = true;
+                self.memory.restored()?;
+            }
+            // CRIU failed; its exit says why.
+            None => self.handed_over = true,
         }
         Ok(())
     }

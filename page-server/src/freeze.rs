@@ -13,6 +13,7 @@ use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
 use common::criu::{Criu, log_time, quote_errors};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::Pid;
@@ -166,14 +167,7 @@ impl FreezePlan {
     }
 
     fn spawn(&self, socket: &Path) -> Result<Child, FreezeError> {
-        // Without CLOEXEC: CRIU inherits its end. The peer end is closed when this function returns.
-        let (page_server, _peer) = socketpair(
-            AddressFamily::Unix,
-            SockType::Stream,
-            None,
-            SockFlag::empty(),
-        )
-        .map_err(prepare("page-server socket"))?;
+        let page_server = dead_page_server().map_err(prepare("page-server socket"))?;
         let program = env::current_exe().map_err(prepare("own program"))?;
         let mut command = Command::new(self.criu.program());
         command
@@ -259,6 +253,18 @@ impl Frozen {
             Err(error) => prepare("waiting for CRIU")(error),
         }
     }
+}
+
+/// A socket for CRIU to inherit whose other end is closed: CRIU then serves nobody.
+fn dead_page_server() -> nix::Result<OwnedFd> {
+    let (page_server, _peer) = socketpair(
+        AddressFamily::Unix,
+        SockType::Stream,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )?;
+    fcntl(&page_server, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    Ok(page_server)
 }
 
 fn signal_all(tasks: &[Pid], signal: Signal) {

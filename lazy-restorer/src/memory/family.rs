@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::digest::{page_hash, zero_page_hash};
 use common::images::{DumpedVma, ImagePid};
-use common::page::{PAGE_SIZE, PageIndex, PageRange};
+use common::page::{PAGE_SIZE, PageIndex, PageRange, page_in_buffer};
 use common::proto::demand::DemandFrame;
 use common::proto::pages::DataHeader;
 use nix::errno::Errno;
@@ -20,7 +20,7 @@ use crate::blocktime::Blocktime;
 use crate::resolver::{Family, Fault, Install, MemberId};
 use crate::uffd::{MemoryEvent, Progress, ReadError, Stop, UserFault};
 
-/// Bytes of pages kept for a process whose descriptor has not come yet.
+/// Bytes of pages kept for a process that is not restored yet.
 const MAX_EARLY_BYTES: usize = 64 << 20;
 /// Pause before an install is tried again while the kernel changes the address space under it.
 const RETRY_PAUSE: Duration = Duration::from_micros(50);
@@ -78,7 +78,11 @@ enum Content<'a> {
 pub(super) struct LiveFamily {
     family: Family,
     vmas: Vec<DumpedVma>,
+    /// A task hands its descriptor over before its mappings are registered with it. Until all are, only pages that
+    /// faulted can be installed, and that the kernel knows no mapping for a page means nothing.
+    restored: bool,
     uffds: Vec<Arc<UserFault>>,
+    /// Frames that wait for `restored`.
     early: Vec<(DataHeader, Vec<u8>)>,
     early_bytes: usize,
     /// Slots that threads wait for, since when.
@@ -101,6 +105,7 @@ impl LiveFamily {
         LiveFamily {
             family: Family::new(image.pid, Arc::new(image.lazy)),
             vmas: image.vmas,
+            restored: false,
             uffds: Vec::new(),
             early: Vec::new(),
             early_bytes: 0,
@@ -123,11 +128,17 @@ impl LiveFamily {
             return Err(MemoryError::AttachedTwice(self.family.pid()));
         }
         let member = self.family.attach(&self.vmas);
-        let key = self.watch(member, uffd, sink);
+        Ok(self.watch(member, uffd, sink))
+    }
+
+    /// All mappings are registered: installs what came before.
+    pub(super) fn restored(&mut self, sink: &Sink<'_>) -> Result<(), MemoryError> {
+        self.restored = true;
+        self.early_bytes = 0;
         for (header, payload) in std::mem::take(&mut self.early) {
             self.place_frame(&header, &payload, sink)?;
         }
-        Ok(key)
+        Ok(())
     }
 
     fn watch(&mut self, member: MemberId, uffd: UserFault, sink: &Sink<'_>) -> MemberKey {
@@ -227,7 +238,11 @@ impl LiveFamily {
         match self.family.fault(member, page) {
             Fault::Zero => return self.zero_fault(member, page, sink),
             Fault::Present => self.uffds[member.0].wake(PageRange::new(page, 1)),
-            Fault::Waiting { slot } => self.note_waiting(slot),
+            Fault::Waiting { slot } => {
+                self.note_waiting(slot);
+                // The restore itself faults, also on pages that came early.
+                self.place_kept(slot, sink)?;
+            }
             Fault::Request {
                 slot,
                 page,
@@ -242,6 +257,20 @@ impl LiveFamily {
             }
         }
         Ok(true)
+    }
+
+    /// Installs one slot from the frames that wait for `restored`, if it is in one.
+    fn place_kept(&mut self, slot: usize, sink: &Sink<'_>) -> Result<(), MemoryError> {
+        let holding = self.early.iter().position(|(header, _)| {
+            let slots = self.family.slots_of(header.pages);
+            slots.is_some_and(|slots| slots.contains(&slot))
+        });
+        let Some(index) = holding else { return Ok(()) };
+        // Taken out for the time of the install, which may look into the others.
+        let (header, payload) = self.early.swap_remove(index);
+        let placed = self.place_frame(&header, &payload, sink);
+        self.early.push((header, payload));
+        placed
     }
 
     fn note_waiting(&mut self, slot: usize) {
@@ -287,16 +316,20 @@ impl LiveFamily {
             .slots_of(header.pages)
             .ok_or(MemoryError::UnknownPages(header.pid, header.pages))?;
         let new = self.account(header, payload, slots);
-        if self.uffds.is_empty() {
-            self.early_bytes += payload.len();
-            if self.early_bytes > MAX_EARLY_BYTES {
-                return Err(MemoryError::TooEarly(header.pid));
-            }
-            self.early.push((*header, payload.to_vec()));
-        } else {
-            self.place_frame(header, payload, sink)?;
+        self.place_frame(header, payload, sink)?;
+        if !self.restored {
+            self.keep(header, payload)?;
         }
         Ok(new)
+    }
+
+    fn keep(&mut self, header: &DataHeader, payload: &[u8]) -> Result<(), MemoryError> {
+        self.early_bytes += payload.len();
+        if self.early_bytes > MAX_EARLY_BYTES {
+            return Err(MemoryError::TooEarly(header.pid));
+        }
+        self.early.push((*header, payload.to_vec()));
+        Ok(())
     }
 
     /// Marks slots received and adds up those that are new.
@@ -337,14 +370,39 @@ impl LiveFamily {
                 .find(|page| header.is_zero(*page) != zero)
                 .unwrap_or(slots.len());
             let run = slots.start + index..slots.start + end;
-            if zero {
-                self.place(run, Content::Zero, sink)?;
+            let stored = if zero { 0 } else { run.len() * PAGE_SIZE };
+            let (pages, later) = rest.split_at(stored);
+            rest = later;
+            let content = if zero {
+                Content::Zero
             } else {
-                let (pages, later) = rest.split_at(run.len() * PAGE_SIZE);
-                rest = later;
-                self.place(run, Content::Pages(pages), sink)?;
+                Content::Pages(pages)
+            };
+            if self.restored {
+                self.place(run, content, sink)?;
+            } else {
+                self.place_faulted(run, content, sink)?;
             }
             index = end;
+        }
+        Ok(())
+    }
+
+    /// Installs only the slots of a run that threads wait for.
+    fn place_faulted(
+        &mut self,
+        slots: Range<usize>,
+        content: Content<'_>,
+        sink: &Sink<'_>,
+    ) -> Result<(), MemoryError> {
+        for (index, slot) in slots.enumerate() {
+            if self.waiting.contains_key(&slot) {
+                let content = match content {
+                    Content::Zero => Content::Zero,
+                    Content::Pages(bytes) => Content::Pages(&bytes[page_in_buffer(index)]),
+                };
+                self.place(slot..slot + 1, content, sink)?;
+            }
         }
         Ok(())
     }
