@@ -7,7 +7,7 @@ use common::limits::MAX_FRAME_PAGES;
 use common::page::page_in_buffer;
 use common::proto::ProtoError;
 use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader};
-use quinn::{Connection, ReadExactError, RecvStream, SendStream};
+use quinn::{Connection, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::sync::watch;
 
 use crate::fetch::TransferError;
@@ -53,7 +53,12 @@ pub async fn give_credit(
     while installed.changed().await.is_ok() {
         let bytes = *installed.borrow_and_update();
         if let Some(total) = credit.renew(bytes, connection.rtt()) {
-            stream.write_all(&total.to_le_bytes()).await?;
+            match stream.write_all(&total.to_le_bytes()).await {
+                Ok(()) => {}
+                // The source has pushed everything and needs no more credit.
+                Err(WriteError::Stopped(_)) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
         }
     }
     Ok(())

@@ -11,6 +11,7 @@ use common::control::ControlError;
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
+use common::limits::IDLE_TIMEOUT;
 use common::operator::{self, Facts};
 use common::proto::control::{Abort, ToDestination, ToSource, WorkloadFacts};
 use common::record::{Phases, unix_us};
@@ -19,6 +20,7 @@ use common::stop::StopSignal;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
+use tokio::time::timeout;
 
 use crate::advise;
 use crate::connect::{ConnectPlan, Source, connect};
@@ -250,7 +252,7 @@ impl Migration<'_> {
         error: skeleton::SkeletonError,
     ) -> SessionError {
         let error = self.fail(Failure::Restore, error);
-        let said = tokio::time::timeout(FINAL_WORD, self.next(source)).await;
+        let said = timeout(FINAL_WORD, self.next(source)).await;
         match said {
             Ok(Err(reason)) => reason,
             _ => error,
@@ -347,32 +349,23 @@ impl Migration<'_> {
         mut resident: Resident,
     ) -> Result<(), SessionError> {
         self.record.resumed_at_unix_us = unix_us(SystemTime::now());
+        // Beside the messages: the command may take its time, and the memory must not wait for it.
+        let announced = tokio::spawn(announce(
+            self.plan.clone(),
+            self.facts(source, resident.root()),
+        ));
         resident.begin_push(source);
-        let resumed = source.control.send(&ToSource::Resumed).await;
-        self.announce(source, &resident).await;
-        let whole = match resumed {
+        let whole = match source.control.send(&ToSource::Resumed).await {
             Ok(()) => self.until_whole(source, &mut resident).await,
             Err(error) => Err(lost(self.state(), &error)),
         };
         self.record.count(&resident.memory);
-        match whole {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.pause(error, resident).await),
+        if let Err(error) = whole {
+            return Err(self.pause(error, resident).await);
         }
-    }
-
-    /// Tells the operator's world that the workload is here.
-    async fn announce(&mut self, source: &Source, resident: &Resident) {
-        let facts = self.facts(source, resident.root());
-        let on_resumed = self.plan.on_resumed.as_deref();
-        if let Err(error) = operator::run("--on-resumed", on_resumed, self.state(), &facts).await {
-            tracing::error!(%error, "the migration goes on");
-        }
-        if let (Some(path), Some(root)) = (&self.plan.pidfile, resident.root())
-            && let Err(error) = fs::write(path, format!("{root}\n"))
-        {
-            tracing::error!(path = %path.display(), %error, "cannot write the PID file");
-        }
+        announced
+            .await
+            .map_err(|error| self.fail(Failure::Internal, error))
     }
 
     async fn until_whole(
@@ -392,7 +385,8 @@ impl Migration<'_> {
                     return Err(unexpected(self.state(), &message));
                 }
                 name = self.stop.wait() => {
-                    tracing::warn!("{name} ignored: the workload needs pages that are still on the source");
+                    let counts = memory.counts();
+                    tracing::warn!(?counts, "{name} ignored: the workload needs pages that are still on the source");
                 }
             }
         }
@@ -413,10 +407,14 @@ impl Migration<'_> {
             ResidentError::Transfer(error) => return self.fail(Failure::Peer, error),
             error => return self.fail(Failure::Restore, error),
         }
-        match source.control.next().await {
-            Err(error) => lost(self.state(), &error),
-            Ok(ToDestination::Abort(abort)) => gave_up(self.state(), &abort),
-            Ok(message) => unexpected(self.state(), &message),
+        match timeout(FINAL_WORD, source.control.next()).await {
+            Ok(Err(error)) => lost(self.state(), &error),
+            Ok(Ok(ToDestination::Abort(abort))) => gave_up(self.state(), &abort),
+            Ok(Ok(message)) => unexpected(self.state(), &message),
+            Err(_) => self.fail(
+                Failure::Peer,
+                "the source ended a stream of pages too early",
+            ),
         }
     }
 
@@ -450,8 +448,21 @@ impl Migration<'_> {
     }
 }
 
-/// Time the source has to say why the skeleton's stream broke.
-const FINAL_WORD: Duration = Duration::from_secs(1);
+/// Tells the operator's world that the workload is here.
+async fn announce(plan: MigratePlan, facts: Facts) {
+    if let Some(path) = &plan.pidfile
+        && let Err(error) = fs::write(path, format!("{}\n", facts.pid))
+    {
+        tracing::error!(path = %path.display(), %error, "cannot write the PID file");
+    }
+    let on_resumed = plan.on_resumed.as_deref();
+    if let Err(error) = operator::run("--on-resumed", on_resumed, State::Postcopy, &facts).await {
+        tracing::error!(%error, "the migration goes on");
+    }
+}
+
+/// Time the source has to say why a stream broke; a lost link shows within it.
+const FINAL_WORD: Duration = IDLE_TIMEOUT.saturating_add(Duration::from_secs(1));
 
 fn understood(
     state: State,

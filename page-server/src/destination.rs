@@ -10,13 +10,13 @@ use common::proto::control::{Abort, Hello, Secret, SessionId, ToDestination, ToS
 use common::proto::version;
 use common::session::State;
 use quinn::{Connection, RecvStream, SendStream};
-use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::book::Book;
 use crate::listen::{Listen, accept_bulk};
 use crate::memory::PageSource;
-use crate::serve::{ServeError, serve};
+use crate::serve::serve;
+use crate::transfer::TransferError;
 
 /// A destination that was welcomed.
 #[derive(Debug)]
@@ -184,21 +184,20 @@ impl Destination {
         sent.map_err(|error| lost(state, &error))
     }
 
-    /// Serves the demand stream, on the fault thread, as soon as the destination opens it.
+    /// Serves the demand stream as soon as the destination opens it.
     pub fn serve(
         &self,
-        listen: &Listen,
         source: Arc<dyn PageSource>,
         book: Arc<Book>,
-    ) -> JoinHandle<Result<(), ServeError>> {
+    ) -> impl Future<Output = Result<(), TransferError>> + Send + 'static {
         let connection = self.control.connection().clone();
-        listen.fault.thread.handle().spawn(async move {
-            // The connection's end is the control stream's to report.
-            let Ok((replies, requests)) = connection.accept_bi().await else {
-                return Ok(());
-            };
+        async move {
+            let (replies, requests) = connection
+                .accept_bi()
+                .await
+                .map_err(|_| TransferError::Link)?;
             serve(replies, requests, source, book).await
-        })
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 //! | [`skeleton`] | CRIU's images on their way |
 //! | [`pending`], [`push_order`], [`book`] | what is owed, and in which order it is pushed |
 //! | [`memory`], [`frame`] | frozen pages, and the frames that carry them |
-//! | [`serve`], [`push`] | demand, and background push |
+//! | [`serve`], [`push`], [`transfer`] | demand, background push, and the tasks that do them |
 //! | [`cli`], [`identity_command`], [`report`] | what the operator says and is told |
 
 pub mod book;
@@ -28,4 +28,5 @@ pub mod report;
 pub mod serve;
 pub mod session;
 pub mod skeleton;
+pub mod transfer;
 pub mod workload;

@@ -8,26 +8,10 @@ use quinn::{ReadExactError, RecvStream, SendStream};
 
 use crate::book::Book;
 use crate::frame;
-use crate::memory::{MemoryError, PageSource};
+use crate::memory::PageSource;
 use crate::pending::Run;
-use crate::skeleton::{self, SkeletonError};
-
-/// Why pushing cannot go on.
-#[derive(Debug, thiserror::Error)]
-pub enum PushError {
-    /// Frozen memory is lost.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// The skeleton cannot be sent.
-    #[error(transparent)]
-    Skeleton(#[from] SkeletonError),
-    /// The connection broke.
-    #[error("the bulk stream broke: {0}")]
-    Write(#[from] quinn::WriteError),
-    /// The connection broke.
-    #[error("the bulk stream broke: {0}")]
-    Read(#[from] quinn::ReadError),
-}
+use crate::skeleton;
+use crate::transfer::TransferError;
 
 /// The source's end of the bulk stream.
 #[derive(Debug)]
@@ -54,13 +38,13 @@ impl Push {
     }
 
     /// Sends the skeleton.
-    pub async fn skeleton(mut self, images: &Path) -> Result<Self, PushError> {
+    pub async fn skeleton(mut self, images: &Path) -> Result<Self, TransferError> {
         skeleton::send(&mut self.stream, images).await?;
         Ok(self)
     }
 
     /// Sends what threads touch first. It needs no credit: the destination keeps it until the processes are there.
-    pub async fn eager(mut self) -> Result<Self, PushError> {
+    pub async fn eager(mut self) -> Result<Self, TransferError> {
         while let Some(run) = self.book.next_eager() {
             self.send(run).await?;
         }
@@ -68,7 +52,7 @@ impl Push {
     }
 
     /// Pushes until nothing is owed. `credits` carries the total of payload bytes allowed so far, again and again.
-    pub async fn all(mut self, credits: Option<RecvStream>) -> Result<(), PushError> {
+    pub async fn all(mut self, credits: Option<RecvStream>) -> Result<(), TransferError> {
         let Some(mut credits) = credits else {
             return Ok(());
         };
@@ -87,7 +71,7 @@ impl Push {
         Ok(())
     }
 
-    async fn send(&mut self, run: Run) -> Result<u64, PushError> {
+    async fn send(&mut self, run: Run) -> Result<u64, TransferError> {
         let new = (1 << run.pages.count) - 1;
         let frame = frame::read(self.source.as_ref(), run, new)?;
         self.book.sent(frame.digest, frame.zero_pages);
@@ -98,11 +82,11 @@ impl Push {
 }
 
 /// The next total, or `None` when the destination has finished the stream.
-async fn next_credit(credits: &mut RecvStream) -> Result<Option<u64>, quinn::ReadError> {
+async fn next_credit(credits: &mut RecvStream) -> Result<Option<u64>, TransferError> {
     let mut credit = [0; CREDIT_BYTES];
     match credits.read_exact(&mut credit).await {
         Ok(()) => Ok(Some(u64::from_le_bytes(credit))),
         Err(ReadExactError::FinishedEarly(_)) => Ok(None),
-        Err(ReadExactError::ReadError(error)) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }

@@ -4,35 +4,15 @@ use std::sync::Arc;
 
 use common::images::ImagePid;
 use common::page::PageRange;
-use common::proto::ProtoError;
 use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
 use common::proto::pages::DemandReply;
 use quinn::{ReadExactError, RecvStream, SendStream};
 
 use crate::book::Book;
 use crate::frame;
-use crate::memory::{MemoryError, PageSource};
-use crate::pending::{PendingError, Run};
-
-/// Why demand cannot be served any more.
-#[derive(Debug, thiserror::Error)]
-pub enum ServeError {
-    /// The destination broke the protocol.
-    #[error(transparent)]
-    Proto(#[from] ProtoError),
-    /// It asked for what it cannot have.
-    #[error(transparent)]
-    Pending(#[from] PendingError),
-    /// Frozen memory is lost.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// The connection broke.
-    #[error("the demand stream broke: {0}")]
-    Write(#[from] quinn::WriteError),
-    /// The connection broke.
-    #[error("the demand stream broke: {0}")]
-    Read(#[from] quinn::ReadError),
-}
+use crate::memory::PageSource;
+use crate::pending::Run;
+use crate::transfer::TransferError;
 
 /// Serves one demand stream until the destination finishes it.
 pub async fn serve(
@@ -40,13 +20,13 @@ pub async fn serve(
     mut requests: RecvStream,
     source: Arc<dyn PageSource>,
     book: Arc<Book>,
-) -> Result<(), ServeError> {
+) -> Result<(), TransferError> {
     let mut frame = [0; DEMAND_FRAME_BYTES];
     loop {
         match requests.read_exact(&mut frame).await {
             Ok(()) => {}
             Err(ReadExactError::FinishedEarly(_)) => return Ok(()),
-            Err(ReadExactError::ReadError(error)) => return Err(error.into()),
+            Err(error) => return Err(error.into()),
         }
         match DemandFrame::decode(&frame)? {
             DemandFrame::Request(pid, pages) => {
@@ -65,7 +45,7 @@ async fn withhold(
     book: &Book,
     pid: ImagePid,
     pages: PageRange,
-) -> Result<(), ServeError> {
+) -> Result<(), TransferError> {
     for withheld in book.discard(pid, pages)? {
         let reply = DemandReply::Withheld(pid, withheld);
         replies.write_all(&reply.encode()).await?;

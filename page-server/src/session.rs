@@ -14,15 +14,14 @@ use common::proto::control::{Abort, Secret, SessionId, Tally, ToDestination, ToS
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
 use common::stop::StopSignal;
-use tokio::task::JoinHandle;
 
 use crate::destination::{self, Destination, abort, unexpected};
 use crate::freeze::FreezePlan;
 use crate::frozen::FrozenWorkload;
 use crate::listen::{Listen, ListenPlan};
-use crate::push::{Push, PushError};
+use crate::push::Push;
 use crate::report::{Record, WireBytes};
-use crate::serve::ServeError;
+use crate::transfer::Transfer;
 use crate::workload::Workload;
 
 /// Everything the operator decided.
@@ -82,12 +81,6 @@ struct Migration<'a> {
     phases: Phases,
     stop: StopSignal,
     record: &'a mut Record,
-}
-
-/// Tasks that move memory while the session's messages are exchanged.
-struct Transfer {
-    demand: JoinHandle<Result<(), ServeError>>,
-    push: JoinHandle<Result<(), PushError>>,
 }
 
 impl Migration<'_> {
@@ -224,18 +217,20 @@ impl Migration<'_> {
         workload: &mut FrozenWorkload,
     ) -> Result<Transfer, SessionError> {
         self.advance(Event::Dumped)?;
-        let demand = destination.serve(listen, workload.source.clone(), workload.book.clone());
+        let mut transfer = Transfer::default();
+        let serving = destination.serve(workload.source.clone(), workload.book.clone());
+        transfer.spawn(listen.fault.thread.handle(), serving);
         let push = self.send_skeleton(listen, destination, workload).await?;
         self.expect(destination, ToSource::Staged).await?;
         self.advance(Event::Staged)?;
         let credits = destination.take_credits();
-        let push = listen.bulk.thread.handle().spawn(push.all(credits));
+        transfer.spawn(listen.bulk.thread.handle(), push.all(credits));
         self.await_restore(destination, workload).await?;
         self.advance(Event::CutoverAsked)?;
         // Told to the hook before it is told to the destination: from here on our death must not thaw the workload.
         let committed = workload.frozen.commit().await;
         committed.map_err(|error| SessionError::new(Failure::Freeze, State::Listen, error))?;
-        Ok(Transfer { demand, push })
+        Ok(transfer)
     }
 
     /// Sends the skeleton and the eager pages while the operator's command runs.
@@ -298,7 +293,7 @@ impl Migration<'_> {
         &mut self,
         destination: &mut Destination,
         workload: FrozenWorkload,
-        transfer: Transfer,
+        mut transfer: Transfer,
     ) -> Result<(), SessionError> {
         let granted = destination
             .send(self.state(), &ToDestination::CutoverGranted)
@@ -310,15 +305,20 @@ impl Migration<'_> {
         loop {
             let message = tokio::select! {
                 message = destination.control.next() => message,
+                text = transfer.failed() => {
+                    let error = self.fail(Failure::Lost, text);
+                    return Err(self.pause(error).await);
+                }
                 name = self.stop.wait() => {
-                    tracing::warn!("{name} ignored: the workload runs on the destination and needs this memory");
+                    let owed = workload.book.owed();
+                    tracing::warn!(owed, "{name} ignored: the workload runs on the destination and needs this memory");
                     continue;
                 }
             };
             match message {
                 Ok(ToSource::Resumed) => self.resumed(),
                 Ok(ToSource::Drained(tally)) => {
-                    return self.complete(destination, workload, &transfer, tally).await;
+                    return self.complete(destination, workload, tally).await;
                 }
                 Ok(ToSource::Abort(abort)) if abort.copy_is_dead => {
                     return Err(self.copy_died(workload, destination, &abort).await);
@@ -375,7 +375,6 @@ impl Migration<'_> {
         &mut self,
         destination: &mut Destination,
         workload: FrozenWorkload,
-        transfer: &Transfer,
         theirs: Tally,
     ) -> Result<(), SessionError> {
         self.advance(Event::AllPresent)?;
@@ -392,8 +391,6 @@ impl Migration<'_> {
             .send(self.state(), &ToDestination::Complete)
             .await?;
         self.advance(Event::Agreed)?;
-        transfer.push.abort();
-        transfer.demand.abort();
         workload
             .release()
             .await
