@@ -111,12 +111,7 @@ fn run_command(command: &[OsString]) -> io::Result<i32> {
 fn reap() {
     // The report's reader must see its end: we are not to hold the pipe for as long as the workload lives.
     let _ = nix::unistd::close(libc::STDOUT_FILENO);
-    loop {
-        match waitpid(None, Some(WaitPidFlag::__WALL)) {
-            Err(Errno::ECHILD) => return,
-            Ok(_) | Err(_) => {}
-        }
-    }
+    while waitpid(None, Some(WaitPidFlag::__WALL)) != Err(Errno::ECHILD) {}
 }
 
 fn report(what: &str, value: impl std::fmt::Display) {

@@ -297,16 +297,14 @@ impl Migration<'_> {
         resident: &mut Resident,
     ) -> Result<Held, SessionError> {
         let state = self.state();
-        loop {
-            tokio::select! {
-                step = resident.next() => match step {
-                    Ok(Step::Armed(held)) => return Ok(held),
-                    Ok(Step::CriuEnded) => return Err(self.fail(Failure::Restore, "CRIU restored nothing")),
-                    Ok(Step::Resumed) => return Err(self.fail(Failure::Restore, "CRIU did not wait at the gate")),
-                    Err(error) => return Err(self.resident_failed(source, error).await),
-                },
-                message = self.next(source) => return Err(unexpected(state, &message?)),
-            }
+        tokio::select! {
+            step = resident.next() => match step {
+                Ok(Step::Armed(held)) => Ok(held),
+                Ok(Step::CriuEnded) => Err(self.fail(Failure::Restore, "CRIU restored nothing")),
+                Ok(Step::Resumed) => Err(self.fail(Failure::Restore, "CRIU did not wait at the gate")),
+                Err(error) => Err(self.resident_failed(source, error).await),
+            },
+            message = self.next(source) => Err(unexpected(state, &message?)),
         }
     }
 
