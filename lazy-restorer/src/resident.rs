@@ -16,7 +16,7 @@ use crate::gate::{Call, Gate, Held};
 use crate::handover::{self, Handover, HandoverError};
 use crate::memory::{Memory, MemoryError};
 use crate::push;
-use crate::restore::{Restore, RestoreError, RestorePlan};
+use crate::restore::{Prepared, Restore, RestoreError};
 use crate::skeleton;
 
 /// Failures of transfer tasks that wait to be looked at.
@@ -81,11 +81,12 @@ pub enum ResidentError {
 impl Resident {
     /// Starts the restore of a staged skeleton and everything that resolves its faults.
     pub async fn start(
-        plan: &RestorePlan,
+        prepared: Prepared,
         directory: TempDir,
         source: &Source,
         bulk: (SendStream, RecvStream),
     ) -> Result<Self, ResidentError> {
+        let plan = prepared.plan();
         fs::create_dir_all(plan.work())?;
         let (memory, orders) = Memory::new(skeleton::processes(&plan.images())?);
         let handovers = handover::listen(&plan.work())?;
@@ -94,7 +95,7 @@ impl Resident {
         let (credits, pages) = bulk;
         let installed = spawn_push(source, pages, &memory, &report);
         spawn_fetch(source, orders, &memory, &report).await?;
-        let restore = plan.start().await?;
+        let restore = prepared.start().await?;
         Ok(Resident {
             memory,
             restore,

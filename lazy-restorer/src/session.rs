@@ -28,7 +28,7 @@ use crate::fetch::TransferError;
 use crate::gate::Held;
 use crate::report::Record;
 use crate::resident::{Resident, ResidentError, Step, images_directory};
-use crate::restore::RestorePlan;
+use crate::restore::{Prepared, RestorePlan};
 use crate::skeleton;
 
 /// Everything the operator decided.
@@ -116,15 +116,23 @@ impl Migration<'_> {
 
     async fn migrate(&mut self, source: &mut Source) -> Result<(), SessionError> {
         let facts = self.advise(source).await?;
+        let directory = host::staging_directory(self.plan.work_dir.as_deref())
+            .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
+        let prepared = self
+            .restore_plan(&facts, &directory)
+            .prepare()
+            .await
+            .map_err(|error| self.fail(Failure::Restore, error))?;
+        self.send(source, &ToSource::Ready).await?;
         self.advance(Event::Ready)?;
         self.expect(source, ToDestination::Freezing).await?;
-        let staged = self.skeleton(source).await?;
+        let staged = self.skeleton(source, directory).await?;
         let operator_facts = self.facts(source, None);
         let before = self.plan.before_restore.as_deref();
-        let prepared =
+        let address_taken =
             operator::run("--before-restore", before, self.state(), &operator_facts).await;
-        let restored = match prepared {
-            Ok(()) => self.restore(source, &facts, staged).await,
+        let restored = match address_taken {
+            Ok(()) => self.restore(source, prepared, staged).await,
             Err(error) => Err(self.fail(Failure::Restore, error)),
         };
         match restored {
@@ -198,21 +206,28 @@ impl Migration<'_> {
             self.plan.ignore_cpu_features,
         );
         checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
-        self.send(source, &ToSource::Ready).await?;
         Ok(facts)
     }
 
+    fn restore_plan(&self, facts: &WorkloadFacts, directory: &TempDir) -> RestorePlan {
+        RestorePlan {
+            criu: self.plan.criu.clone(),
+            directory: directory.path().to_owned(),
+            criu_args: self.plan.criu_args.clone(),
+            tcp_established: facts.tcp_established,
+            shell_job: facts.shell_job,
+            pid_namespace: self.plan.pid_namespace,
+        }
+    }
+
     /// Stages the skeleton while the source dumps, and waits until the service address is free.
-    async fn skeleton(&mut self, source: &mut Source) -> Result<Staged, SessionError> {
-        let no_room = |error: std::io::Error| {
-            SessionError::new(
-                Failure::Restore,
-                State::Freeze,
-                format!("no place for the skeleton: {error}"),
-            )
-        };
-        let directory = host::staging_directory(self.plan.work_dir.as_deref()).map_err(no_room)?;
-        let images = images_directory(&directory).map_err(no_room)?;
+    async fn skeleton(
+        &mut self,
+        source: &mut Source,
+        directory: TempDir,
+    ) -> Result<Staged, SessionError> {
+        let images = images_directory(&directory)
+            .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
         let (credits, pages) = source
             .take_bulk_stream()
             .ok_or_else(|| self.fail(Failure::Internal, "the bulk stream is in use"))?;
@@ -263,19 +278,11 @@ impl Migration<'_> {
     async fn restore(
         &mut self,
         source: &mut Source,
-        facts: &WorkloadFacts,
+        prepared: Prepared,
         staged: Staged,
     ) -> Result<Resident, SessionError> {
         self.advance(Event::Staged)?;
-        let plan = RestorePlan {
-            criu: self.plan.criu.clone(),
-            directory: staged.directory.path().to_owned(),
-            criu_args: self.plan.criu_args.clone(),
-            tcp_established: facts.tcp_established,
-            shell_job: facts.shell_job,
-            pid_namespace: self.plan.pid_namespace,
-        };
-        let started = Resident::start(&plan, staged.directory, source, staged.bulk).await;
+        let started = Resident::start(prepared, staged.directory, source, staged.bulk).await;
         let mut resident = started.map_err(|error| self.fail(Failure::Restore, error))?;
         let opened = match self.until_armed(source, &mut resident).await {
             Ok(held) => self.cut_over(source, &mut resident, held).await,
@@ -471,6 +478,10 @@ fn understood(
         Ok(message) => Ok(message),
         Err(error) => Err(lost(state, &error)),
     }
+}
+
+fn no_room(error: &std::io::Error) -> String {
+    format!("no place for the skeleton: {error}")
 }
 
 fn gave_up(state: State, abort: &Abort) -> SessionError {
