@@ -95,7 +95,7 @@ pub struct Restore {
     /// Command to run before the restore: add the workload's service address here, without announcing it yet
     #[arg(long, value_name = "CMD")]
     before_restore: Option<String>,
-    /// Command to run when the workload runs: announce its service address
+    /// Command to run the moment the workload is let run here, its sockets being there: announce its service address
     #[arg(long, value_name = "CMD")]
     on_resumed: Option<String>,
     /// Command to run when the migration failed after --before-restore: take the service address away again

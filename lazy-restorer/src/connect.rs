@@ -13,8 +13,11 @@ use common::proto::control::{BulkHello, Hello, Secret, ToDestination, ToSource, 
 use common::proto::stream;
 use common::quic::{self, PathProfile, QuicError, Role};
 use common::session::State;
-use quinn::{Connection, RecvStream, SendStream};
+use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use tokio::time::timeout;
+
+/// Time closed connections have to send their last packets.
+const CLOSING_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// How to reach the source.
 #[derive(Clone, Debug)]
@@ -47,6 +50,7 @@ pub struct Source {
     /// The bulk connection.
     pub bulk: Connection,
     bulk_stream: Option<(SendStream, RecvStream)>,
+    endpoints: [Endpoint; 2],
 }
 
 /// Connects, says hello and opens the bulk connection.
@@ -56,7 +60,7 @@ pub async fn connect(plan: &ConnectPlan) -> Result<Source, SessionError> {
     let urgent_granted = fault_thread.granted();
     let bulk_thread =
         IoThread::start("bulk", Priority::Background { urgent_granted }).map_err(internal)?;
-    let fault = open(&fault_thread, plan, plan.source, Role::Fault).await?;
+    let (fault_endpoint, fault) = open(&fault_thread, plan, plan.source, Role::Fault).await?;
     let (send, recv) = fault.open_bi().await.map_err(|error| {
         let error = QuicError::from_connection(plan.source, &error);
         fail(failure_of(&error), &error)
@@ -64,7 +68,7 @@ pub async fn connect(plan: &ConnectPlan) -> Result<Source, SessionError> {
     let mut control = Control::new(fault, send, recv);
     let welcome = say_hello(plan, &mut control).await?;
     let bulk_address = SocketAddr::new(plan.source.ip(), welcome.bulk_port);
-    let bulk = open(&bulk_thread, plan, bulk_address, Role::Bulk).await?;
+    let (bulk_endpoint, bulk) = open(&bulk_thread, plan, bulk_address, Role::Bulk).await?;
     let bulk_stream = open_bulk_stream(&bulk, &welcome)
         .await
         .map_err(|error| fail(Failure::Connection, &error))?;
@@ -75,6 +79,7 @@ pub async fn connect(plan: &ConnectPlan) -> Result<Source, SessionError> {
         welcome,
         bulk,
         bulk_stream: Some(bulk_stream),
+        endpoints: [fault_endpoint, bulk_endpoint],
     })
 }
 
@@ -83,15 +88,16 @@ async fn open(
     plan: &ConnectPlan,
     address: SocketAddr,
     role: Role,
-) -> Result<Connection, SessionError> {
+) -> Result<(Endpoint, Connection), SessionError> {
     let plan = plan.clone();
     let connecting = thread.handle().spawn(async move {
         let endpoint =
             quic::bind_client(address, None, &plan.identity, &plan.trust, role, plan.path)?;
-        quic::connect(&endpoint, address).await
+        let connection = quic::connect(&endpoint, address).await?;
+        Ok((endpoint, connection))
     });
     match connecting.await {
-        Ok(Ok(connection)) => Ok(connection),
+        Ok(Ok(connected)) => Ok(connected),
         Ok(Err(error)) => Err(fail(failure_of(&error), &error)),
         Err(error) => Err(fail(Failure::Internal, &error)),
     }
@@ -166,8 +172,21 @@ impl Source {
         self.bulk_stream.take()
     }
 
-    /// Time a packet needs to the source and back, as the fault connection sees it.
-    pub fn round_trip(&self) -> Duration {
-        self.control.connection().rtt()
+    /// Closes both connections, after `last` if there is one, and lets the source know before this program ends.
+    pub async fn close(self, last: Option<ToSource>) {
+        match last {
+            Some(last) => self.control.farewell(&last).await,
+            None => self.control.close().await,
+        }
+        self.bulk.close(0_u8.into(), b"done");
+        for endpoint in self.endpoints {
+            // Without this the closing packets may never leave, and the source waits for them.
+            if timeout(CLOSING_TIMEOUT, endpoint.wait_idle())
+                .await
+                .is_err()
+            {
+                tracing::debug!("an endpoint is not idle yet");
+            }
+        }
     }
 }

@@ -8,6 +8,7 @@ use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
 use crate::connect::Source;
 use crate::exits;
@@ -29,6 +30,8 @@ pub struct Resident {
     pub memory: Arc<Memory>,
     /// CRIU.
     pub restore: Restore,
+    /// The operator's `--on-resumed` command, while it runs.
+    pub announced: Option<JoinHandle<()>>,
     gate: Gate,
     criu_ended: bool,
     handed_over: bool,
@@ -99,6 +102,7 @@ impl Resident {
         Ok(Resident {
             memory,
             restore,
+            announced: None,
             gate,
             criu_ended: false,
             handed_over: false,

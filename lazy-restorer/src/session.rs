@@ -97,20 +97,16 @@ impl Migration<'_> {
         self.record.session = source.welcome.session.to_string();
         self.advance(Event::Welcomed)?;
         let result = self.migrate(&mut source).await;
-        match &result {
-            Err(error) if error.failure != Failure::Peer => {
-                let copy_is_dead =
-                    error.state.source_may_thaw() || error.failure == Failure::Restore;
-                let abort = ToSource::Abort(Abort {
-                    host: host::name(),
-                    state: error.state,
-                    text: error.text.clone(),
-                    copy_is_dead,
-                });
-                source.control.farewell(&abort).await;
-            }
-            _ => source.control.close().await,
-        }
+        let last = match &result {
+            Err(error) if error.failure != Failure::Peer => Some(ToSource::Abort(Abort {
+                host: host::name(),
+                state: error.state,
+                text: error.text.clone(),
+                copy_is_dead: error.state.source_may_thaw() || error.failure == Failure::Restore,
+            })),
+            _ => None,
+        };
+        source.close(last).await;
         result
     }
 
@@ -338,6 +334,10 @@ impl Migration<'_> {
         };
         held.open().await.map_err(|error| failed(&error))?;
         self.advance(Event::CutoverGranted)?;
+        // The sockets exist, and CRIU unlocks their network now: announcing takes about as long as it needs to let the
+        // tasks run. The memory must not wait for the command either.
+        let facts = self.facts(source, resident.root());
+        resident.announced = Some(tokio::spawn(announce(self.plan.clone(), facts)));
         loop {
             match resident.next().await.map_err(|error| failed(&error))? {
                 Step::Resumed => return Ok(()),
@@ -354,23 +354,22 @@ impl Migration<'_> {
         mut resident: Resident,
     ) -> Result<(), SessionError> {
         self.record.resumed_at_unix_us = unix_us(SystemTime::now());
-        // Beside the messages: the command may take its time, and the memory must not wait for it.
-        let announced = tokio::spawn(announce(
-            self.plan.clone(),
-            self.facts(source, resident.root()),
-        ));
         resident.begin_push(source);
         let whole = match source.control.send(&ToSource::Resumed).await {
             Ok(()) => self.until_whole(source, &mut resident).await,
             Err(error) => Err(lost(self.state(), &error)),
         };
         self.record.count(&resident.memory);
+        let announced = resident.announced.take();
         if let Err(error) = whole {
             return Err(self.pause(error, resident).await);
         }
-        announced
-            .await
-            .map_err(|error| self.fail(Failure::Internal, error))
+        match announced {
+            Some(announced) => announced
+                .await
+                .map_err(|error| self.fail(Failure::Internal, error)),
+            None => Ok(()),
+        }
     }
 
     async fn until_whole(
