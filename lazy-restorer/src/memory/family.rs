@@ -441,12 +441,18 @@ impl LiveFamily {
         } = install;
         let skip = slot - first_slot;
         let uffd = Arc::clone(&self.uffds[member.0]);
-        let Progress { pages, stop } = match content {
+        let fill = || match content {
             Content::Zero => uffd.zero(target),
             Content::Pages(bytes) => {
                 let from = skip * PAGE_SIZE;
                 uffd.copy(target, &bytes[from..from + target.bytes() as usize])
             }
+        };
+        let Progress { pages, stop } = match fill() {
+            // The kernel looks for events first and for the mapping then. In between the mapping may have been moved
+            // away; in that case there is an event now. Only without one is the mapping really gone.
+            progress if progress.stop == Some(Stop::NotMapped) => fill(),
+            progress => progress,
         };
         let done = pages as usize;
         self.family.installed(member, slot..slot + done);
