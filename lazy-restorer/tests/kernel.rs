@@ -20,6 +20,7 @@ mod workload;
 
 use crate::frozen::Frozen;
 use crate::session::Session;
+use crate::workload::{GO, READY};
 
 const STRESS_BUDGET: Duration = Duration::from_secs(3);
 
@@ -124,6 +125,20 @@ fn pages_that_come_before_the_process_are_kept_for_it() {
         session.push(50);
         session.restored();
         session.finish();
+    }
+}
+
+#[test]
+fn a_thread_that_waits_for_a_page_sees_it_removed() {
+    let mut session = Session::start("removed_while_waiting", frozen(seed(), 64));
+    session.put_answers_off();
+    if session.attach() {
+        session.await_request();
+        session.tell(GO);
+        session.expect(READY);
+        session.answer();
+        session.settle();
+        session.tell(workload::SETTLED);
     }
 }
 

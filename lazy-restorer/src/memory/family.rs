@@ -188,6 +188,8 @@ impl LiveFamily {
         }
     }
 
+    /// Applies one event. Threads that wait for pages that are not coming to that place any more are woken: they
+    /// fault again and find what is there now.
     fn apply(
         &mut self,
         member: MemberId,
@@ -204,14 +206,19 @@ impl LiveFamily {
                     self.watch(child, uffd, sink);
                 }
             }
-            MemoryEvent::Remap(from, to) => self.family.remap(member, from, to),
+            MemoryEvent::Remap(from, to) => {
+                self.family.remap(member, from, to);
+                self.uffds[member.0].wake(from);
+            }
             MemoryEvent::Remove(pages) => {
                 let unneeded = self.family.remove(member, pages);
                 self.discard(unneeded, sink);
+                self.uffds[member.0].wake(pages);
             }
             MemoryEvent::Unmap(pages) => {
                 let unneeded = self.family.unmap(member, pages);
                 self.discard(unneeded, sink);
+                self.uffds[member.0].wake(pages);
             }
         }
     }
@@ -474,7 +481,10 @@ impl LiveFamily {
             Stop::NotMapped if target.count > 1 => {
                 self.place_singly(install, first_slot, content, sink)?;
             }
-            Stop::NotMapped => self.family.gone(member, target),
+            Stop::NotMapped => {
+                self.family.gone(member, target);
+                uffd.wake(target);
+            }
             Stop::ProcessGone => self.exited(member, sink),
             Stop::NoMemory => out_of_memory(),
             Stop::Refused(errno) => {
