@@ -143,6 +143,14 @@ fn a_thread_that_waits_for_a_page_sees_it_removed() {
 }
 
 #[test]
+fn a_page_that_is_gone_again_is_zero() {
+    let mut session = Session::start("wiped_on_fork", frozen(seed(), 64));
+    if session.attach() {
+        session.finish();
+    }
+}
+
+#[test]
 fn a_move_that_shrinks_spares_its_neighbours() {
     let mut session = Session::start("shrunk_while_moved", frozen(seed(), 64));
     if session.attach() {

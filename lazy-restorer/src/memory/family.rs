@@ -243,8 +243,9 @@ impl LiveFamily {
         sink: &Sink<'_>,
     ) -> Result<bool, MemoryError> {
         match self.family.fault(member, page) {
-            Fault::Zero => return self.zero_fault(member, page, sink),
-            Fault::Present => self.uffds[member.0].wake(PageRange::new(page, 1)),
+            // A page that was put in place is there, or the kernel took it without a word (a child of fork whose parent
+            // asked for MADV_WIPEONFORK, a guard page that was lifted). Zeros go only where nothing is.
+            Fault::Zero | Fault::Present => return self.zero_fault(member, page, sink),
             Fault::Waiting { slot } => {
                 self.note_waiting(slot);
                 // The restore itself faults, also on pages that came early.

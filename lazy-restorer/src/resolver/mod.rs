@@ -33,7 +33,7 @@ pub struct MemberId(pub usize);
 pub enum Fault {
     /// The page never had content, or the workload removed it: a zero page belongs there.
     Zero,
-    /// The page is there by now; wake whoever waits for it.
+    /// The page was put in place: it is there, or the kernel took it since and left zeros.
     Present,
     /// The page is already on its way; its arrival wakes the thread.
     Waiting {
