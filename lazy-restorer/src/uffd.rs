@@ -124,6 +124,16 @@ impl UserFault {
         }
     }
 
+    /// Whether the kernel has nothing to report but faults: every other event was read, and its thread runs on.
+    pub fn is_quiet(&self) -> bool {
+        // SAFETY: a copy of no bytes touches no memory. The kernel looks for events first, then refuses the length.
+        let result = unsafe {
+            self.uffd
+                .copy(std::ptr::null(), std::ptr::null_mut(), 0, false)
+        };
+        matches!(result, Err(Error::CopyFailed(errno)) if errno as i32 == libc::EINVAL)
+    }
+
     /// Wakes the threads that wait for pages that are in place.
     pub fn wake(&self, pages: PageRange) {
         let start = pages.start.addr().0 as *mut _;

@@ -159,6 +159,17 @@ fn a_move_that_shrinks_spares_its_neighbours() {
 }
 
 #[test]
+fn pages_find_each_other_when_moves_are_reported_in_another_order() {
+    let mut session = Session::start("moved_over_what_is_leaving", frozen(seed(), 64));
+    session.read_events(false);
+    if session.attach() {
+        session.expect(READY);
+        session.read_events(true);
+        session.finish();
+    }
+}
+
+#[test]
 fn a_killed_process_needs_nothing_more() {
     let first = seed();
     for seed in first..first + 6 * multiplier() {

@@ -428,9 +428,23 @@ impl LiveFamily {
                     continue 'plan;
                 }
             }
-            break;
+            match self.family.displaced(slots.clone()) {
+                Some(member) => self.await_departures(member, sink)?,
+                None => break,
+            }
         }
         self.release_waiting(slots);
+        Ok(())
+    }
+
+    /// Reads the events that tell where pages went which something else was moved over.
+    fn await_departures(&mut self, member: MemberId, sink: &Sink<'_>) -> Result<(), MemoryError> {
+        self.drain(member, sink)?;
+        if self.uffds[member.0].is_quiet() {
+            self.family.assume_quiet(member);
+        } else {
+            thread::sleep(RETRY_PAUSE);
+        }
         Ok(())
     }
 

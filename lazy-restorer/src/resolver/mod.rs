@@ -11,6 +11,7 @@
 //! * *withheld*: every member removed it before it came, and the source has confirmed that it will never send it.
 
 mod address_space;
+mod departures;
 mod prefetch;
 
 use std::ops::Range;
@@ -142,7 +143,7 @@ impl Family {
 
     /// `parent` forked; the child sees memory as the parent does at this moment.
     pub fn fork(&mut self, parent: MemberId) -> Option<MemberId> {
-        let child = self.member(parent)?.clone();
+        let child = self.member(parent)?.forked();
         Some(self.add(child))
     }
 
@@ -301,9 +302,29 @@ impl Family {
         installs
     }
 
-    /// Pages were installed in `member`, or were found to be there already.
-    pub fn installed(&mut self, member: MemberId, slots: Range<usize>) {
+    /// A member that misses some of `slots` but of which an event that is still to come must say where they belong.
+    pub fn displaced(&self, slots: Range<usize>) -> Option<MemberId> {
+        self.members().find(|member| {
+            let space = self.member(*member);
+            space.is_some_and(|space| space.is_displaced(slots.clone()))
+        })
+    }
+
+    /// The kernel has nothing to report of `member`: every event was read and its thread runs on.
+    pub fn assume_quiet(&mut self, member: MemberId) {
         if let Some(Some(space)) = self.members.get_mut(member.0) {
+            space.assume_quiet();
+        }
+    }
+
+    /// Pages were installed in `member`, or were found to be there already. The kernel says so only when it has
+    /// nothing to report.
+    pub fn installed(&mut self, member: MemberId, slots: Range<usize>) {
+        if slots.is_empty() {
+            return;
+        }
+        if let Some(Some(space)) = self.members.get_mut(member.0) {
+            space.assume_quiet();
             space.mark_present(slots);
         }
     }
