@@ -10,6 +10,7 @@ use common::proto::pages::{DATA_HEADER_BYTES, DemandReply};
 use quinn::{ReadError, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::sync::mpsc;
 
+use crate::keeper::KeeperHand;
 use crate::memory::{Arrival, MemberKey, Memory, MemoryError, Order};
 use crate::uffd::UserFault;
 
@@ -28,6 +29,9 @@ pub enum TransferError {
     /// Memory cannot be changed.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The keeper is gone.
+    #[error("the process that holds the page fault descriptors is gone: {0}")]
+    Keeper(std::io::Error),
     /// A descriptor cannot be watched.
     #[error("cannot watch for page faults: {0}")]
     Watch(std::io::Error),
@@ -51,31 +55,51 @@ impl From<WriteError> for TransferError {
     }
 }
 
-/// Carries out the memory's orders: watches descriptors and sends requests, many with one write.
-pub async fn carry_out(
-    mut orders: mpsc::UnboundedReceiver<Order>,
-    mut requests: SendStream,
-    memory: Arc<Memory>,
-    failures: mpsc::Sender<TransferError>,
-) -> Result<(), TransferError> {
-    let mut batch = Vec::with_capacity(BATCH);
-    let mut bytes = Vec::with_capacity(BATCH * DEMAND_FRAME_BYTES);
-    while orders.recv_many(&mut batch, BATCH).await > 0 {
-        for order in batch.drain(..) {
-            match order {
-                Order::Demand(frame) => bytes.extend_from_slice(&DemandFrame::encode(frame)),
-                Order::Watch(key, uffd) => {
-                    let watch = watch(key, uffd, memory.clone());
-                    report(watch, failures.clone());
+/// What the memory asks for, and who does it.
+#[derive(Debug)]
+pub struct Orders {
+    /// The orders.
+    pub orders: mpsc::UnboundedReceiver<Order>,
+    /// Holds every descriptor that is watched.
+    pub keeper: KeeperHand,
+    /// Where watchers report.
+    pub failures: mpsc::Sender<TransferError>,
+}
+
+impl Orders {
+    /// Carries orders out: watches descriptors and sends requests, many with one write.
+    pub async fn carry_out(
+        mut self,
+        mut requests: SendStream,
+        memory: Arc<Memory>,
+    ) -> Result<(), TransferError> {
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut bytes = Vec::with_capacity(BATCH * DEMAND_FRAME_BYTES);
+        while self.orders.recv_many(&mut batch, BATCH).await > 0 {
+            for order in batch.drain(..) {
+                match order {
+                    Order::Demand(frame) => bytes.extend_from_slice(&DemandFrame::encode(frame)),
+                    Order::Watch(key, uffd) => self.watch(key, uffd, &memory)?,
                 }
             }
+            if !bytes.is_empty() {
+                requests.write_all(&bytes).await?;
+                bytes.clear();
+            }
         }
-        if !bytes.is_empty() {
-            requests.write_all(&bytes).await?;
-            bytes.clear();
-        }
+        Ok(())
     }
-    Ok(())
+
+    fn watch(
+        &self,
+        key: MemberKey,
+        uffd: Arc<UserFault>,
+        memory: &Arc<Memory>,
+    ) -> Result<(), TransferError> {
+        self.keeper.hold(&uffd).map_err(TransferError::Keeper)?;
+        report(watch(key, uffd, memory.clone()), self.failures.clone());
+        Ok(())
+    }
 }
 
 /// Runs a task here and reports its failure.

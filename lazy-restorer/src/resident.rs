@@ -12,10 +12,11 @@ use tokio::task::JoinHandle;
 
 use crate::connect::Source;
 use crate::exits;
-use crate::fetch::{self, TransferError};
+use crate::fetch::{self, Orders, TransferError};
 use crate::gate::{Call, Gate, Held};
 use crate::handover::{self, Handover, HandoverError};
-use crate::memory::{Memory, MemoryError};
+use crate::keeper::{Keeper, KeeperHand};
+use crate::memory::{Memory, MemoryError, Order};
 use crate::push;
 use crate::restore::{Prepared, Restore, RestoreError};
 use crate::skeleton;
@@ -32,6 +33,7 @@ pub struct Resident {
     pub restore: Restore,
     /// The operator's `--on-resumed` command, while it runs.
     pub announced: Option<JoinHandle<()>>,
+    keeper: Keeper,
     gate: Gate,
     criu_ended: bool,
     handed_over: bool,
@@ -94,15 +96,18 @@ impl Resident {
         let (memory, orders) = Memory::new(skeleton::processes(&plan.images())?);
         let handovers = handover::listen(&plan.work())?;
         let gate = Gate::bind(&plan.gate())?;
+        let keeper = Keeper::start()?;
         let (report, failures) = mpsc::channel(FAILURES);
         let (credits, pages) = bulk;
         let installed = spawn_push(source, pages, &memory, &report);
-        spawn_fetch(source, orders, &memory, &report).await?;
+        let hand = keeper.hand()?;
+        spawn_fetch(source, (orders, hand), &memory, &report).await?;
         let restore = prepared.start().await?;
         Ok(Resident {
             memory,
             restore,
             announced: None,
+            keeper,
             gate,
             criu_ended: false,
             handed_over: false,
@@ -143,6 +148,7 @@ impl Resident {
         match handover.transpose()? {
             Some(Handover::Process { image, pid, uffd }) => {
                 let key = self.memory.attach(image, uffd)?;
+                self.keeper.watch(pid)?;
                 self.tasks.push(pid);
                 exits::watch(pid, key, self.memory.clone());
                 tracing::debug!(%image, %pid, "handed over");
@@ -173,6 +179,18 @@ impl Resident {
     /// Kills CRIU and whatever it restored.
     pub async fn abort(self) {
         self.restore.abort().await;
+        release(self.keeper);
+    }
+
+    /// The memory is whole: nothing of ours is needed any more.
+    pub fn let_go(self) {
+        release(self.keeper);
+    }
+}
+
+fn release(keeper: Keeper) {
+    if let Err(error) = keeper.release() {
+        tracing::warn!(%error, "the keeper");
     }
 }
 
@@ -190,14 +208,19 @@ fn spawn_push(
 
 async fn spawn_fetch(
     source: &Source,
-    orders: mpsc::UnboundedReceiver<crate::memory::Order>,
+    (orders, keeper): (mpsc::UnboundedReceiver<Order>, KeeperHand),
     memory: &Arc<Memory>,
     report: &mpsc::Sender<TransferError>,
 ) -> Result<(), ResidentError> {
     let opened = source.control.connection().open_bi().await;
     let (requests, replies) = opened.map_err(|_| TransferError::Link)?;
     let fault = source.fault_thread.handle();
-    let asking = fetch::carry_out(orders, requests, memory.clone(), report.clone());
+    let orders = Orders {
+        orders,
+        keeper,
+        failures: report.clone(),
+    };
+    let asking = orders.carry_out(requests, memory.clone());
     spawn(fault, asking, report);
     spawn(fault, fetch::take_in(replies, memory.clone()), report);
     Ok(())

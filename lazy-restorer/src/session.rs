@@ -44,6 +44,8 @@ pub struct MigratePlan {
     pub pid_namespace: bool,
     /// Do not compare CPU features.
     pub ignore_cpu_features: bool,
+    /// Let the source push; else only what is touched comes.
+    pub push: bool,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Where to write the PID of the restored root.
@@ -354,7 +356,9 @@ impl Migration<'_> {
         mut resident: Resident,
     ) -> Result<(), SessionError> {
         self.record.resumed_at_unix_us = unix_us(SystemTime::now());
-        resident.begin_push(source);
+        if self.plan.push {
+            resident.begin_push(source);
+        }
         let whole = match source.control.send(&ToSource::Resumed).await {
             Ok(()) => self.until_whole(source, &mut resident).await,
             Err(error) => Err(lost(self.state(), &error)),
@@ -364,6 +368,7 @@ impl Migration<'_> {
         if let Err(error) = whole {
             return Err(self.pause(error, resident).await);
         }
+        resident.let_go();
         match announced {
             Some(announced) => announced
                 .await
@@ -426,6 +431,7 @@ impl Migration<'_> {
     async fn pause(&mut self, error: SessionError, resident: Resident) -> SessionError {
         if resident.memory.counts().owed == 0 {
             // Whole, only not acknowledged: the workload needs nothing from anyone any more.
+            resident.let_go();
             return error;
         }
         eprintln!(
