@@ -1,6 +1,7 @@
 //! Demand: faults out, pages in. All of it runs on the fault thread.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::limits::MAX_FRAME_PAGES;
 use common::page::page_in_buffer;
@@ -9,6 +10,7 @@ use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
 use common::proto::pages::{DATA_HEADER_BYTES, DemandReply};
 use quinn::{ReadError, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 use crate::keeper::KeeperHand;
 use crate::memory::{Arrival, MemberKey, Memory, MemoryError, Order};
@@ -16,6 +18,9 @@ use crate::uffd::UserFault;
 
 /// Requests written with one call.
 const BATCH: usize = 64;
+
+/// Time between looks whether a silent process still lives.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why memory stops moving.
 #[derive(Debug, thiserror::Error)]
@@ -123,7 +128,14 @@ async fn watch(
 ) -> Result<(), TransferError> {
     let uffd = UserFault::watched(uffd).map_err(TransferError::Watch)?;
     loop {
-        let mut ready = uffd.readable().await.map_err(TransferError::Watch)?;
+        // The kernel does not report the end of a process; of a child forked here nobody else does either.
+        let Ok(ready) = timeout(CHECK_INTERVAL, uffd.readable()).await else {
+            if !memory.check(key) {
+                return Ok(());
+            }
+            continue;
+        };
+        let mut ready = ready.map_err(TransferError::Watch)?;
         // Cleared first: what comes while we drain wakes us again.
         ready.clear_ready();
         if !memory.drain(key)? {

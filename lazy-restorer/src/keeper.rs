@@ -25,6 +25,8 @@ const HOLD: u8 = b'H';
 const PROCESS: u8 = b'P';
 /// The memory is whole: let go.
 const RELEASE: u8 = b'R';
+/// Descriptors that are not worth looking through.
+const SWEEP_MIN: usize = 32;
 /// Bytes of a message: what it is, and a PID.
 const MESSAGE_BYTES: usize = 5;
 
@@ -118,7 +120,9 @@ pub fn run() -> ExitCode {
 
 #[derive(Default)]
 struct Held {
-    uffds: Vec<OwnedFd>,
+    uffds: Vec<UserFault>,
+    /// Descriptors that lived when it was last looked.
+    living: usize,
     processes: Vec<OwnedFd>,
 }
 
@@ -131,11 +135,20 @@ impl Held {
             let [what, pid @ ..] = message;
             match what {
                 _ if length < MESSAGE_BYTES => return Ok(false),
-                HOLD => self.uffds.extend(uffd),
+                HOLD => self.hold(uffd),
                 PROCESS => self.watch(Pid::from_raw(i32::from_ne_bytes(pid))),
                 RELEASE => return Ok(true),
                 _ => return Ok(false),
             }
+        }
+    }
+
+    fn hold(&mut self, uffd: Option<OwnedFd>) {
+        self.uffds.extend(uffd.map(UserFault::from_fd));
+        // Children forked here come and go: of a great many only the living are worth a descriptor.
+        if self.uffds.len() > 2 * self.living + SWEEP_MIN {
+            self.uffds.retain(|uffd| !uffd.is_gone());
+            self.living = self.uffds.len();
         }
     }
 

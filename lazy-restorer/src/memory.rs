@@ -182,6 +182,12 @@ impl Memory {
         Ok(())
     }
 
+    /// Looks whether a member's process still lives. False when there is nothing more to watch.
+    pub fn check(&self, key: MemberKey) -> bool {
+        self.family(key.pid)
+            .is_some_and(|mut family| family.check(key.member, &self.sink()))
+    }
+
     /// A process ended; what only it still missed is not needed any more.
     pub fn exited(&self, key: MemberKey) {
         if let Some(mut family) = self.family(key.pid) {

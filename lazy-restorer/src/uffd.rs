@@ -12,6 +12,13 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use userfaultfd::{Error, Event, EventBuffer, Uffd};
 
+/// The last page below the end of a 47-bit address space, where no stack or mapping of the kernel's choice ends up:
+/// the kernel has to look at the process before it can say that nothing is registered there.
+const UNUSED: PageRange = PageRange {
+    start: PageIndex(0x7_ffff_fffe),
+    count: 1,
+};
+
 /// Messages read with one system call.
 const EVENTS_PER_READ: usize = 64;
 
@@ -132,6 +139,11 @@ impl UserFault {
                 .copy(std::ptr::null(), std::ptr::null_mut(), 0, false)
         };
         matches!(result, Err(Error::CopyFailed(errno)) if errno as i32 == libc::EINVAL)
+    }
+
+    /// Whether the process has ended, or runs another program.
+    pub fn is_gone(&self) -> bool {
+        self.zero(UNUSED).stop == Some(Stop::ProcessGone)
     }
 
     /// Wakes the threads that wait for pages that are in place.

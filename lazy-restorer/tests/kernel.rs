@@ -185,6 +185,18 @@ fn a_killed_process_needs_nothing_more() {
 }
 
 #[test]
+fn the_end_of_a_process_shows_without_a_report() {
+    let mut session = Session::start("all", frozen(seed(), 64));
+    if !session.attach() {
+        return;
+    }
+    assert!(session.is_alive());
+    session.kill();
+    assert!(!session.is_alive());
+    session.settle();
+}
+
+#[test]
 fn stress() {
     let mut seed = seed();
     println!("stress: seeds from {seed}");

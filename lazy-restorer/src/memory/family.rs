@@ -81,9 +81,10 @@ pub(super) struct LiveFamily {
     /// A task hands its descriptor over before its mappings are registered with it. Until all are, only pages that
     /// faulted can be installed, and that the kernel knows no mapping for a page means nothing.
     restored: bool,
-    uffds: Vec<Arc<UserFault>>,
+    /// Descriptors of the members that live.
+    uffds: HashMap<MemberId, Arc<UserFault>>,
     /// Frames that wait for `restored`.
-    early: Vec<(DataHeader, Vec<u8>)>,
+    early: Vec<(DataHeader, Arc<[u8]>)>,
     early_bytes: usize,
     /// Slots that threads wait for, since when.
     waiting: HashMap<usize, Instant>,
@@ -106,7 +107,7 @@ impl LiveFamily {
             family: Family::new(image.pid, Arc::new(image.lazy)),
             vmas: image.vmas,
             restored: false,
-            uffds: Vec::new(),
+            uffds: HashMap::new(),
             early: Vec::new(),
             early_bytes: 0,
             waiting: HashMap::new(),
@@ -142,13 +143,12 @@ impl LiveFamily {
     }
 
     fn watch(&mut self, member: MemberId, uffd: UserFault, sink: &Sink<'_>) -> MemberKey {
-        debug_assert_eq!(member.0, self.uffds.len());
         let key = MemberKey {
             pid: self.family.pid(),
             member,
         };
         let uffd = Arc::new(uffd);
-        self.uffds.push(Arc::clone(&uffd));
+        self.uffds.insert(member, Arc::clone(&uffd));
         sink.order(Order::Watch(key, uffd));
         key
     }
@@ -176,7 +176,9 @@ impl LiveFamily {
         faults: &mut Vec<PageIndex>,
         sink: &Sink<'_>,
     ) -> Result<(), MemoryError> {
-        let uffd = Arc::clone(&self.uffds[member.0]);
+        let Some(uffd) = self.uffds.get(&member).cloned() else {
+            return Ok(());
+        };
         loop {
             let events = uffd.read(&mut self.buffer.0)?;
             if events.is_empty() {
@@ -208,18 +210,24 @@ impl LiveFamily {
             }
             MemoryEvent::Remap(from, to) => {
                 self.family.remap(member, from, to);
-                self.uffds[member.0].wake(from);
+                self.wake(member, from);
             }
             MemoryEvent::Remove(pages) => {
                 let unneeded = self.family.remove(member, pages);
                 self.discard(unneeded, sink);
-                self.uffds[member.0].wake(pages);
+                self.wake(member, pages);
             }
             MemoryEvent::Unmap(pages) => {
                 let unneeded = self.family.unmap(member, pages);
                 self.discard(unneeded, sink);
-                self.uffds[member.0].wake(pages);
+                self.wake(member, pages);
             }
+        }
+    }
+
+    fn wake(&self, member: MemberId, pages: PageRange) {
+        if let Some(uffd) = self.uffds.get(&member) {
+            uffd.wake(pages);
         }
     }
 
@@ -233,6 +241,15 @@ impl LiveFamily {
     pub(super) fn exited(&mut self, member: MemberId, sink: &Sink<'_>) {
         let unneeded = self.family.exit(member);
         self.discard(unneeded, sink);
+        self.uffds.remove(&member);
+    }
+
+    /// Forgets a member whose process has ended without anyone noticing. False when it is not there (any more).
+    pub(super) fn check(&mut self, member: MemberId, sink: &Sink<'_>) -> bool {
+        if self.uffds.get(&member).is_some_and(|uffd| uffd.is_gone()) {
+            self.exited(member, sink);
+        }
+        self.uffds.contains_key(&member)
     }
 
     /// Answers one fault. False when events must be read first.
@@ -274,11 +291,8 @@ impl LiveFamily {
             slots.is_some_and(|slots| slots.contains(&slot))
         });
         let Some(index) = holding else { return Ok(()) };
-        // Taken out for the time of the install, which may look into the others.
-        let (header, payload) = self.early.swap_remove(index);
-        let placed = self.place_frame(&header, &payload, sink);
-        self.early.push((header, payload));
-        placed
+        let (header, payload) = self.early[index].clone();
+        self.place_frame(&header, &payload, sink)
     }
 
     fn note_waiting(&mut self, slot: usize) {
@@ -292,7 +306,9 @@ impl LiveFamily {
         sink: &Sink<'_>,
     ) -> Result<bool, MemoryError> {
         let target = PageRange::new(page, 1);
-        let uffd = Arc::clone(&self.uffds[member.0]);
+        let Some(uffd) = self.uffds.get(&member).cloned() else {
+            return Ok(true);
+        };
         match uffd.zero(target).stop {
             None => {
                 sink.zero_faults.fetch_add(1, Ordering::Relaxed);
@@ -336,7 +352,7 @@ impl LiveFamily {
         if self.early_bytes > MAX_EARLY_BYTES {
             return Err(MemoryError::TooEarly(header.pid));
         }
-        self.early.push((*header, payload.to_vec()));
+        self.early.push((*header, payload.into()));
         Ok(())
     }
 
@@ -440,7 +456,7 @@ impl LiveFamily {
     /// Reads the events that tell where pages went which something else was moved over.
     fn await_departures(&mut self, member: MemberId, sink: &Sink<'_>) -> Result<(), MemoryError> {
         self.drain(member, sink)?;
-        if self.uffds[member.0].is_quiet() {
+        if self.uffds.get(&member).is_none_or(|uffd| uffd.is_quiet()) {
             self.family.assume_quiet(member);
         } else {
             thread::sleep(RETRY_PAUSE);
@@ -462,7 +478,9 @@ impl LiveFamily {
             slot,
         } = install;
         let skip = slot - first_slot;
-        let uffd = Arc::clone(&self.uffds[member.0]);
+        let Some(uffd) = self.uffds.get(&member).cloned() else {
+            return Ok(false);
+        };
         let fill = || match content {
             Content::Zero => uffd.zero(target),
             Content::Pages(bytes) => {

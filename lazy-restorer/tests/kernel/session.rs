@@ -9,7 +9,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use lazy_restorer::memory::{Arrival, Memory, Order};
+use lazy_restorer::memory::{Arrival, MemberKey, Memory, Order};
+use lazy_restorer::resolver::MemberId;
 use lazy_restorer::uffd::UserFault;
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -224,6 +225,15 @@ impl Session {
         self.tell(SETTLED);
         let status = self.wait();
         assert!(status.success(), "{}: {status}", self.name);
+    }
+
+    /// Whether the memory finds the workload's process alive.
+    pub fn is_alive(&self) -> bool {
+        let key = MemberKey {
+            pid: PID,
+            member: MemberId(0),
+        };
+        self.shared.memory.check(key)
     }
 
     /// Ends the workload wherever it is.
