@@ -3,13 +3,13 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use common::control::Control;
+use common::control::{Control, ControlError};
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::identity::{Identity, Trust};
 use common::io_thread::{IoThread, Priority};
 use common::limits::HANDSHAKE_TIMEOUT;
-use common::proto::control::{BulkHello, Hello, Secret, ToDestination, ToSource, Welcome};
+use common::proto::control::{BulkHello, Hello, Resume, Secret, ToDestination, ToSource, Welcome};
 use common::proto::stream;
 use common::quic::{self, PathProfile, QuicError, Role};
 use common::session::State;
@@ -36,13 +36,30 @@ pub struct ConnectPlan {
     pub token: Option<Secret>,
 }
 
+/// The threads that drive a migration's connections, whichever they are at the time.
+#[derive(Debug)]
+pub struct Threads {
+    /// Drives the fault connection and everything that resolves faults.
+    pub fault: IoThread,
+    /// Drives the bulk connection and what it brings.
+    pub bulk: IoThread,
+}
+
+impl Threads {
+    /// Starts both.
+    pub fn start() -> Result<Self, SessionError> {
+        let internal = |error: std::io::Error| fail(Failure::Internal, &error);
+        let fault = IoThread::start("fault", Priority::Urgent).map_err(internal)?;
+        let urgent_granted = fault.granted();
+        let bulk =
+            IoThread::start("bulk", Priority::Background { urgent_granted }).map_err(internal)?;
+        Ok(Threads { fault, bulk })
+    }
+}
+
 /// A source that welcomed us.
 #[derive(Debug)]
 pub struct Source {
-    /// Drives the fault connection and everything that resolves faults.
-    pub fault_thread: IoThread,
-    /// Drives the bulk connection and what it brings.
-    pub bulk_thread: IoThread,
     /// The control stream.
     pub control: Control<ToDestination>,
     /// What the source said.
@@ -54,27 +71,58 @@ pub struct Source {
 }
 
 /// Connects, says hello and opens the bulk connection.
-pub async fn connect(plan: &ConnectPlan) -> Result<Source, SessionError> {
-    let internal = |error: std::io::Error| fail(Failure::Internal, &error);
-    let fault_thread = IoThread::start("fault", Priority::Urgent).map_err(internal)?;
-    let urgent_granted = fault_thread.granted();
-    let bulk_thread =
-        IoThread::start("bulk", Priority::Background { urgent_granted }).map_err(internal)?;
-    let (fault_endpoint, fault) = open(&fault_thread, plan, plan.source, Role::Fault).await?;
+pub async fn connect(plan: &ConnectPlan, threads: &Threads) -> Result<Source, SessionError> {
+    let (endpoint, mut control) = open_control(plan, threads).await?;
+    let welcome = say_hello(plan, &mut control).await?;
+    open_bulk(plan, threads, (endpoint, control), welcome).await
+}
+
+/// Connects again to the source of a session whose link was lost.
+pub async fn reconnect(
+    plan: &ConnectPlan,
+    threads: &Threads,
+    welcome: &Welcome,
+) -> Result<Source, SessionError> {
+    let (endpoint, mut control) = open_control(plan, threads).await?;
+    let resume = ToSource::Resume(Resume {
+        version: welcome.version,
+        session: welcome.session,
+        secret: welcome.secret.clone(),
+    });
+    let welcome = match ask(&mut control, &resume).await? {
+        ToDestination::WelcomeBack { bulk_port } => Welcome {
+            bulk_port,
+            ..welcome.clone()
+        },
+        _ => return Err(fail(Failure::Peer, &"the source does not take us back")),
+    };
+    open_bulk(plan, threads, (endpoint, control), welcome).await
+}
+
+async fn open_control(
+    plan: &ConnectPlan,
+    threads: &Threads,
+) -> Result<(Endpoint, Control<ToDestination>), SessionError> {
+    let (endpoint, fault) = open(&threads.fault, plan, plan.source, Role::Fault).await?;
     let (send, recv) = fault.open_bi().await.map_err(|error| {
         let error = QuicError::from_connection(plan.source, &error);
         fail(failure_of(&error), &error)
     })?;
-    let mut control = Control::new(fault, send, recv);
-    let welcome = say_hello(plan, &mut control).await?;
-    let bulk_address = SocketAddr::new(plan.source.ip(), welcome.bulk_port);
-    let (bulk_endpoint, bulk) = open(&bulk_thread, plan, bulk_address, Role::Bulk).await?;
+    Ok((endpoint, Control::new(fault, send, recv)))
+}
+
+async fn open_bulk(
+    plan: &ConnectPlan,
+    threads: &Threads,
+    (fault_endpoint, control): (Endpoint, Control<ToDestination>),
+    welcome: Welcome,
+) -> Result<Source, SessionError> {
+    let address = SocketAddr::new(plan.source.ip(), welcome.bulk_port);
+    let (bulk_endpoint, bulk) = open(&threads.bulk, plan, address, Role::Bulk).await?;
     let bulk_stream = open_bulk_stream(&bulk, &welcome)
         .await
         .map_err(|error| fail(Failure::Connection, &error))?;
     Ok(Source {
-        fault_thread,
-        bulk_thread,
         control,
         welcome,
         bulk,
@@ -112,24 +160,32 @@ async fn say_hello(
         token: plan.token.clone(),
         host: host::name(),
     });
+    match ask(control, &hello).await? {
+        ToDestination::Welcome(welcome) => Ok(welcome),
+        _ => Err(fail(
+            Failure::Peer,
+            &"the source does not begin with a welcome",
+        )),
+    }
+}
+
+/// Sends the first message and waits for the answer to it.
+async fn ask(
+    control: &mut Control<ToDestination>,
+    message: &ToSource,
+) -> Result<ToDestination, SessionError> {
     let exchange = async {
-        control.send(&hello).await?;
+        control.send(message).await?;
         control.next().await
     };
     // The source answers one destination after the other; a busy one keeps us waiting this long.
     match timeout(3 * HANDSHAKE_TIMEOUT, exchange).await {
-        Ok(Ok(ToDestination::Welcome(welcome))) => Ok(welcome),
         Ok(Ok(ToDestination::Abort(abort))) => {
             let text = format!("source host {} refuses: {}", abort.host, abort.text);
             Err(fail(Failure::Refused, &text))
         }
-        Ok(Ok(_)) => Err(fail(
-            Failure::Peer,
-            &"the source does not begin with a welcome",
-        )),
-        Ok(Err(common::control::ControlError::Connection(error))) => {
-            Err(fail(failure_of(&error), &error))
-        }
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(ControlError::Connection(error))) => Err(fail(failure_of(&error), &error)),
         Ok(Err(error)) => Err(fail(Failure::Peer, &error)),
         Err(_) => Err(fail(
             Failure::Connection,

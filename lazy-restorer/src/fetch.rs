@@ -65,6 +65,8 @@ impl From<WriteError> for TransferError {
 pub struct Orders {
     /// The orders.
     pub orders: mpsc::UnboundedReceiver<Order>,
+    /// Streams to send requests on; each replaces the one before.
+    pub links: mpsc::UnboundedReceiver<SendStream>,
     /// Holds every descriptor that is watched.
     pub keeper: KeeperHand,
     /// Where watchers report.
@@ -72,27 +74,39 @@ pub struct Orders {
 }
 
 impl Orders {
-    /// Carries orders out: watches descriptors and sends requests, many with one write.
-    pub async fn carry_out(
-        mut self,
-        mut requests: SendStream,
-        memory: Arc<Memory>,
-    ) -> Result<(), TransferError> {
+    /// Carries orders out for as long as the memory lives: watches descriptors and sends requests, many with one
+    /// write. Requests without a link are dropped: a new link asks for everything again.
+    pub async fn carry_out(mut self, memory: Arc<Memory>) -> Result<(), TransferError> {
         let mut batch = Vec::with_capacity(BATCH);
-        let mut bytes = Vec::with_capacity(BATCH * DEMAND_FRAME_BYTES);
-        while self.orders.recv_many(&mut batch, BATCH).await > 0 {
-            for order in batch.drain(..) {
-                match order {
-                    Order::Demand(frame) => bytes.extend_from_slice(&DemandFrame::encode(frame)),
-                    Order::Watch(key, uffd) => self.watch(key, uffd, &memory)?,
+        let mut link: Option<SendStream> = None;
+        loop {
+            tokio::select! {
+                biased;
+                new = self.links.recv() => match new {
+                    Some(new) => link = Some(new),
+                    None => return Ok(()),
+                },
+                count = self.orders.recv_many(&mut batch, BATCH) => {
+                    if count == 0 {
+                        return Ok(());
+                    }
+                    let requests = self.sort(&mut batch, &memory)?;
+                    link = send(link, &requests).await;
                 }
             }
-            if !bytes.is_empty() {
-                requests.write_all(&bytes).await?;
-                bytes.clear();
+        }
+    }
+
+    /// Begins to watch what is to be watched; returns the requests as bytes.
+    fn sort(&self, batch: &mut Vec<Order>, memory: &Arc<Memory>) -> Result<Vec<u8>, TransferError> {
+        let mut requests = Vec::with_capacity(batch.len() * DEMAND_FRAME_BYTES);
+        for order in batch.drain(..) {
+            match order {
+                Order::Demand(frame) => requests.extend_from_slice(&DemandFrame::encode(frame)),
+                Order::Watch(key, uffd) => self.watch(key, uffd, memory)?,
             }
         }
-        Ok(())
+        Ok(requests)
     }
 
     fn watch(
@@ -105,6 +119,15 @@ impl Orders {
         report(watch(key, uffd, memory.clone()), self.failures.clone());
         Ok(())
     }
+}
+
+/// Sends requests; a link that fails is given up. What it failed of shows on its other streams.
+async fn send(link: Option<SendStream>, requests: &[u8]) -> Option<SendStream> {
+    let mut link = link?;
+    if !requests.is_empty() && link.write_all(requests).await.is_err() {
+        return None;
+    }
+    Some(link)
 }
 
 /// Runs a task here and reports its failure.

@@ -5,25 +5,25 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use common::control::ControlError;
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
-use common::limits::IDLE_TIMEOUT;
+use common::limits::{IDLE_TIMEOUT, MAX_PRESENT_WORDS, RECONNECT_PAUSE};
 use common::operator::{self, Facts};
-use common::proto::control::{Abort, ToDestination, ToSource, WorkloadFacts};
+use common::proto::control::{Abort, Present, ToDestination, ToSource, WorkloadFacts};
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
 use common::stop::StopSignal;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::advise;
-use crate::connect::{ConnectPlan, Source, connect};
+use crate::connect::{ConnectPlan, Source, Threads, connect, reconnect};
 use crate::fetch::TransferError;
 use crate::gate::Held;
 use crate::report::Record;
@@ -64,6 +64,7 @@ pub async fn run(plan: &MigratePlan, record: &mut Record) -> Result<(), SessionE
         .map_err(|error| SessionError::new(Failure::Internal, State::Hello, error))?;
     let mut migration = Migration {
         plan,
+        threads: Threads::start()?,
         session: Session::default(),
         phases: Phases::start(State::Hello),
         stop,
@@ -78,6 +79,7 @@ pub async fn run(plan: &MigratePlan, record: &mut Record) -> Result<(), SessionE
 
 struct Migration<'a> {
     plan: &'a MigratePlan,
+    threads: Threads,
     session: Session,
     phases: Phases,
     stop: StopSignal,
@@ -93,7 +95,7 @@ struct Staged {
 impl Migration<'_> {
     async fn perform(&mut self) -> Result<(), SessionError> {
         let mut source = tokio::select! {
-            source = connect(&self.plan.connect) => source?,
+            source = connect(&self.plan.connect, &self.threads) => source?,
             name = self.stop.wait() => return Err(interrupted(State::Hello, name)),
         };
         self.record.session = source.welcome.session.to_string();
@@ -229,8 +231,9 @@ impl Migration<'_> {
         let (credits, pages) = source
             .take_bulk_stream()
             .ok_or_else(|| self.fail(Failure::Internal, "the bulk stream is in use"))?;
-        let mut staging = source
-            .bulk_thread
+        let mut staging = self
+            .threads
+            .bulk
             .handle()
             .spawn(skeleton::stage(pages, images));
         let mut frozen = false;
@@ -280,7 +283,14 @@ impl Migration<'_> {
         staged: Staged,
     ) -> Result<Resident, SessionError> {
         self.advance(Event::Staged)?;
-        let started = Resident::start(prepared, staged.directory, source, staged.bulk).await;
+        let started = Resident::start(
+            prepared,
+            staged.directory,
+            source,
+            staged.bulk,
+            &self.threads,
+        )
+        .await;
         let mut resident = started.map_err(|error| self.fail(Failure::Restore, error))?;
         let opened = match self.until_armed(source, &mut resident).await {
             Ok(held) => self.cut_over(source, &mut resident, held).await,
@@ -356,17 +366,22 @@ impl Migration<'_> {
         mut resident: Resident,
     ) -> Result<(), SessionError> {
         self.record.resumed_at_unix_us = unix_us(SystemTime::now());
-        if self.plan.push {
-            resident.begin_push(source);
-        }
-        let whole = match source.control.send(&ToSource::Resumed).await {
+        let mut whole = match source.control.send(&ToSource::Resumed).await {
             Ok(()) => self.until_whole(source, &mut resident).await,
             Err(error) => Err(lost(self.state(), &error)),
         };
+        while let Err(error) = &whole
+            && error.failure == Failure::Connection
+        {
+            whole = match self.recover(source, &mut resident, error).await {
+                Ok(()) => self.until_whole(source, &mut resident).await,
+                Err(error) => Err(error),
+            };
+        }
         self.record.count(&resident.memory);
         let announced = resident.announced.take();
         if let Err(error) = whole {
-            return Err(self.pause(error, resident).await);
+            return Err(self.hold(error, resident).await);
         }
         resident.let_go();
         match announced {
@@ -377,11 +392,75 @@ impl Migration<'_> {
         }
     }
 
+    /// The link is lost: threads that touch a missing page wait while we try to reach the source again.
+    async fn recover(
+        &mut self,
+        source: &mut Source,
+        resident: &mut Resident,
+        error: &SessionError,
+    ) -> Result<(), SessionError> {
+        eprintln!(
+            "lazy-restorer: {error}; the workload runs on as far as its memory is here, trying to reconnect"
+        );
+        self.advance(Event::LinkLost)?;
+        let mut pause = RECONNECT_PAUSE.0;
+        let whole_since = Instant::now();
+        *source = loop {
+            match reconnect(&self.plan.connect, &self.threads, &source.welcome).await {
+                Ok(source) => break source,
+                Err(error) if error.failure != Failure::Connection => {
+                    return Err(self.fail(Failure::Lost, error.text));
+                }
+                Err(error) => tracing::info!(%error, "not yet"),
+            }
+            let owed = resident.memory.counts().owed;
+            if owed == 0 && whole_since.elapsed() > ACKNOWLEDGEMENT_TIMEOUT {
+                return Err(self.fail(
+                    Failure::Lost,
+                    "the source cannot be told that every page is here",
+                ));
+            }
+            tokio::select! {
+                () = sleep(pause) => {}
+                name = self.stop.wait() => tracing::warn!(owed, "{name} ignored: the workload still needs the source"),
+            }
+            pause = (pause * 2).min(RECONNECT_PAUSE.1);
+        };
+        self.advance(Event::Reconnected)?;
+        self.tell_present(source, resident).await?;
+        let resumed = resident.reconnect(source, &self.threads).await;
+        resumed.map_err(|error| self.fail(Failure::Connection, error))?;
+        eprintln!("lazy-restorer: reconnected");
+        self.advance(Event::Settled).map(drop)
+    }
+
+    /// Tells the source which pages have come.
+    async fn tell_present(
+        &mut self,
+        source: &mut Source,
+        resident: &Resident,
+    ) -> Result<(), SessionError> {
+        for (pid, words) in resident.memory.received() {
+            for (index, words) in words.chunks(MAX_PRESENT_WORDS).enumerate() {
+                let present = Present {
+                    pid,
+                    first_word: (index * MAX_PRESENT_WORDS) as u64,
+                    words: words.to_vec(),
+                };
+                self.send(source, &ToSource::Present(present)).await?;
+            }
+        }
+        self.send(source, &ToSource::PresentEnd).await
+    }
+
     async fn until_whole(
         &mut self,
         source: &mut Source,
         resident: &mut Resident,
     ) -> Result<(), SessionError> {
+        if self.plan.push {
+            resident.begin_push(source, &self.threads);
+        }
         let memory = resident.memory.clone();
         loop {
             tokio::select! {
@@ -416,7 +495,7 @@ impl Migration<'_> {
             ResidentError::Transfer(error) => return self.fail(Failure::Peer, error),
             error => return self.fail(Failure::Restore, error),
         }
-        match timeout(FINAL_WORD, source.control.next()).await {
+        match timeout(EXPLANATION, source.control.next()).await {
             Ok(Err(error)) => lost(self.state(), &error),
             Ok(Ok(ToDestination::Abort(abort))) => gave_up(self.state(), &abort),
             Ok(Ok(message)) => unexpected(self.state(), &message),
@@ -427,8 +506,8 @@ impl Migration<'_> {
         }
     }
 
-    /// Holds the workload's memory: threads that touch a missing page wait, and never read zeros.
-    async fn pause(&mut self, error: SessionError, resident: Resident) -> SessionError {
+    /// There is no way on. Holds the workload's memory: threads that touch a missing page wait, and never read zeros.
+    async fn hold(&mut self, error: SessionError, resident: Resident) -> SessionError {
         if resident.memory.counts().owed == 0 {
             // Whole, only not acknowledged: the workload needs nothing from anyone any more.
             resident.let_go();
@@ -436,12 +515,9 @@ impl Migration<'_> {
         }
         eprintln!(
             "lazy-restorer: error: destination host {}, {error}; the workload runs here, but threads that touch a \
-             missing page wait; stop this program only to give the workload up",
+             missing page wait; kill the workload to give it up",
             host::name()
         );
-        if let Err(invalid) = self.advance(Event::LinkLost) {
-            return invalid;
-        }
         loop {
             self.stop.wait().await;
             tracing::warn!("still holding the memory of the workload");
@@ -471,7 +547,13 @@ async fn announce(plan: MigratePlan, facts: Facts) {
     }
 }
 
-/// Time the source has to say why a stream broke; a lost link shows within it.
+/// Time to try to tell the source that every page is here; the workload does not need it any more.
+const ACKNOWLEDGEMENT_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Time in which the control stream may explain better why another stream broke.
+const EXPLANATION: Duration = Duration::from_millis(500);
+
+/// Time the source has to say why the skeleton's stream broke; a lost link shows within it.
 const FINAL_WORD: Duration = IDLE_TIMEOUT.saturating_add(Duration::from_secs(1));
 
 fn understood(

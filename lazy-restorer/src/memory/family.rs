@@ -225,6 +225,22 @@ impl LiveFamily {
         }
     }
 
+    /// What was received, for a source that has to know again.
+    pub(super) fn received(&self) -> Vec<u64> {
+        self.family.received().words().to_vec()
+    }
+
+    /// Asks again for what a lost link took with it.
+    pub(super) fn reconnect(&mut self, sink: &Sink<'_>) {
+        let waiting: Vec<usize> = self.waiting.keys().copied().collect();
+        let (requests, discards) = self.family.reconnect(waiting);
+        for pages in requests {
+            let frame = DemandFrame::Request(self.family.pid(), pages);
+            sink.order(Order::Demand(frame));
+        }
+        self.discard(discards, sink);
+    }
+
     fn wake(&self, member: MemberId, pages: PageRange) {
         if let Some(uffd) = self.uffds.get(&member) {
             uffd.wake(pages);

@@ -261,6 +261,26 @@ impl Family {
         alive.any(|space| space.is_missing(slot))
     }
 
+    /// A new link replaces one that took requests and answers with it. Threads wait for the `waiting` slots; returns
+    /// what to ask for again, and what to discard again.
+    pub fn reconnect(
+        &mut self,
+        waiting: impl IntoIterator<Item = usize>,
+    ) -> (Vec<PageRange>, Vec<PageRange>) {
+        self.requested = PageSet::empty(self.lazy.slots());
+        let mut requests = Vec::new();
+        for slot in waiting {
+            if !self.received.contains(slot) && self.requested.insert(slot) {
+                requests.push(PageRange::new(self.lazy.page(slot), 1));
+            }
+        }
+        let mut discards = Vec::new();
+        for slot in self.discarding.runs_in(0..self.lazy.slots()).flatten() {
+            append(&mut discards, self.lazy.page(slot));
+        }
+        (requests, discards)
+    }
+
     /// The source confirms that it will never send these pages. False when that makes no sense.
     pub fn confirm_withheld(&mut self, pages: PageRange) -> bool {
         let Some(slots) = self.lazy.slots_of(pages) else {
