@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use common::images::ImagePid;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
@@ -33,6 +34,8 @@ pub struct Resident {
     pub restore: Restore,
     /// The operator's `--on-resumed` command, while it runs.
     pub announced: Option<JoinHandle<()>>,
+    /// What failed while the tasks were let run, for whoever looks after them then.
+    pub failure: Option<ResidentError>,
     keeper: Keeper,
     gate: Gate,
     criu_ended: bool,
@@ -44,7 +47,8 @@ pub struct Resident {
     credits: Option<Credits>,
     /// End with the link they belong to.
     link_tasks: JoinSet<()>,
-    tasks: Vec<Pid>,
+    root_image: Option<ImagePid>,
+    root: Option<Pid>,
     _directory: TempDir,
 }
 
@@ -96,7 +100,10 @@ impl Resident {
     ) -> Result<Self, ResidentError> {
         let plan = prepared.plan();
         fs::create_dir_all(plan.work())?;
-        let (memory, orders) = Memory::new(skeleton::processes(&plan.images())?);
+        let processes = skeleton::processes(&plan.images())?;
+        // Parents come before children.
+        let root_image = processes.first().map(|process| process.pid);
+        let (memory, orders) = Memory::new(processes);
         let handovers = handover::listen(&plan.work())?;
         let gate = Gate::bind(&plan.gate())?;
         let keeper = Keeper::start()?;
@@ -118,6 +125,7 @@ impl Resident {
             memory,
             restore,
             announced: None,
+            failure: None,
             keeper,
             gate,
             criu_ended: false,
@@ -128,7 +136,8 @@ impl Resident {
             requests,
             credits: Some(link.credits),
             link_tasks: link.tasks,
-            tasks: Vec::new(),
+            root_image,
+            root: None,
             _directory: directory,
         })
     }
@@ -161,7 +170,9 @@ impl Resident {
             Some(Handover::Process { image, pid, uffd }) => {
                 let key = self.memory.attach(image, uffd)?;
                 self.keeper.watch(pid)?;
-                self.tasks.push(pid);
+                if self.root_image == Some(image) {
+                    self.root = Some(pid);
+                }
                 exits::watch(pid, key, self.memory.clone());
                 tracing::debug!(%image, %pid, "handed over");
             }
@@ -203,9 +214,9 @@ impl Resident {
         Ok(())
     }
 
-    /// PID of the restored root as this host numbers it: the first task CRIU restores.
+    /// PID of the restored root as this host numbers it.
     pub fn root(&self) -> Option<Pid> {
-        self.tasks.first().copied()
+        self.root
     }
 
     /// Kills CRIU and whatever it restored.

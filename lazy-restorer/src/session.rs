@@ -69,6 +69,7 @@ pub async fn run(plan: &MigratePlan, record: &mut Record) -> Result<(), SessionE
         phases: Phases::start(State::Hello),
         stop,
         record,
+        copy_may_run: false,
     };
     let result = migration.perform().await;
     migration.record.phases = migration.phases.done().to_vec();
@@ -84,6 +85,8 @@ struct Migration<'a> {
     phases: Phases,
     stop: StopSignal,
     record: &'a mut Record,
+    /// The restored tasks were let run, and nothing says for certain that they did not.
+    copy_may_run: bool,
 }
 
 /// What the skeleton's phase ends with.
@@ -102,13 +105,15 @@ impl Migration<'_> {
         self.advance(Event::Welcomed)?;
         let result = self.migrate(&mut source).await;
         let last = match &result {
-            Err(error) if error.failure != Failure::Peer => Some(ToSource::Abort(Abort {
+            // A source that gave up before the point of no return knows all there is to know.
+            Err(error) if error.failure == Failure::Peer && error.state.source_may_thaw() => None,
+            Err(error) => Some(ToSource::Abort(Abort {
                 host: host::name(),
                 state: error.state,
                 text: error.text.clone(),
-                copy_is_dead: error.state.source_may_thaw() || error.failure == Failure::Restore,
+                copy_is_dead: !self.copy_may_run,
             })),
-            _ => None,
+            Ok(()) => None,
         };
         source.close(last).await;
         result
@@ -298,6 +303,7 @@ impl Migration<'_> {
         };
         match opened {
             Ok(()) => Ok(resident),
+            Err(error) if self.copy_may_run => Err(self.hold(error, resident).await),
             Err(error) => {
                 resident.abort().await;
                 Err(error)
@@ -332,29 +338,42 @@ impl Migration<'_> {
     ) -> Result<(), SessionError> {
         self.send(source, &ToSource::CutoverRequest).await?;
         self.advance(Event::CutoverAsked)?;
-        match source.control.next().await {
-            Ok(ToDestination::CutoverGranted) => {}
-            // Nothing has run yet, so whatever the source says or fails to say, our copy can be killed. The source
-            // however may have given the workload away: it is told that the copy is dead.
-            message => {
-                let message = understood(State::Cutover, message)?;
-                return Err(unexpected(State::Cutover, &message));
+        let state = self.state();
+        match understood(state, source.control.next().await) {
+            Ok(ToDestination::CutoverGranted) => self.advance(Event::CutoverGranted)?,
+            Ok(message) => return Err(unexpected(state, &message)),
+            // The source may have given the workload away; one that takes us back has.
+            Err(error) if error.failure == Failure::Connection => {
+                self.recover(source, resident, &error, Some(GRANT_TIMEOUT))
+                    .await?;
             }
+            Err(error) => return Err(error),
         }
-        let failed = |error: &dyn std::fmt::Display| {
-            SessionError::new(Failure::Restore, State::Cutover, error)
-        };
-        held.open().await.map_err(|error| failed(&error))?;
-        self.advance(Event::CutoverGranted)?;
+        self.copy_may_run = true;
+        let opened = held.open().await;
+        opened.map_err(|error| self.fail(Failure::Restore, error))?;
         // The sockets exist, and CRIU unlocks their network now: announcing takes about as long as it needs to let the
         // tasks run. The memory must not wait for the command either.
         let facts = self.facts(source, resident.root());
         resident.announced = Some(tokio::spawn(announce(self.plan.clone(), facts)));
+        self.until_resumed(resident).await
+    }
+
+    /// Waits until CRIU has let the tasks run. An error means that it killed them instead.
+    async fn until_resumed(&mut self, resident: &mut Resident) -> Result<(), SessionError> {
         loop {
-            match resident.next().await.map_err(|error| failed(&error))? {
-                Step::Resumed => return Ok(()),
-                Step::CriuEnded => {}
-                Step::Armed(_) => return Err(failed(&"CRIU waits at the gate again")),
+            match resident.next().await {
+                Ok(Step::Resumed) => return Ok(()),
+                Ok(Step::CriuEnded | Step::Armed(_)) => {}
+                Err(ResidentError::Restore(error)) => {
+                    // CRIU lets tasks run in its very last step; failing before, it has killed them.
+                    self.copy_may_run = false;
+                    return Err(self.fail(Failure::Restore, error));
+                }
+                Err(error) => {
+                    resident.failure = Some(error);
+                    return Ok(());
+                }
             }
         }
     }
@@ -373,7 +392,7 @@ impl Migration<'_> {
         while let Err(error) = &whole
             && error.failure == Failure::Connection
         {
-            whole = match self.recover(source, &mut resident, error).await {
+            whole = match self.recover(source, &mut resident, error, None).await {
                 Ok(()) => self.until_whole(source, &mut resident).await,
                 Err(error) => Err(error),
             };
@@ -392,19 +411,21 @@ impl Migration<'_> {
         }
     }
 
-    /// The link is lost: threads that touch a missing page wait while we try to reach the source again.
+    /// The link is lost: threads that touch a missing page wait while we try to reach the source again, for at most
+    /// `limit`, or for as long as anything is owed.
     async fn recover(
         &mut self,
         source: &mut Source,
         resident: &mut Resident,
         error: &SessionError,
+        limit: Option<Duration>,
     ) -> Result<(), SessionError> {
         eprintln!(
-            "lazy-restorer: {error}; the workload runs on as far as its memory is here, trying to reconnect"
+            "lazy-restorer: {error}; threads that touch a missing page wait, trying to reconnect"
         );
         self.advance(Event::LinkLost)?;
         let mut pause = RECONNECT_PAUSE.0;
-        let whole_since = Instant::now();
+        let lost_since = Instant::now();
         *source = loop {
             match reconnect(&self.plan.connect, &self.threads, &source.welcome).await {
                 Ok(source) => break source,
@@ -414,10 +435,11 @@ impl Migration<'_> {
                 Err(error) => tracing::info!(%error, "not yet"),
             }
             let owed = resident.memory.counts().owed;
-            if owed == 0 && whole_since.elapsed() > ACKNOWLEDGEMENT_TIMEOUT {
+            let limit = limit.or((owed == 0).then_some(ACKNOWLEDGEMENT_TIMEOUT));
+            if limit.is_some_and(|limit| lost_since.elapsed() > limit) {
                 return Err(self.fail(
                     Failure::Lost,
-                    "the source cannot be told that every page is here",
+                    "the source cannot be reached; should page-server still wait there, the workload is frozen there",
                 ));
             }
             tokio::select! {
@@ -460,6 +482,9 @@ impl Migration<'_> {
     ) -> Result<(), SessionError> {
         if self.plan.push {
             resident.begin_push(source, &self.threads);
+        }
+        if let Some(error) = resident.failure.take() {
+            return Err(self.resident_failed(source, error).await);
         }
         let memory = resident.memory.clone();
         loop {
@@ -546,6 +571,9 @@ async fn announce(plan: MigratePlan, facts: Facts) {
         tracing::error!(%error, "the migration goes on");
     }
 }
+
+/// Time to try to learn whether the source has given the workload away; killing our copy, which never ran, is safe.
+const GRANT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Time to try to tell the source that every page is here; the workload does not need it any more.
 const ACKNOWLEDGEMENT_TIMEOUT: Duration = Duration::from_secs(20);

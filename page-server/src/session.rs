@@ -4,7 +4,7 @@
 //! nothing but the destination's word that its copy is dead does.
 
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
@@ -14,6 +14,7 @@ use common::proto::control::{Abort, Secret, SessionId, Tally, ToDestination, ToS
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
 use common::stop::StopSignal;
+use tokio::time::timeout;
 
 use crate::destination::{self, Destination, abort, unexpected};
 use crate::frame;
@@ -226,7 +227,8 @@ impl Migration<'_> {
         self.advance(Event::Staged)?;
         let credits = destination.take_credits();
         transfer.spawn(listen.bulk.thread.handle(), push.all(credits));
-        self.await_restore(destination, workload).await?;
+        self.await_restore(destination, workload, &mut transfer)
+            .await?;
         self.advance(Event::CutoverAsked)?;
         // Told to the hook before it is told to the destination: from here on our death must not thaw the workload.
         let committed = workload.frozen.commit().await;
@@ -257,10 +259,15 @@ impl Migration<'_> {
         let on_frozen = operator::run("--on-frozen", self.plan.on_frozen.as_deref(), state, &facts);
         on_frozen.await.map_err(|error| failed(&error))?;
         destination.send(state, &ToDestination::Frozen).await?;
-        match sending.await {
-            Ok(Ok(push)) => Ok(push),
-            Ok(Err(error)) => Err(failed(&error)),
-            Err(error) => Err(failed(&error)),
+        let error = match sending.await {
+            Ok(Ok(push)) => return Ok(push),
+            Ok(Err(error)) => failed(&error),
+            Err(error) => failed(&error),
+        };
+        // A broken stream is best explained by what the destination says about it.
+        match timeout(FINAL_WORD, self.next(destination)).await {
+            Ok(Err(reason)) => Err(reason),
+            _ => Err(error),
         }
     }
 
@@ -269,9 +276,11 @@ impl Migration<'_> {
         &mut self,
         destination: &mut Destination,
         workload: &mut FrozenWorkload,
+        transfer: &mut Transfer,
     ) -> Result<(), SessionError> {
         let state = self.state();
         tokio::select! {
+            error = transfer.failed() => Err(SessionError::new(Failure::Freeze, state, error)),
             asked = self.expect(destination, ToSource::CutoverRequest) => asked,
             error = workload.frozen.lost() => Err(SessionError::new(Failure::Freeze, state, error)),
         }
@@ -505,12 +514,15 @@ impl Migration<'_> {
             .send(self.state(), &ToDestination::Complete)
             .await?;
         self.advance(Event::Agreed)?;
-        workload
-            .release()
-            .await
-            .map_err(|error| self.fail(Failure::Internal, error))
+        if let Err(error) = workload.release().await {
+            tracing::warn!(%error, "the frozen original is killed nevertheless");
+        }
+        Ok(())
     }
 }
+
+/// Time the destination has to say why a stream broke.
+const FINAL_WORD: Duration = Duration::from_secs(1);
 
 /// What ends a stretch of serving.
 enum Served {
