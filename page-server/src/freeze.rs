@@ -23,6 +23,7 @@ use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 use crate::hook::{ON_THAWED_VARIABLE, SOCKET_VARIABLE, Verdict};
+use crate::network_lock;
 use crate::workload::{Workload, signal_all};
 
 /// Time CRIU has to let tasks go, or to kill them.
@@ -227,6 +228,9 @@ impl Frozen {
             Ok(()) => self.wait().await,
             Err(error) => Err(error),
         };
+        // CRIU keeps the connections locked so that none is reset when its sockets die; that is done now, and a lock
+        // left behind would silence the same connections should the workload ever come back here.
+        network_lock::remove(&self.plan.log());
         match ended {
             Ok(status) if status.success() => Ok(()),
             ended => {
