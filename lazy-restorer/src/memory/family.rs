@@ -439,13 +439,13 @@ impl LiveFamily {
             target,
             slot,
         } = install;
-        let skip = slot - first_slot;
         let uffd = Arc::clone(&self.uffds[member.0]);
         let Progress { pages, stop } = match content {
-            Content::Zero => uffd.zero(target),
+            Content::Zero => confirmed(|| uffd.zero(target)),
             Content::Pages(bytes) => {
-                let from = skip * PAGE_SIZE;
-                uffd.copy(target, &bytes[from..from + target.bytes() as usize])
+                let from = (slot - first_slot) * PAGE_SIZE;
+                let bytes = &bytes[from..from + target.bytes() as usize];
+                confirmed(|| uffd.copy(target, bytes))
             }
         };
         let done = pages as usize;
@@ -518,7 +518,57 @@ impl LiveFamily {
     }
 }
 
+/// Believes in "not mapped" only when it is said twice.
+///
+/// The kernel asks first whether events are pending, and then looks for the mapping, for which it may wait until a
+/// thread's `mremap` has moved it. The event of that is unread then: a second attempt finds it pending.
+fn confirmed(install: impl Fn() -> Progress) -> Progress {
+    match install() {
+        Progress {
+            pages: 0,
+            stop: Some(Stop::NotMapped),
+        } => install(),
+        progress => progress,
+    }
+}
+
 fn out_of_memory() {
     tracing::warn!("this host has no memory for a page of the workload; trying again");
     thread::sleep(NO_MEMORY_PAUSE);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// What `confirmed` makes of the kernel's answers, one after the other.
+    fn confirmed_of(answers: [Stop; 2]) -> (Option<Stop>, usize) {
+        let calls = Cell::new(0);
+        let progress = confirmed(|| {
+            let stop = answers[calls.replace(calls.get() + 1)];
+            Progress {
+                pages: 0,
+                stop: Some(stop),
+            }
+        });
+        (progress.stop, calls.get())
+    }
+
+    #[test]
+    fn not_mapped_is_believed_when_no_event_is_pending() {
+        assert_eq!(
+            confirmed_of([Stop::NotMapped, Stop::EventsPending]),
+            (Some(Stop::EventsPending), 2)
+        );
+        assert_eq!(
+            confirmed_of([Stop::NotMapped, Stop::NotMapped]),
+            (Some(Stop::NotMapped), 2)
+        );
+        assert_eq!(
+            confirmed_of([Stop::AlreadyPresent, Stop::NotMapped]),
+            (Some(Stop::AlreadyPresent), 1)
+        );
+    }
 }
