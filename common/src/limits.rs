@@ -11,8 +11,11 @@ pub const MAX_FRAME_PAGES: usize = 16;
 /// Payload bytes of one data frame.
 pub const MAX_FRAME_BYTES: usize = MAX_FRAME_PAGES * PAGE_SIZE;
 
-/// Bytes of one control message. The largest is the destination's present map in pieces; see `proto::control`.
+/// Bytes of one control message. The largest is a piece of the destination's present map.
 pub const MAX_CONTROL_BYTES: usize = 1 << 20;
+
+/// Words of a present map in one message: ten bytes each at worst, well below [`MAX_CONTROL_BYTES`].
+pub const MAX_PRESENT_WORDS: usize = 8192;
 
 /// Lazy pages of one process: 4 TiB, more than any host we know of; bounds what a forged pagemap makes us allocate
 /// (one bit per page) to 128 MiB.
@@ -51,3 +54,7 @@ pub const KEEP_ALIVE: Duration = Duration::from_millis(800);
 
 /// Time the peer has for each step of the handshake that needs no work of it.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Pause between two attempts to reach a lost peer, at first and at most.
+pub const RECONNECT_PAUSE: (Duration, Duration) =
+    (Duration::from_millis(100), Duration::from_secs(2));

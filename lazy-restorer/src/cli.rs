@@ -39,6 +39,9 @@ pub enum Command {
     /// Bring the workload that a page-server offers to this host
     #[command(after_help = RESTORE_HELP)]
     Restore(Box<Restore>),
+    /// Used by lazy-restorer itself: holds page fault descriptors should it die
+    #[command(hide = true)]
+    Keeper,
     /// Used by lazy-restorer itself: a PID namespace for the restored workload
     #[command(hide = true)]
     Nursery {
@@ -95,12 +98,15 @@ pub struct Restore {
     /// Command to run before the restore: add the workload's service address here, without announcing it yet
     #[arg(long, value_name = "CMD")]
     before_restore: Option<String>,
-    /// Command to run when the workload runs: announce its service address
+    /// Command to run the moment the workload is let run here, its sockets being there: announce its service address
     #[arg(long, value_name = "CMD")]
     on_resumed: Option<String>,
     /// Command to run when the migration failed after --before-restore: take the service address away again
     #[arg(long, value_name = "CMD")]
     on_aborted: Option<String>,
+    /// For measurements: fetch nothing but what the workload touches
+    #[arg(long, hide = true)]
+    no_push: bool,
     /// Write the PID of the restored root process, as this host numbers it, to this file
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
@@ -146,6 +152,7 @@ impl Restore {
             criu_args: self.criu_arg.clone(),
             pid_namespace: self.pidns,
             ignore_cpu_features: self.ignore_cpu_features,
+            push: !self.no_push,
             work_dir: self.work_dir.clone(),
             pidfile: self.pidfile.clone(),
             before_restore: self.before_restore.clone(),

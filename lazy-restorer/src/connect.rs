@@ -3,18 +3,21 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use common::control::Control;
+use common::control::{Control, ControlError};
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::identity::{Identity, Trust};
 use common::io_thread::{IoThread, Priority};
 use common::limits::HANDSHAKE_TIMEOUT;
-use common::proto::control::{BulkHello, Hello, Secret, ToDestination, ToSource, Welcome};
+use common::proto::control::{BulkHello, Hello, Resume, Secret, ToDestination, ToSource, Welcome};
 use common::proto::stream;
 use common::quic::{self, PathProfile, QuicError, Role};
 use common::session::State;
-use quinn::{Connection, RecvStream, SendStream};
+use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use tokio::time::timeout;
+
+/// Time closed connections have to send their last packets.
+const CLOSING_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// How to reach the source.
 #[derive(Clone, Debug)]
@@ -33,13 +36,30 @@ pub struct ConnectPlan {
     pub token: Option<Secret>,
 }
 
+/// The threads that drive a migration's connections, whichever they are at the time.
+#[derive(Debug)]
+pub struct Threads {
+    /// Drives the fault connection and everything that resolves faults.
+    pub fault: IoThread,
+    /// Drives the bulk connection and what it brings.
+    pub bulk: IoThread,
+}
+
+impl Threads {
+    /// Starts both.
+    pub fn start() -> Result<Self, SessionError> {
+        let internal = |error: std::io::Error| fail(Failure::Internal, &error);
+        let fault = IoThread::start("fault", Priority::Urgent).map_err(internal)?;
+        let urgent_granted = fault.granted();
+        let bulk =
+            IoThread::start("bulk", Priority::Background { urgent_granted }).map_err(internal)?;
+        Ok(Threads { fault, bulk })
+    }
+}
+
 /// A source that welcomed us.
 #[derive(Debug)]
 pub struct Source {
-    /// Drives the fault connection and everything that resolves faults.
-    pub fault_thread: IoThread,
-    /// Drives the bulk connection and what it brings.
-    pub bulk_thread: IoThread,
     /// The control stream.
     pub control: Control<ToDestination>,
     /// What the source said.
@@ -47,34 +67,67 @@ pub struct Source {
     /// The bulk connection.
     pub bulk: Connection,
     bulk_stream: Option<(SendStream, RecvStream)>,
+    endpoints: [Endpoint; 2],
 }
 
 /// Connects, says hello and opens the bulk connection.
-pub async fn connect(plan: &ConnectPlan) -> Result<Source, SessionError> {
-    let internal = |error: std::io::Error| fail(Failure::Internal, &error);
-    let fault_thread = IoThread::start("fault", Priority::Urgent).map_err(internal)?;
-    let urgent_granted = fault_thread.granted();
-    let bulk_thread =
-        IoThread::start("bulk", Priority::Background { urgent_granted }).map_err(internal)?;
-    let fault = open(&fault_thread, plan, plan.source, Role::Fault).await?;
+pub async fn connect(plan: &ConnectPlan, threads: &Threads) -> Result<Source, SessionError> {
+    let (endpoint, mut control) = open_control(plan, threads).await?;
+    let welcome = say_hello(plan, &mut control).await?;
+    open_bulk(plan, threads, (endpoint, control), welcome).await
+}
+
+/// Connects again to the source of a session whose link was lost.
+pub async fn reconnect(
+    plan: &ConnectPlan,
+    threads: &Threads,
+    welcome: &Welcome,
+) -> Result<Source, SessionError> {
+    let (endpoint, mut control) = open_control(plan, threads).await?;
+    let resume = ToSource::Resume(Resume {
+        version: welcome.version,
+        session: welcome.session,
+        secret: welcome.secret.clone(),
+    });
+    let welcome = match ask(&mut control, &resume).await? {
+        ToDestination::WelcomeBack { bulk_port } => Welcome {
+            bulk_port,
+            ..welcome.clone()
+        },
+        _ => return Err(fail(Failure::Peer, &"the source does not take us back")),
+    };
+    open_bulk(plan, threads, (endpoint, control), welcome).await
+}
+
+async fn open_control(
+    plan: &ConnectPlan,
+    threads: &Threads,
+) -> Result<(Endpoint, Control<ToDestination>), SessionError> {
+    let (endpoint, fault) = open(&threads.fault, plan, plan.source, Role::Fault).await?;
     let (send, recv) = fault.open_bi().await.map_err(|error| {
         let error = QuicError::from_connection(plan.source, &error);
         fail(failure_of(&error), &error)
     })?;
-    let mut control = Control::new(fault, send, recv);
-    let welcome = say_hello(plan, &mut control).await?;
-    let bulk_address = SocketAddr::new(plan.source.ip(), welcome.bulk_port);
-    let bulk = open(&bulk_thread, plan, bulk_address, Role::Bulk).await?;
+    Ok((endpoint, Control::new(fault, send, recv)))
+}
+
+async fn open_bulk(
+    plan: &ConnectPlan,
+    threads: &Threads,
+    (fault_endpoint, control): (Endpoint, Control<ToDestination>),
+    welcome: Welcome,
+) -> Result<Source, SessionError> {
+    let address = SocketAddr::new(plan.source.ip(), welcome.bulk_port);
+    let (bulk_endpoint, bulk) = open(&threads.bulk, plan, address, Role::Bulk).await?;
     let bulk_stream = open_bulk_stream(&bulk, &welcome)
         .await
         .map_err(|error| fail(Failure::Connection, &error))?;
     Ok(Source {
-        fault_thread,
-        bulk_thread,
         control,
         welcome,
         bulk,
         bulk_stream: Some(bulk_stream),
+        endpoints: [fault_endpoint, bulk_endpoint],
     })
 }
 
@@ -83,15 +136,16 @@ async fn open(
     plan: &ConnectPlan,
     address: SocketAddr,
     role: Role,
-) -> Result<Connection, SessionError> {
+) -> Result<(Endpoint, Connection), SessionError> {
     let plan = plan.clone();
     let connecting = thread.handle().spawn(async move {
         let endpoint =
             quic::bind_client(address, None, &plan.identity, &plan.trust, role, plan.path)?;
-        quic::connect(&endpoint, address).await
+        let connection = quic::connect(&endpoint, address).await?;
+        Ok((endpoint, connection))
     });
     match connecting.await {
-        Ok(Ok(connection)) => Ok(connection),
+        Ok(Ok(connected)) => Ok(connected),
         Ok(Err(error)) => Err(fail(failure_of(&error), &error)),
         Err(error) => Err(fail(Failure::Internal, &error)),
     }
@@ -106,24 +160,32 @@ async fn say_hello(
         token: plan.token.clone(),
         host: host::name(),
     });
+    match ask(control, &hello).await? {
+        ToDestination::Welcome(welcome) => Ok(welcome),
+        _ => Err(fail(
+            Failure::Peer,
+            &"the source does not begin with a welcome",
+        )),
+    }
+}
+
+/// Sends the first message and waits for the answer to it.
+async fn ask(
+    control: &mut Control<ToDestination>,
+    message: &ToSource,
+) -> Result<ToDestination, SessionError> {
     let exchange = async {
-        control.send(&hello).await?;
+        control.send(message).await?;
         control.next().await
     };
     // The source answers one destination after the other; a busy one keeps us waiting this long.
     match timeout(3 * HANDSHAKE_TIMEOUT, exchange).await {
-        Ok(Ok(ToDestination::Welcome(welcome))) => Ok(welcome),
         Ok(Ok(ToDestination::Abort(abort))) => {
             let text = format!("source host {} refuses: {}", abort.host, abort.text);
             Err(fail(Failure::Refused, &text))
         }
-        Ok(Ok(_)) => Err(fail(
-            Failure::Peer,
-            &"the source does not begin with a welcome",
-        )),
-        Ok(Err(common::control::ControlError::Connection(error))) => {
-            Err(fail(failure_of(&error), &error))
-        }
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(ControlError::Connection(error))) => Err(fail(failure_of(&error), &error)),
         Ok(Err(error)) => Err(fail(Failure::Peer, &error)),
         Err(_) => Err(fail(
             Failure::Connection,
@@ -166,8 +228,21 @@ impl Source {
         self.bulk_stream.take()
     }
 
-    /// Time a packet needs to the source and back, as the fault connection sees it.
-    pub fn round_trip(&self) -> Duration {
-        self.control.connection().rtt()
+    /// Closes both connections, after `last` if there is one, and lets the source know before this program ends.
+    pub async fn close(self, last: Option<ToSource>) {
+        match last {
+            Some(last) => self.control.farewell(&last).await,
+            None => self.control.close().await,
+        }
+        self.bulk.close(0_u8.into(), b"done");
+        for endpoint in self.endpoints {
+            // Without this the closing packets may never leave, and the source waits for them.
+            if timeout(CLOSING_TIMEOUT, endpoint.wait_idle())
+                .await
+                .is_err()
+            {
+                tracing::debug!("an endpoint is not idle yet");
+            }
+        }
     }
 }

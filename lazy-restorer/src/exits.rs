@@ -37,7 +37,8 @@ async fn ended(pid: Pid) -> io::Result<()> {
     fd.readable().await.map(drop)
 }
 
-fn pidfd_open(pid: Pid) -> Result<OwnedFd, Errno> {
+/// A descriptor that names a process for good, and is readable once it has ended.
+pub fn pidfd_open(pid: Pid) -> Result<OwnedFd, Errno> {
     // SAFETY: the call takes two numbers and returns a new descriptor or -1.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
     let fd = Errno::result(fd)?;

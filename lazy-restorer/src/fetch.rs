@@ -1,6 +1,7 @@
 //! Demand: faults out, pages in. All of it runs on the fault thread.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::limits::MAX_FRAME_PAGES;
 use common::page::page_in_buffer;
@@ -9,12 +10,17 @@ use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
 use common::proto::pages::{DATA_HEADER_BYTES, DemandReply};
 use quinn::{ReadError, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
+use crate::keeper::KeeperHand;
 use crate::memory::{Arrival, MemberKey, Memory, MemoryError, Order};
 use crate::uffd::UserFault;
 
 /// Requests written with one call.
 const BATCH: usize = 64;
+
+/// Time between looks whether a silent process still lives.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why memory stops moving.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +34,9 @@ pub enum TransferError {
     /// Memory cannot be changed.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The keeper is gone.
+    #[error("the process that holds the page fault descriptors is gone: {0}")]
+    Keeper(std::io::Error),
     /// A descriptor cannot be watched.
     #[error("cannot watch for page faults: {0}")]
     Watch(std::io::Error),
@@ -51,31 +60,74 @@ impl From<WriteError> for TransferError {
     }
 }
 
-/// Carries out the memory's orders: watches descriptors and sends requests, many with one write.
-pub async fn carry_out(
-    mut orders: mpsc::UnboundedReceiver<Order>,
-    mut requests: SendStream,
-    memory: Arc<Memory>,
-    failures: mpsc::Sender<TransferError>,
-) -> Result<(), TransferError> {
-    let mut batch = Vec::with_capacity(BATCH);
-    let mut bytes = Vec::with_capacity(BATCH * DEMAND_FRAME_BYTES);
-    while orders.recv_many(&mut batch, BATCH).await > 0 {
-        for order in batch.drain(..) {
-            match order {
-                Order::Demand(frame) => bytes.extend_from_slice(&DemandFrame::encode(frame)),
-                Order::Watch(key, uffd) => {
-                    let watch = watch(key, uffd, memory.clone());
-                    report(watch, failures.clone());
+/// What the memory asks for, and who does it.
+#[derive(Debug)]
+pub struct Orders {
+    /// The orders.
+    pub orders: mpsc::UnboundedReceiver<Order>,
+    /// Streams to send requests on; each replaces the one before.
+    pub links: mpsc::UnboundedReceiver<SendStream>,
+    /// Holds every descriptor that is watched.
+    pub keeper: KeeperHand,
+    /// Where watchers report.
+    pub failures: mpsc::Sender<TransferError>,
+}
+
+impl Orders {
+    /// Carries orders out for as long as the memory lives: watches descriptors and sends requests, many with one
+    /// write. Requests without a link are dropped: a new link asks for everything again.
+    pub async fn carry_out(mut self, memory: Arc<Memory>) -> Result<(), TransferError> {
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut link: Option<SendStream> = None;
+        loop {
+            tokio::select! {
+                biased;
+                new = self.links.recv() => match new {
+                    Some(new) => link = Some(new),
+                    None => return Ok(()),
+                },
+                count = self.orders.recv_many(&mut batch, BATCH) => {
+                    if count == 0 {
+                        return Ok(());
+                    }
+                    let requests = self.sort(&mut batch, &memory)?;
+                    link = send(link, &requests).await;
                 }
             }
         }
-        if !bytes.is_empty() {
-            requests.write_all(&bytes).await?;
-            bytes.clear();
-        }
     }
-    Ok(())
+
+    /// Begins to watch what is to be watched; returns the requests as bytes.
+    fn sort(&self, batch: &mut Vec<Order>, memory: &Arc<Memory>) -> Result<Vec<u8>, TransferError> {
+        let mut requests = Vec::with_capacity(batch.len() * DEMAND_FRAME_BYTES);
+        for order in batch.drain(..) {
+            match order {
+                Order::Demand(frame) => requests.extend_from_slice(&DemandFrame::encode(frame)),
+                Order::Watch(key, uffd) => self.watch(key, uffd, memory)?,
+            }
+        }
+        Ok(requests)
+    }
+
+    fn watch(
+        &self,
+        key: MemberKey,
+        uffd: Arc<UserFault>,
+        memory: &Arc<Memory>,
+    ) -> Result<(), TransferError> {
+        self.keeper.hold(&uffd).map_err(TransferError::Keeper)?;
+        report(watch(key, uffd, memory.clone()), self.failures.clone());
+        Ok(())
+    }
+}
+
+/// Sends requests; a link that fails is given up. What it failed of shows on its other streams.
+async fn send(link: Option<SendStream>, requests: &[u8]) -> Option<SendStream> {
+    let mut link = link?;
+    if !requests.is_empty() && link.write_all(requests).await.is_err() {
+        return None;
+    }
+    Some(link)
 }
 
 /// Runs a task here and reports its failure.
@@ -99,7 +151,14 @@ async fn watch(
 ) -> Result<(), TransferError> {
     let uffd = UserFault::watched(uffd).map_err(TransferError::Watch)?;
     loop {
-        let mut ready = uffd.readable().await.map_err(TransferError::Watch)?;
+        // The kernel does not report the end of a process; of a child forked here nobody else does either.
+        let Ok(ready) = timeout(CHECK_INTERVAL, uffd.readable()).await else {
+            if !memory.check(key) {
+                return Ok(());
+            }
+            continue;
+        };
+        let mut ready = ready.map_err(TransferError::Watch)?;
         // Cleared first: what comes while we drain wakes us again.
         ready.clear_ready();
         if !memory.drain(key)? {

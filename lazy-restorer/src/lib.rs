@@ -5,7 +5,7 @@
 //! | [`session`] | the phases in order |
 //! | [`connect`], [`advise`] | reaching the source, and saying early what cannot work |
 //! | [`skeleton`], [`restore`], [`gate`], [`nursery`] | staging the images, CRIU, and holding it at the point of no return |
-//! | [`handover`], [`exits`] | userfault descriptors and processes as they come and go |
+//! | [`handover`], [`keeper`], [`exits`] | userfault descriptors and processes as they come and go |
 //! | [`resident`] | the restored workload while it becomes whole |
 //! | [`resolver`] | what happens to every page: pure |
 //! | [`memory`], [`uffd`] | carrying that out under one lock |
@@ -20,6 +20,7 @@ pub mod exits;
 pub mod fetch;
 pub mod gate;
 pub mod handover;
+pub mod keeper;
 pub mod memory;
 pub mod nursery;
 pub mod pacing;

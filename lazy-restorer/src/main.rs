@@ -7,7 +7,7 @@ use common::exit::{Failure, SessionError};
 use common::{host, logging};
 use lazy_restorer::cli::{Cli, Command, Restore};
 use lazy_restorer::report::Record;
-use lazy_restorer::{gate, nursery, session};
+use lazy_restorer::{gate, keeper, nursery, session};
 
 fn main() -> ExitCode {
     if let Some(code) = gate::run_if_called() {
@@ -15,6 +15,7 @@ fn main() -> ExitCode {
     }
     let cli = Cli::parse();
     match cli.command {
+        Command::Keeper => keeper::run(),
         Command::Nursery {
             init: false,
             command,

@@ -182,6 +182,28 @@ impl Memory {
         Ok(())
     }
 
+    /// What every process has received: words of its bitmap.
+    pub fn received(&self) -> Vec<(ImagePid, Vec<u64>)> {
+        let pids = self.families.keys();
+        pids.filter_map(|pid| Some((*pid, self.family(*pid)?.received())))
+            .collect()
+    }
+
+    /// Orders again what a lost link took with it.
+    pub fn reconnect(&self) {
+        for pid in self.families.keys() {
+            if let Some(mut family) = self.family(*pid) {
+                family.reconnect(&self.sink());
+            }
+        }
+    }
+
+    /// Looks whether a member's process still lives. False when there is nothing more to watch.
+    pub fn check(&self, key: MemberKey) -> bool {
+        self.family(key.pid)
+            .is_some_and(|mut family| family.check(key.member, &self.sink()))
+    }
+
     /// A process ended; what only it still missed is not needed any more.
     pub fn exited(&self, key: MemberKey) {
         if let Some(mut family) = self.family(key.pid) {

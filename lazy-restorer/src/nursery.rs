@@ -1,11 +1,12 @@
 //! A PID namespace for the restored workload, with an init of ours: this very program, in two more roles.
 //!
 //! `lazy-restorer nursery -- COMMAND` makes the namespaces and starts `lazy-restorer nursery --init -- COMMAND` as
-//! PID 1 in them; that one runs COMMAND (CRIU), reports its exit, and stays to reap orphans as long as there are
-//! processes. Killing it kills everything in the namespace.
+//! PID 1 in them; that one waits for a byte on standard input, runs COMMAND (CRIU), reports its exit, and stays to reap
+//! orphans as long as there are processes. Killing it kills everything in the namespace. All but COMMAND is done before
+//! the workload is frozen.
 
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::process::{Command, ExitCode, Stdio};
 
 use nix::errno::Errno;
@@ -42,7 +43,6 @@ fn try_make(command: &[OsString]) -> io::Result<u32> {
     let child = Command::new("/proc/self/exe")
         .args(["nursery", "--init", "--"])
         .args(command)
-        .stdin(Stdio::null())
         .spawn()?;
     Ok(child.id())
 }
@@ -57,9 +57,14 @@ fn mount_propagation(how: MsFlags) -> nix::Result<()> {
     )
 }
 
-/// PID 1: runs the command, then reaps until nothing is left.
+/// PID 1: runs the command when told to, then reaps until nothing is left.
 pub fn init(command: &[OsString]) -> ExitCode {
-    match run_command(command) {
+    let prepared = prepare();
+    // Whoever prepared us changes its mind, or dies, by closing the pipe.
+    if io::stdin().read_exact(&mut [0]).is_err() {
+        return ExitCode::SUCCESS;
+    }
+    match prepared.and_then(|()| run_command(command)) {
         Ok(code) => {
             report(EXIT_LINE, code);
             if code != 0 {
@@ -76,16 +81,15 @@ pub fn init(command: &[OsString]) -> ExitCode {
     }
 }
 
-fn run_command(command: &[OsString]) -> io::Result<i32> {
+fn prepare() -> io::Result<()> {
     // A terminal's signals are not for the namespace.
     setsid()?;
-    mount(
-        Some("proc"),
-        "/proc",
-        Some("proc"),
-        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
-        None::<&str>,
-    )?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("proc"), "/proc", Some("proc"), flags, None::<&str>)?;
+    Ok(())
+}
+
+fn run_command(command: &[OsString]) -> io::Result<i32> {
     let [program, arguments @ ..] = command else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "no command"));
     };

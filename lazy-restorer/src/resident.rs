@@ -8,15 +8,17 @@ use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
 
-use crate::connect::Source;
+use crate::connect::{Source, Threads};
 use crate::exits;
-use crate::fetch::{self, TransferError};
+use crate::fetch::{self, Orders, TransferError};
 use crate::gate::{Call, Gate, Held};
 use crate::handover::{self, Handover, HandoverError};
+use crate::keeper::Keeper;
 use crate::memory::{Memory, MemoryError};
 use crate::push;
-use crate::restore::{Restore, RestoreError, RestorePlan};
+use crate::restore::{Prepared, Restore, RestoreError};
 use crate::skeleton;
 
 /// Failures of transfer tasks that wait to be looked at.
@@ -29,14 +31,19 @@ pub struct Resident {
     pub memory: Arc<Memory>,
     /// CRIU.
     pub restore: Restore,
+    /// The operator's `--on-resumed` command, while it runs.
+    pub announced: Option<JoinHandle<()>>,
+    keeper: Keeper,
     gate: Gate,
     criu_ended: bool,
     handed_over: bool,
     handovers: mpsc::UnboundedReceiver<Result<Handover, HandoverError>>,
     failures: mpsc::Receiver<TransferError>,
     report: mpsc::Sender<TransferError>,
-    credits: Option<SendStream>,
-    installed: watch::Receiver<u64>,
+    requests: mpsc::UnboundedSender<SendStream>,
+    credits: Option<Credits>,
+    /// End with the link they belong to.
+    link_tasks: JoinSet<()>,
     tasks: Vec<Pid>,
     _directory: TempDir,
 }
@@ -81,31 +88,46 @@ pub enum ResidentError {
 impl Resident {
     /// Starts the restore of a staged skeleton and everything that resolves its faults.
     pub async fn start(
-        plan: &RestorePlan,
+        prepared: Prepared,
         directory: TempDir,
         source: &Source,
         bulk: (SendStream, RecvStream),
+        threads: &Threads,
     ) -> Result<Self, ResidentError> {
+        let plan = prepared.plan();
         fs::create_dir_all(plan.work())?;
         let (memory, orders) = Memory::new(skeleton::processes(&plan.images())?);
         let handovers = handover::listen(&plan.work())?;
         let gate = Gate::bind(&plan.gate())?;
+        let keeper = Keeper::start()?;
         let (report, failures) = mpsc::channel(FAILURES);
-        let (credits, pages) = bulk;
-        let installed = spawn_push(source, pages, &memory, &report);
-        spawn_fetch(source, orders, &memory, &report).await?;
-        let restore = plan.start().await?;
+        let (requests, links) = mpsc::unbounded_channel();
+        let orders = Orders {
+            orders,
+            links,
+            keeper: keeper.hand()?,
+            failures: report.clone(),
+        };
+        let carrying_out = reported(orders.carry_out(memory.clone()), &report);
+        threads.fault.handle().spawn(carrying_out);
+        let link = Link::open(source, bulk, &memory, &report, threads).await?;
+        // The task that receives it was just started.
+        let _ = requests.send(link.requests);
+        let restore = prepared.start().await?;
         Ok(Resident {
             memory,
             restore,
+            announced: None,
+            keeper,
             gate,
             criu_ended: false,
             handed_over: false,
             handovers,
             failures,
             report,
-            credits: Some(credits),
-            installed,
+            requests,
+            credits: Some(link.credits),
+            link_tasks: link.tasks,
             tasks: Vec::new(),
             _directory: directory,
         })
@@ -138,6 +160,7 @@ impl Resident {
         match handover.transpose()? {
             Some(Handover::Process { image, pid, uffd }) => {
                 let key = self.memory.attach(image, uffd)?;
+                self.keeper.watch(pid)?;
                 self.tasks.push(pid);
                 exits::watch(pid, key, self.memory.clone());
                 tracing::debug!(%image, %pid, "handed over");
@@ -153,11 +176,31 @@ impl Resident {
     }
 
     /// Lets the source push.
-    pub fn begin_push(&mut self, source: &Source) {
+    pub fn begin_push(&mut self, source: &Source, threads: &Threads) {
         if let Some(credits) = self.credits.take() {
-            let giving = push::give_credit(credits, source.bulk.clone(), self.installed.clone());
-            spawn(source.bulk_thread.handle(), giving, &self.report);
+            let giving = push::give_credit(credits.stream, source.bulk.clone(), credits.installed);
+            self.link_tasks
+                .spawn_on(reported(giving, &self.report), threads.bulk.handle());
         }
+    }
+
+    /// Goes on over a new link, after the source knows what is here.
+    pub async fn reconnect(
+        &mut self,
+        source: &mut Source,
+        threads: &Threads,
+    ) -> Result<(), ResidentError> {
+        // What the old link's tasks did not report yet is of no interest any more.
+        self.link_tasks.shutdown().await;
+        while self.failures.try_recv().is_ok() {}
+        let bulk = source.take_bulk_stream().ok_or(TransferError::Link)?;
+        let link = Link::open(source, bulk, &self.memory, &self.report, threads).await?;
+        self.link_tasks = link.tasks;
+        // Without a receiver the session has failed already, and says so.
+        let _ = self.requests.send(link.requests);
+        self.credits = Some(link.credits);
+        self.memory.reconnect();
+        Ok(())
     }
 
     /// PID of the restored root as this host numbers it: the first task CRIU restores.
@@ -168,48 +211,76 @@ impl Resident {
     /// Kills CRIU and whatever it restored.
     pub async fn abort(self) {
         self.restore.abort().await;
+        release(self.keeper);
+    }
+
+    /// The memory is whole: nothing of ours is needed any more.
+    pub fn let_go(self) {
+        release(self.keeper);
     }
 }
 
-fn spawn_push(
-    source: &Source,
-    pages: RecvStream,
-    memory: &Arc<Memory>,
-    report: &mpsc::Sender<TransferError>,
-) -> watch::Receiver<u64> {
-    let (count, installed) = watch::channel(0);
-    let taking = push::take_in(pages, memory.clone(), count);
-    spawn(source.bulk_thread.handle(), taking, report);
-    installed
+fn release(keeper: Keeper) {
+    if let Err(error) = keeper.release() {
+        tracing::warn!(%error, "the keeper");
+    }
 }
 
-async fn spawn_fetch(
-    source: &Source,
-    orders: mpsc::UnboundedReceiver<crate::memory::Order>,
-    memory: &Arc<Memory>,
-    report: &mpsc::Sender<TransferError>,
-) -> Result<(), ResidentError> {
-    let opened = source.control.connection().open_bi().await;
-    let (requests, replies) = opened.map_err(|_| TransferError::Link)?;
-    let fault = source.fault_thread.handle();
-    let asking = fetch::carry_out(orders, requests, memory.clone(), report.clone());
-    spawn(fault, asking, report);
-    spawn(fault, fetch::take_in(replies, memory.clone()), report);
-    Ok(())
+/// Our ends of the streams of one link.
+#[derive(Debug)]
+struct Link {
+    requests: SendStream,
+    credits: Credits,
+    tasks: JoinSet<()>,
 }
 
-fn spawn(
-    thread: &tokio::runtime::Handle,
+/// What is needed to give credit.
+#[derive(Debug)]
+struct Credits {
+    stream: SendStream,
+    installed: watch::Receiver<u64>,
+}
+
+impl Link {
+    /// Opens the demand stream and takes in what comes on both.
+    async fn open(
+        source: &Source,
+        (credits, pages): (SendStream, RecvStream),
+        memory: &Arc<Memory>,
+        report: &mpsc::Sender<TransferError>,
+        threads: &Threads,
+    ) -> Result<Self, ResidentError> {
+        let (count, installed) = watch::channel(0);
+        let pushed = push::take_in(pages, memory.clone(), count);
+        let mut tasks = JoinSet::new();
+        tasks.spawn_on(reported(pushed, report), threads.bulk.handle());
+        let opened = source.control.connection().open_bi().await;
+        let (requests, replies) = opened.map_err(|_| TransferError::Link)?;
+        let demanded = fetch::take_in(replies, memory.clone());
+        tasks.spawn_on(reported(demanded, report), threads.fault.handle());
+        Ok(Link {
+            requests,
+            tasks,
+            credits: Credits {
+                stream: credits,
+                installed,
+            },
+        })
+    }
+}
+
+/// A task whose failure goes to `report`.
+fn reported(
     task: impl Future<Output = Result<(), TransferError>> + Send + 'static,
     report: &mpsc::Sender<TransferError>,
-) {
+) -> impl Future<Output = ()> + Send + 'static {
     let report = report.clone();
-    thread.spawn(async move {
+    async move {
         if let Err(error) = task.await {
             // Nobody listens when the session has ended.
             let _ = report.send(error).await;
         }
-    });
+    }
 }
 
 /// Where a migration's images are staged.

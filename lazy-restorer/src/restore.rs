@@ -10,11 +10,14 @@ use common::criu::{Criu, quote_errors};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::all_processes;
-use tokio::io::{AsyncBufReadExt, BufReader, Lines};
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use crate::gate::SOCKET_VARIABLE;
 use crate::nursery::{EXIT_LINE, INIT_LINE};
+
+/// Any byte will do.
+const GO: u8 = b'G';
 
 /// How to restore.
 #[derive(Clone, Debug)]
@@ -62,6 +65,8 @@ pub struct Restore {
 struct Nursery {
     init: Pid,
     reports: Lines<BufReader<ChildStdout>>,
+    /// A byte here starts CRIU; the end of it, before that, ends the namespace.
+    go: ChildStdin,
 }
 
 impl RestorePlan {
@@ -106,49 +111,90 @@ impl RestorePlan {
         arguments
     }
 
-    /// Starts CRIU. It needs the lazy-pages socket and the gate to be there.
-    pub async fn start(&self) -> Result<Restore, RestoreError> {
+    /// Prepares everything that can be done before the skeleton is there.
+    pub async fn prepare(self) -> Result<Prepared, RestoreError> {
+        let nursery = match self.pid_namespace {
+            true => Some(Nursery::open(self.command(true)?).await?),
+            false => None,
+        };
+        Ok(Prepared {
+            plan: self,
+            nursery,
+        })
+    }
+
+    fn command(&self, in_nursery: bool) -> Result<Command, RestoreError> {
         let ourselves = env::current_exe()?;
-        let mut command = if self.pid_namespace {
+        let mut command = if in_nursery {
             let mut command = Command::new(&ourselves);
             command.args(["nursery", "--"]).arg(self.criu.program());
-            command.stdout(Stdio::piped());
             command
         } else {
-            let mut command = Command::new(self.criu.program());
-            command.stdout(Stdio::null());
-            command
+            Command::new(self.criu.program())
         };
-        let mut child = command
+        command
             .args(self.arguments(&ourselves))
             .env(SOCKET_VARIABLE, self.gate())
             .stdin(Stdio::null())
-            .process_group(0)
-            .spawn()?;
-        let nursery = match child.stdout.take() {
-            Some(stdout) => Some(Nursery::open(stdout).await?),
-            None => None,
+            .stdout(Stdio::null())
+            .process_group(0);
+        Ok(command)
+    }
+}
+
+/// A restore that can start at once. Dropping it leaves nothing behind.
+#[derive(Debug)]
+pub struct Prepared {
+    plan: RestorePlan,
+    nursery: Option<(Child, Nursery)>,
+}
+
+impl Prepared {
+    /// The plan.
+    pub fn plan(&self) -> &RestorePlan {
+        &self.plan
+    }
+
+    /// Starts CRIU. It needs the images, the lazy-pages socket and the gate to be there.
+    pub async fn start(self) -> Result<Restore, RestoreError> {
+        let log = self.plan.log();
+        let Some((child, mut nursery)) = self.nursery else {
+            let child = self.plan.command(false)?.spawn()?;
+            return Ok(Restore {
+                child,
+                nursery: None,
+                log,
+            });
         };
+        nursery.go.write_all(&[GO]).await?;
         Ok(Restore {
             child,
-            nursery,
-            log: self.log(),
+            nursery: Some(nursery),
+            log,
         })
     }
 }
 
 impl Nursery {
-    async fn open(stdout: ChildStdout) -> Result<Self, RestoreError> {
-        let mut reports = BufReader::new(stdout).lines();
-        let init = next_report(&mut reports, INIT_LINE).await?;
-        let init = init.ok_or_else(|| RestoreError::Restore {
+    async fn open(mut command: Command) -> Result<(Child, Self), RestoreError> {
+        let no_init = || RestoreError::Restore {
             status: String::from("no init"),
             log: String::from("the PID namespace could not be made"),
-        })?;
-        Ok(Nursery {
-            init: Pid::from_raw(init),
+        };
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let stdout = child.stdout.take().ok_or_else(no_init)?;
+        let go = child.stdin.take().ok_or_else(no_init)?;
+        let mut reports = BufReader::new(stdout).lines();
+        let init = next_report(&mut reports, INIT_LINE).await?;
+        let nursery = Nursery {
+            init: Pid::from_raw(init.ok_or_else(no_init)?),
             reports,
-        })
+            go,
+        };
+        Ok((child, nursery))
     }
 }
 

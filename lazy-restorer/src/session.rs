@@ -5,30 +5,30 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use common::control::ControlError;
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
-use common::limits::IDLE_TIMEOUT;
+use common::limits::{IDLE_TIMEOUT, MAX_PRESENT_WORDS, RECONNECT_PAUSE};
 use common::operator::{self, Facts};
-use common::proto::control::{Abort, ToDestination, ToSource, WorkloadFacts};
+use common::proto::control::{Abort, Present, ToDestination, ToSource, WorkloadFacts};
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
 use common::stop::StopSignal;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::advise;
-use crate::connect::{ConnectPlan, Source, connect};
+use crate::connect::{ConnectPlan, Source, Threads, connect, reconnect};
 use crate::fetch::TransferError;
 use crate::gate::Held;
 use crate::report::Record;
 use crate::resident::{Resident, ResidentError, Step, images_directory};
-use crate::restore::RestorePlan;
+use crate::restore::{Prepared, RestorePlan};
 use crate::skeleton;
 
 /// Everything the operator decided.
@@ -44,6 +44,8 @@ pub struct MigratePlan {
     pub pid_namespace: bool,
     /// Do not compare CPU features.
     pub ignore_cpu_features: bool,
+    /// Let the source push; else only what is touched comes.
+    pub push: bool,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Where to write the PID of the restored root.
@@ -62,6 +64,7 @@ pub async fn run(plan: &MigratePlan, record: &mut Record) -> Result<(), SessionE
         .map_err(|error| SessionError::new(Failure::Internal, State::Hello, error))?;
     let mut migration = Migration {
         plan,
+        threads: Threads::start()?,
         session: Session::default(),
         phases: Phases::start(State::Hello),
         stop,
@@ -76,6 +79,7 @@ pub async fn run(plan: &MigratePlan, record: &mut Record) -> Result<(), SessionE
 
 struct Migration<'a> {
     plan: &'a MigratePlan,
+    threads: Threads,
     session: Session,
     phases: Phases,
     stop: StopSignal,
@@ -91,40 +95,44 @@ struct Staged {
 impl Migration<'_> {
     async fn perform(&mut self) -> Result<(), SessionError> {
         let mut source = tokio::select! {
-            source = connect(&self.plan.connect) => source?,
+            source = connect(&self.plan.connect, &self.threads) => source?,
             name = self.stop.wait() => return Err(interrupted(State::Hello, name)),
         };
         self.record.session = source.welcome.session.to_string();
         self.advance(Event::Welcomed)?;
         let result = self.migrate(&mut source).await;
-        match &result {
-            Err(error) if error.failure != Failure::Peer => {
-                let copy_is_dead =
-                    error.state.source_may_thaw() || error.failure == Failure::Restore;
-                let abort = ToSource::Abort(Abort {
-                    host: host::name(),
-                    state: error.state,
-                    text: error.text.clone(),
-                    copy_is_dead,
-                });
-                source.control.farewell(&abort).await;
-            }
-            _ => source.control.close().await,
-        }
+        let last = match &result {
+            Err(error) if error.failure != Failure::Peer => Some(ToSource::Abort(Abort {
+                host: host::name(),
+                state: error.state,
+                text: error.text.clone(),
+                copy_is_dead: error.state.source_may_thaw() || error.failure == Failure::Restore,
+            })),
+            _ => None,
+        };
+        source.close(last).await;
         result
     }
 
     async fn migrate(&mut self, source: &mut Source) -> Result<(), SessionError> {
         let facts = self.advise(source).await?;
+        let directory = host::staging_directory(self.plan.work_dir.as_deref())
+            .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
+        let prepared = self
+            .restore_plan(&facts, &directory)
+            .prepare()
+            .await
+            .map_err(|error| self.fail(Failure::Restore, error))?;
+        self.send(source, &ToSource::Ready).await?;
         self.advance(Event::Ready)?;
         self.expect(source, ToDestination::Freezing).await?;
-        let staged = self.skeleton(source).await?;
+        let staged = self.skeleton(source, directory).await?;
         let operator_facts = self.facts(source, None);
         let before = self.plan.before_restore.as_deref();
-        let prepared =
+        let address_taken =
             operator::run("--before-restore", before, self.state(), &operator_facts).await;
-        let restored = match prepared {
-            Ok(()) => self.restore(source, &facts, staged).await,
+        let restored = match address_taken {
+            Ok(()) => self.restore(source, prepared, staged).await,
             Err(error) => Err(self.fail(Failure::Restore, error)),
         };
         match restored {
@@ -198,26 +206,34 @@ impl Migration<'_> {
             self.plan.ignore_cpu_features,
         );
         checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
-        self.send(source, &ToSource::Ready).await?;
         Ok(facts)
     }
 
+    fn restore_plan(&self, facts: &WorkloadFacts, directory: &TempDir) -> RestorePlan {
+        RestorePlan {
+            criu: self.plan.criu.clone(),
+            directory: directory.path().to_owned(),
+            criu_args: self.plan.criu_args.clone(),
+            tcp_established: facts.tcp_established,
+            shell_job: facts.shell_job,
+            pid_namespace: self.plan.pid_namespace,
+        }
+    }
+
     /// Stages the skeleton while the source dumps, and waits until the service address is free.
-    async fn skeleton(&mut self, source: &mut Source) -> Result<Staged, SessionError> {
-        let no_room = |error: std::io::Error| {
-            SessionError::new(
-                Failure::Restore,
-                State::Freeze,
-                format!("no place for the skeleton: {error}"),
-            )
-        };
-        let directory = host::staging_directory(self.plan.work_dir.as_deref()).map_err(no_room)?;
-        let images = images_directory(&directory).map_err(no_room)?;
+    async fn skeleton(
+        &mut self,
+        source: &mut Source,
+        directory: TempDir,
+    ) -> Result<Staged, SessionError> {
+        let images = images_directory(&directory)
+            .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
         let (credits, pages) = source
             .take_bulk_stream()
             .ok_or_else(|| self.fail(Failure::Internal, "the bulk stream is in use"))?;
-        let mut staging = source
-            .bulk_thread
+        let mut staging = self
+            .threads
+            .bulk
             .handle()
             .spawn(skeleton::stage(pages, images));
         let mut frozen = false;
@@ -263,19 +279,18 @@ impl Migration<'_> {
     async fn restore(
         &mut self,
         source: &mut Source,
-        facts: &WorkloadFacts,
+        prepared: Prepared,
         staged: Staged,
     ) -> Result<Resident, SessionError> {
         self.advance(Event::Staged)?;
-        let plan = RestorePlan {
-            criu: self.plan.criu.clone(),
-            directory: staged.directory.path().to_owned(),
-            criu_args: self.plan.criu_args.clone(),
-            tcp_established: facts.tcp_established,
-            shell_job: facts.shell_job,
-            pid_namespace: self.plan.pid_namespace,
-        };
-        let started = Resident::start(&plan, staged.directory, source, staged.bulk).await;
+        let started = Resident::start(
+            prepared,
+            staged.directory,
+            source,
+            staged.bulk,
+            &self.threads,
+        )
+        .await;
         let mut resident = started.map_err(|error| self.fail(Failure::Restore, error))?;
         let opened = match self.until_armed(source, &mut resident).await {
             Ok(held) => self.cut_over(source, &mut resident, held).await,
@@ -331,6 +346,10 @@ impl Migration<'_> {
         };
         held.open().await.map_err(|error| failed(&error))?;
         self.advance(Event::CutoverGranted)?;
+        // The sockets exist, and CRIU unlocks their network now: announcing takes about as long as it needs to let the
+        // tasks run. The memory must not wait for the command either.
+        let facts = self.facts(source, resident.root());
+        resident.announced = Some(tokio::spawn(announce(self.plan.clone(), facts)));
         loop {
             match resident.next().await.map_err(|error| failed(&error))? {
                 Step::Resumed => return Ok(()),
@@ -347,23 +366,91 @@ impl Migration<'_> {
         mut resident: Resident,
     ) -> Result<(), SessionError> {
         self.record.resumed_at_unix_us = unix_us(SystemTime::now());
-        // Beside the messages: the command may take its time, and the memory must not wait for it.
-        let announced = tokio::spawn(announce(
-            self.plan.clone(),
-            self.facts(source, resident.root()),
-        ));
-        resident.begin_push(source);
-        let whole = match source.control.send(&ToSource::Resumed).await {
+        let mut whole = match source.control.send(&ToSource::Resumed).await {
             Ok(()) => self.until_whole(source, &mut resident).await,
             Err(error) => Err(lost(self.state(), &error)),
         };
-        self.record.count(&resident.memory);
-        if let Err(error) = whole {
-            return Err(self.pause(error, resident).await);
+        while let Err(error) = &whole
+            && error.failure == Failure::Connection
+        {
+            whole = match self.recover(source, &mut resident, error).await {
+                Ok(()) => self.until_whole(source, &mut resident).await,
+                Err(error) => Err(error),
+            };
         }
-        announced
-            .await
-            .map_err(|error| self.fail(Failure::Internal, error))
+        self.record.count(&resident.memory);
+        let announced = resident.announced.take();
+        if let Err(error) = whole {
+            return Err(self.hold(error, resident).await);
+        }
+        resident.let_go();
+        match announced {
+            Some(announced) => announced
+                .await
+                .map_err(|error| self.fail(Failure::Internal, error)),
+            None => Ok(()),
+        }
+    }
+
+    /// The link is lost: threads that touch a missing page wait while we try to reach the source again.
+    async fn recover(
+        &mut self,
+        source: &mut Source,
+        resident: &mut Resident,
+        error: &SessionError,
+    ) -> Result<(), SessionError> {
+        eprintln!(
+            "lazy-restorer: {error}; the workload runs on as far as its memory is here, trying to reconnect"
+        );
+        self.advance(Event::LinkLost)?;
+        let mut pause = RECONNECT_PAUSE.0;
+        let whole_since = Instant::now();
+        *source = loop {
+            match reconnect(&self.plan.connect, &self.threads, &source.welcome).await {
+                Ok(source) => break source,
+                Err(error) if error.failure != Failure::Connection => {
+                    return Err(self.fail(Failure::Lost, error.text));
+                }
+                Err(error) => tracing::info!(%error, "not yet"),
+            }
+            let owed = resident.memory.counts().owed;
+            if owed == 0 && whole_since.elapsed() > ACKNOWLEDGEMENT_TIMEOUT {
+                return Err(self.fail(
+                    Failure::Lost,
+                    "the source cannot be told that every page is here",
+                ));
+            }
+            tokio::select! {
+                () = sleep(pause) => {}
+                name = self.stop.wait() => tracing::warn!(owed, "{name} ignored: the workload still needs the source"),
+            }
+            pause = (pause * 2).min(RECONNECT_PAUSE.1);
+        };
+        self.advance(Event::Reconnected)?;
+        self.tell_present(source, resident).await?;
+        let resumed = resident.reconnect(source, &self.threads).await;
+        resumed.map_err(|error| self.fail(Failure::Connection, error))?;
+        eprintln!("lazy-restorer: reconnected");
+        self.advance(Event::Settled).map(drop)
+    }
+
+    /// Tells the source which pages have come.
+    async fn tell_present(
+        &mut self,
+        source: &mut Source,
+        resident: &Resident,
+    ) -> Result<(), SessionError> {
+        for (pid, words) in resident.memory.received() {
+            for (index, words) in words.chunks(MAX_PRESENT_WORDS).enumerate() {
+                let present = Present {
+                    pid,
+                    first_word: (index * MAX_PRESENT_WORDS) as u64,
+                    words: words.to_vec(),
+                };
+                self.send(source, &ToSource::Present(present)).await?;
+            }
+        }
+        self.send(source, &ToSource::PresentEnd).await
     }
 
     async fn until_whole(
@@ -371,6 +458,9 @@ impl Migration<'_> {
         source: &mut Source,
         resident: &mut Resident,
     ) -> Result<(), SessionError> {
+        if self.plan.push {
+            resident.begin_push(source, &self.threads);
+        }
         let memory = resident.memory.clone();
         loop {
             tokio::select! {
@@ -405,7 +495,7 @@ impl Migration<'_> {
             ResidentError::Transfer(error) => return self.fail(Failure::Peer, error),
             error => return self.fail(Failure::Restore, error),
         }
-        match timeout(FINAL_WORD, source.control.next()).await {
+        match timeout(EXPLANATION, source.control.next()).await {
             Ok(Err(error)) => lost(self.state(), &error),
             Ok(Ok(ToDestination::Abort(abort))) => gave_up(self.state(), &abort),
             Ok(Ok(message)) => unexpected(self.state(), &message),
@@ -416,20 +506,18 @@ impl Migration<'_> {
         }
     }
 
-    /// Holds the workload's memory: threads that touch a missing page wait, and never read zeros.
-    async fn pause(&mut self, error: SessionError, resident: Resident) -> SessionError {
+    /// There is no way on. Holds the workload's memory: threads that touch a missing page wait, and never read zeros.
+    async fn hold(&mut self, error: SessionError, resident: Resident) -> SessionError {
         if resident.memory.counts().owed == 0 {
             // Whole, only not acknowledged: the workload needs nothing from anyone any more.
+            resident.let_go();
             return error;
         }
         eprintln!(
             "lazy-restorer: error: destination host {}, {error}; the workload runs here, but threads that touch a \
-             missing page wait; stop this program only to give the workload up",
+             missing page wait; kill the workload to give it up",
             host::name()
         );
-        if let Err(invalid) = self.advance(Event::LinkLost) {
-            return invalid;
-        }
         loop {
             self.stop.wait().await;
             tracing::warn!("still holding the memory of the workload");
@@ -459,7 +547,13 @@ async fn announce(plan: MigratePlan, facts: Facts) {
     }
 }
 
-/// Time the source has to say why a stream broke; a lost link shows within it.
+/// Time to try to tell the source that every page is here; the workload does not need it any more.
+const ACKNOWLEDGEMENT_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Time in which the control stream may explain better why another stream broke.
+const EXPLANATION: Duration = Duration::from_millis(500);
+
+/// Time the source has to say why the skeleton's stream broke; a lost link shows within it.
 const FINAL_WORD: Duration = IDLE_TIMEOUT.saturating_add(Duration::from_secs(1));
 
 fn understood(
@@ -471,6 +565,10 @@ fn understood(
         Ok(message) => Ok(message),
         Err(error) => Err(lost(state, &error)),
     }
+}
+
+fn no_room(error: &std::io::Error) -> String {
+    format!("no place for the skeleton: {error}")
 }
 
 fn gave_up(state: State, abort: &Abort) -> SessionError {

@@ -12,6 +12,13 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use userfaultfd::{Error, Event, EventBuffer, Uffd};
 
+/// The last page below the end of a 47-bit address space, where no stack or mapping of the kernel's choice ends up:
+/// the kernel has to look at the process before it can say that nothing is registered there.
+const UNUSED: PageRange = PageRange {
+    start: PageIndex(0x7_ffff_fffe),
+    count: 1,
+};
+
 /// Messages read with one system call.
 const EVENTS_PER_READ: usize = 64;
 
@@ -122,6 +129,21 @@ impl UserFault {
             Err(Error::ZeropageFailed(errno)) => stopped(Errno::from_raw(errno as i32)),
             Err(_) => stopped(Errno::EINVAL),
         }
+    }
+
+    /// Whether the kernel has nothing to report but faults: every other event was read, and its thread runs on.
+    pub fn is_quiet(&self) -> bool {
+        // SAFETY: a copy of no bytes touches no memory. The kernel looks for events first, then refuses the length.
+        let result = unsafe {
+            self.uffd
+                .copy(std::ptr::null(), std::ptr::null_mut(), 0, false)
+        };
+        matches!(result, Err(Error::CopyFailed(errno)) if errno as i32 == libc::EINVAL)
+    }
+
+    /// Whether the process has ended, or runs another program.
+    pub fn is_gone(&self) -> bool {
+        self.zero(UNUSED).stop == Some(Stop::ProcessGone)
     }
 
     /// Wakes the threads that wait for pages that are in place.

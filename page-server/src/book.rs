@@ -106,6 +106,18 @@ impl Book {
         Some(run)
     }
 
+    /// The destination says what of a process it has received; returns what was lost on the way and is owed again.
+    pub fn recover(&self, pid: ImagePid, words: Vec<u64>) -> Option<Vec<Run>> {
+        self.lock().pending.recover(pid, words)
+    }
+
+    /// Pages with these hashes were lost; the walk over what is owed begins anew.
+    pub fn begin_anew(&self, lost: u64) {
+        let mut book = self.lock();
+        book.pending.take_digest(lost);
+        book.order = PushOrder::new(&[], &book.pending);
+    }
+
     /// Pages were read for sending.
     pub fn sent(&self, digest: u64, zero_pages: u64) {
         let mut book = self.lock();

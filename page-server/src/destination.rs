@@ -1,11 +1,13 @@
 //! The destination as the source sees it: admitted, spoken to, served.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use common::control::{Control, ControlError};
 use common::exit::{Failure, SessionError};
 use common::host;
-use common::limits::HANDSHAKE_TIMEOUT;
+use common::images::ImagePid;
+use common::limits::{HANDSHAKE_TIMEOUT, MAX_LAZY_PAGES, MAX_PROCESSES};
 use common::proto::control::{Abort, Hello, Secret, SessionId, ToDestination, ToSource, Welcome};
 use common::proto::version;
 use common::session::State;
@@ -25,6 +27,8 @@ pub struct Destination {
     pub control: Control<ToSource>,
     /// Its host's name.
     pub host: String,
+    /// Proves that a new connection is its.
+    secret: Secret,
     /// Its bulk connection.
     pub bulk: Connection,
     push: Option<SendStream>,
@@ -80,21 +84,69 @@ async fn welcome(
         .send(&welcome)
         .await
         .map_err(|error| error.to_string())?;
+    take_bulk(listen, control, session, secret, hello.host).await
+}
+
+/// Takes a destination back that proves to be the one of this session; turns everybody else away.
+pub async fn readmit(
+    listen: &mut Listen,
+    connection: Connection,
+    session: SessionId,
+    old: &Destination,
+) -> Result<Destination, String> {
+    let mut control = open_control(&connection).await?;
+    let resume = match timeout(HANDSHAKE_TIMEOUT, control.next()).await {
+        Ok(Ok(ToSource::Resume(resume))) => resume,
+        Ok(Ok(_)) => {
+            let text = String::from("this page-server serves another destination");
+            refuse(control, &text).await;
+            return Err(text);
+        }
+        Ok(Err(error)) => return Err(error.to_string()),
+        Err(_) => return Err(String::from("it says nothing")),
+    };
+    if resume.session != session || !resume.secret.matches(&old.secret) {
+        let text = String::from("this page-server serves another session");
+        refuse(control, &text).await;
+        return Err(text);
+    }
+    let bulk_port = listen.bulk.address().port();
+    let welcome = ToDestination::WelcomeBack { bulk_port };
+    control
+        .send(&welcome)
+        .await
+        .map_err(|error| error.to_string())?;
+    take_bulk(
+        listen,
+        control,
+        session,
+        old.secret.clone(),
+        old.host.clone(),
+    )
+    .await
+}
+
+/// Completes a destination by its bulk connection.
+async fn take_bulk(
+    listen: &mut Listen,
+    control: Control<ToSource>,
+    session: SessionId,
+    secret: Secret,
+    host: String,
+) -> Result<Destination, String> {
     let bulk = timeout(
         HANDSHAKE_TIMEOUT,
         accept_bulk(&mut listen.bulk, session, &secret),
     );
-    let (bulk, push, credits) = match bulk.await {
-        Ok(Some(bulk)) => bulk,
-        _ => {
-            let text = String::from("its bulk connection did not come; is that UDP port open?");
-            refuse(control, &text).await;
-            return Err(text);
-        }
+    let Ok(Some((bulk, push, credits))) = bulk.await else {
+        let text = String::from("its bulk connection did not come; is that UDP port open?");
+        refuse(control, &text).await;
+        return Err(text);
     };
     Ok(Destination {
         control,
-        host: hello.host,
+        host,
+        secret,
         bulk,
         push: Some(push),
         credits: Some(credits),
@@ -135,6 +187,33 @@ async fn refuse(control: Control<ToSource>, text: &str) {
     control.farewell(&abort).await;
 }
 
+impl Destination {
+    /// Reads what the destination has received, until it has told everything.
+    pub async fn present(&mut self) -> Result<HashMap<ImagePid, Vec<u64>>, String> {
+        let mut maps: HashMap<ImagePid, Vec<u64>> = HashMap::new();
+        loop {
+            let message = timeout(HANDSHAKE_TIMEOUT, self.control.next()).await;
+            match message.map_err(|_| String::from("it does not say what it has"))? {
+                Ok(ToSource::Present(present)) => {
+                    let map = maps.entry(present.pid).or_default();
+                    let in_order = present.first_word == map.len() as u64;
+                    let fits = map.len() + present.words.len() <= MAX_MAP_WORDS;
+                    if !in_order || !fits || maps.len() > MAX_PROCESSES {
+                        return Err(String::from("its present map makes no sense"));
+                    }
+                    maps.entry(present.pid).or_default().extend(present.words);
+                }
+                Ok(ToSource::PresentEnd) => return Ok(maps),
+                Ok(_) => return Err(String::from("it does not say what it has")),
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+}
+
+/// Words of one process's bitmap at most.
+const MAX_MAP_WORDS: usize = (MAX_LAZY_PAGES / u64::BITS as u64) as usize;
+
 /// What the source says when it gives up.
 pub fn abort(state: State, text: &str) -> Abort {
     Abort {
@@ -149,6 +228,11 @@ impl Destination {
     /// Our direction of the bulk stream, once.
     pub fn take_push(&mut self) -> Option<SendStream> {
         self.push.take()
+    }
+
+    /// Whether its streams have not been used yet.
+    pub fn is_new(&self) -> bool {
+        self.push.is_some()
     }
 
     /// The destination's direction of the bulk stream, which carries its credit; once.

@@ -128,6 +128,9 @@ impl FreezePlan {
         }
         if self.tcp_established {
             arguments.push("--tcp-established".into());
+            if self.criu.locks_by_nftables() {
+                arguments.extend(["--network-lock", "nftables"].map(OsString::from));
+            }
         }
         if self.shell_job {
             arguments.push("--shell-job".into());

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use common::images::ImagePid;
 use common::lazy_map::LazyMap;
+use common::limits::MAX_FRAME_PAGES;
 use common::page::PageRange;
 use common::page_set::PageSet;
 use common::proto::control::Tally;
@@ -110,9 +111,11 @@ impl Pending {
         let (process, slots) = self.locate(pid, pages)?;
         let mut withheld: Vec<PageRange> = Vec::new();
         for (index, slot) in slots.enumerate() {
-            if process.sent.contains(slot) || !process.withheld.insert(slot) {
+            if process.sent.contains(slot) {
                 continue;
             }
+            // Confirmed again when asked again: the first confirmation may have been lost with its link.
+            process.withheld.insert(slot);
             let page = pages.start.forward(index as u64);
             match withheld.last_mut() {
                 Some(last) if last.end() == page => last.count += 1,
@@ -172,6 +175,40 @@ impl Pending {
         self.processes
             .get(&pid)
             .map_or_else(PageRange::default, |process| process.lazy.contiguous(slots))
+    }
+
+    /// The destination says what of a process it has received, in the words of its bitmap. Returns the runs that were
+    /// sent and lost on the way, which are owed again; `None` when it claims what it cannot have.
+    pub fn recover(&mut self, pid: ImagePid, words: Vec<u64>) -> Option<Vec<Run>> {
+        let process = self.processes.get_mut(&pid)?;
+        let slots = process.lazy.slots();
+        let received = PageSet::from_words(words, slots)?;
+        let claimed = |slot: &usize| !process.sent.contains(*slot);
+        if received
+            .runs_in(0..slots)
+            .flatten()
+            .any(|slot| claimed(&slot))
+        {
+            return None;
+        }
+        let mut lost = Vec::new();
+        for sent in process.sent.runs_in(0..slots) {
+            let mut from = sent.start;
+            while let Some(slot) = received.next_out(from).filter(|slot| *slot < sent.end) {
+                let end = received.next_in(slot).unwrap_or(slots).min(sent.end);
+                let longest = (slot + MAX_FRAME_PAGES).min(end);
+                let pages = process.lazy.contiguous(slot..longest);
+                from = slot + pages.count as usize;
+                lost.push(Run { pid, pages });
+            }
+        }
+        process.sent = received;
+        Some(lost)
+    }
+
+    /// Takes the hashes of pages out again that were sent and lost.
+    pub fn take_digest(&mut self, hashes: u64) {
+        self.digest = self.digest.wrapping_sub(hashes);
     }
 
     /// Adds the hashes of pages that were read for their first sending.
@@ -255,11 +292,38 @@ mod tests {
         pending.demand(PID, range(11, 1)).expect("lazy");
         let withheld = pending.discard(PID, range(10, 4)).expect("lazy");
         assert_eq!(withheld, [range(10, 1), range(12, 2)]);
-        assert_eq!(pending.discard(PID, range(10, 4)), Ok(vec![]), "told once");
+        let again = pending.discard(PID, range(10, 4)).expect("lazy");
+        assert_eq!(again, withheld, "the confirmation may have been lost");
         assert_eq!(take_all(&mut pending), 21);
         assert!(pending.demand(PID, range(12, 1)).is_err());
         let tally = pending.tally();
         assert_eq!((tally.pages, tally.discarded), (22, 3));
+    }
+
+    #[test]
+    fn what_was_lost_with_a_link_is_owed_again() {
+        let mut pending = pending();
+        take_all(&mut pending);
+        let mut received = PageSet::full(25);
+        received.remove_range(2..5);
+        received.remove_range(18..22);
+        let lost = pending
+            .recover(PID, received.words().to_vec())
+            .expect("all were sent");
+        let pages: Vec<_> = lost.iter().map(|run| run.pages).collect();
+        assert_eq!(pages, [range(12, 3), range(28, 2), range(50, 2)]);
+        assert_eq!(pending.owed(), 7);
+        assert_eq!(take_all(&mut pending), 7);
+    }
+
+    #[test]
+    fn a_destination_cannot_have_what_was_not_sent() {
+        let mut pending = pending();
+        pending.demand(PID, range(10, 1)).expect("lazy");
+        let claims = PageSet::full(25).words().to_vec();
+        assert_eq!(pending.recover(PID, claims), None);
+        assert_eq!(pending.recover(PID, vec![1, 0]), None, "of another length");
+        assert_eq!(pending.recover(PID, vec![1]), Some(vec![]));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use common::session::{Event, Session, State};
 use common::stop::StopSignal;
 
 use crate::destination::{self, Destination, abort, unexpected};
+use crate::frame;
 use crate::freeze::FreezePlan;
 use crate::frozen::FrozenWorkload;
 use crate::listen::{Listen, ListenPlan};
@@ -104,14 +105,14 @@ impl Migration<'_> {
 
     async fn migrate(
         &mut self,
-        listen: &Listen,
+        listen: &mut Listen,
         destination: &mut Destination,
     ) -> Result<(), SessionError> {
         self.advise(destination).await?;
         self.advance(Event::Ready)?;
         let mut workload = self.freeze(destination).await?;
         match self.hand_over(listen, destination, &mut workload).await {
-            Ok(transfer) => self.postcopy(destination, workload, transfer).await,
+            Ok(transfer) => self.postcopy(listen, destination, workload, transfer).await,
             Err(error) => {
                 self.roll_back(workload, destination).await;
                 Err(error)
@@ -291,6 +292,7 @@ impl Migration<'_> {
     /// The workload is given away: from here on only the destination decides.
     async fn postcopy(
         &mut self,
+        listen: &mut Listen,
         destination: &mut Destination,
         workload: FrozenWorkload,
         mut transfer: Transfer,
@@ -298,16 +300,50 @@ impl Migration<'_> {
         let granted = destination
             .send(self.state(), &ToDestination::CutoverGranted)
             .await;
-        if let Err(error) = granted {
-            return Err(self.pause(error).await);
-        }
         self.advance(Event::CutoverGranted)?;
+        let mut link = granted.map_err(|error| error.text);
+        loop {
+            if let Err(text) = link {
+                // Nothing of the old link may be sent while it is settled what has come.
+                transfer.stop().await;
+                transfer = self.recover(listen, destination, &workload, &text).await?;
+            }
+            link = match self
+                .until_drained(listen, destination, &workload, &mut transfer)
+                .await?
+            {
+                Served::Drained(tally) => {
+                    return self.complete(destination, workload, tally).await;
+                }
+                Served::CopyDead(abort) => {
+                    return Err(self.copy_died(workload, destination, &abort).await);
+                }
+                Served::LinkLost(text) => Err(text),
+            };
+        }
+    }
+
+    /// Serves until something decisive happens. An error has been waited out by the operator.
+    async fn until_drained(
+        &mut self,
+        listen: &mut Listen,
+        destination: &mut Destination,
+        workload: &FrozenWorkload,
+        transfer: &mut Transfer,
+    ) -> Result<Served, SessionError> {
         loop {
             let message = tokio::select! {
                 message = destination.control.next() => message,
-                text = transfer.failed() => {
-                    let error = self.fail(Failure::Lost, text);
-                    return Err(self.pause(error).await);
+                error = transfer.failed() => {
+                    let error = self.fail(Failure::Lost, error);
+                    return Err(self.hold(error).await);
+                }
+                Some(connection) = listen.fault.next() => {
+                    // Only a destination that lost its link earlier than we did has a reason to come.
+                    match self.readmit(listen, connection, destination).await {
+                        true => return Ok(Served::LinkLost(String::from("the destination came again"))),
+                        false => continue,
+                    }
                 }
                 name = self.stop.wait() => {
                     let owed = workload.book.owed();
@@ -317,23 +353,103 @@ impl Migration<'_> {
             };
             match message {
                 Ok(ToSource::Resumed) => self.resumed(),
-                Ok(ToSource::Drained(tally)) => {
-                    return self.complete(destination, workload, tally).await;
-                }
+                Ok(ToSource::Drained(tally)) => return Ok(Served::Drained(tally)),
                 Ok(ToSource::Abort(abort)) if abort.copy_is_dead => {
-                    return Err(self.copy_died(workload, destination, &abort).await);
+                    return Ok(Served::CopyDead(abort));
                 }
                 Ok(ToSource::Abort(abort)) => {
                     let error = destination.gave_up(self.state(), &abort);
-                    return Err(self.pause(error).await);
+                    return Err(self.hold(error).await);
                 }
-                Ok(message) => return Err(unexpected(self.state(), &message)),
-                Err(error) => {
-                    let error = destination::lost(self.state(), &error);
-                    return Err(self.pause(error).await);
+                Ok(message) => {
+                    let error = unexpected(self.state(), &message);
+                    return Err(self.hold(error).await);
+                }
+                Err(error) => return Ok(Served::LinkLost(error.to_string())),
+            }
+        }
+    }
+
+    /// Replaces a destination by itself on a new connection, if that is who called.
+    async fn readmit(
+        &self,
+        listen: &mut Listen,
+        connection: quinn::Connection,
+        destination: &mut Destination,
+    ) -> bool {
+        let peer = connection.remote_address();
+        match destination::readmit(listen, connection, self.id, destination).await {
+            Ok(again) => {
+                *destination = again;
+                true
+            }
+            Err(reason) => {
+                tracing::warn!(%peer, reason, "refused a destination");
+                false
+            }
+        }
+    }
+
+    /// The link is lost. Waits for the destination to come again, and settles what is owed.
+    async fn recover(
+        &mut self,
+        listen: &mut Listen,
+        destination: &mut Destination,
+        workload: &FrozenWorkload,
+        text: &str,
+    ) -> Result<Transfer, SessionError> {
+        eprintln!(
+            "page-server: link lost ({text}); the frozen memory is kept until the destination comes again"
+        );
+        self.advance(Event::LinkLost)?;
+        loop {
+            // A destination that came while the old link still stood has been let in already.
+            while !destination.is_new() {
+                tokio::select! {
+                    Some(connection) = listen.fault.next() => {
+                        self.readmit(listen, connection, destination).await;
+                    }
+                    name = self.stop.wait() => {
+                        tracing::warn!("{name} ignored: the destination may be running the workload");
+                    }
+                }
+            }
+            self.advance(Event::Reconnected)?;
+            match settle(destination, workload).await {
+                Ok(()) => break,
+                Err(reason) => {
+                    tracing::warn!(reason, "the destination is lost again");
+                    destination.take_push();
+                    self.advance(Event::LinkLost)?;
                 }
             }
         }
+        eprintln!("page-server: the destination is back");
+        self.advance(Event::Settled)?;
+        Ok(self.serve_again(listen, destination, workload))
+    }
+
+    /// Serves demand and pushes over a new link.
+    fn serve_again(
+        &self,
+        listen: &Listen,
+        destination: &mut Destination,
+        workload: &FrozenWorkload,
+    ) -> Transfer {
+        let mut transfer = Transfer::default();
+        let (source, book) = (workload.source.clone(), workload.book.clone());
+        transfer.spawn(
+            listen.fault.thread.handle(),
+            destination.serve(source.clone(), book.clone()),
+        );
+        if let Some(stream) = destination.take_push() {
+            let push = Push::new(stream, source, book);
+            transfer.spawn(
+                listen.bulk.thread.handle(),
+                push.all(destination.take_credits()),
+            );
+        }
+        transfer
     }
 
     fn resumed(&mut self) {
@@ -356,15 +472,13 @@ impl Migration<'_> {
         }
     }
 
-    /// Holds the frozen workload until the operator comes: it may be running on the destination.
-    async fn pause(&mut self, error: SessionError) -> SessionError {
+    /// There is no way on. Holds the frozen workload until the operator comes: it may be running on the destination.
+    async fn hold(&mut self, error: SessionError) -> SessionError {
         eprintln!(
-            "page-server: {error}; the destination may be running the workload, so it stays frozen here; \
-             stop this program with SIGKILL only after deciding which copy shall live"
+            "page-server: error: source host {}, {error}; the destination may be running the workload, so it stays \
+             frozen here; kill this program only after deciding which copy shall live",
+            host::name()
         );
-        if let Err(invalid) = self.advance(Event::LinkLost) {
-            return invalid;
-        }
         loop {
             self.stop.wait().await;
             tracing::warn!("still holding the frozen workload");
@@ -385,7 +499,7 @@ impl Migration<'_> {
                 "the ends disagree (source {ours:?}, destination {theirs:?}); the frozen original is kept"
             );
             let error = self.fail(Failure::Lost, text);
-            return Err(self.pause(error).await);
+            return Err(self.hold(error).await);
         }
         destination
             .send(self.state(), &ToDestination::Complete)
@@ -396,6 +510,35 @@ impl Migration<'_> {
             .await
             .map_err(|error| self.fail(Failure::Internal, error))
     }
+}
+
+/// What ends a stretch of serving.
+enum Served {
+    /// Nothing is owed any more.
+    Drained(Tally),
+    /// The destination's copy died before it ran.
+    CopyDead(Abort),
+    /// The link was lost.
+    LinkLost(String),
+}
+
+/// Learns what the destination has, and owes it the rest.
+async fn settle(destination: &mut Destination, workload: &FrozenWorkload) -> Result<(), String> {
+    let book = &workload.book;
+    let mut lost_digest = 0_u64;
+    for (pid, words) in destination.present().await? {
+        let lost = book
+            .recover(pid, words)
+            .ok_or("it claims pages that it cannot have")?;
+        for run in lost {
+            let all = (1 << run.pages.count) - 1;
+            let frame = frame::read(workload.source.as_ref(), run, all);
+            let frame = frame.map_err(|error| error.to_string())?;
+            lost_digest = lost_digest.wrapping_add(frame.digest);
+        }
+    }
+    book.begin_anew(lost_digest);
+    Ok(())
 }
 
 fn interrupted(state: State, signal: &str) -> SessionError {

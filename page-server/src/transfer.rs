@@ -91,6 +91,11 @@ impl Transfer {
         self.tasks.spawn_on(reported, thread);
     }
 
+    /// Ends all tasks, and returns when none of them runs any more.
+    pub async fn stop(mut self) {
+        self.tasks.shutdown().await;
+    }
+
     /// The first failure that is not the link's. May be cancelled.
     pub async fn failed(&mut self) -> TransferError {
         match self.failures.recv().await {

@@ -44,7 +44,7 @@ impl ServiceAddress {
     /// Destination, the workload runs: packets get in, and the neighbours learn where the address is now.
     pub fn on_resumed(self) -> String {
         format!(
-            "iptables -w -D INPUT -d {0} -j DROP; arping -q -A -c 1 -w 1 -I {INTERFACE} {0}",
+            "iptables -w -D INPUT -d {0} -j DROP; arping -q -A -c 1 -w 1 -I {INTERFACE} {0} >/dev/null 2>&1 &",
             self.0
         )
     }

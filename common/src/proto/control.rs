@@ -5,6 +5,7 @@ use std::fmt;
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
+use crate::images::ImagePid;
 use crate::session::State;
 
 /// Identifies one migration in logs, session files and when reconnecting.
@@ -86,6 +87,12 @@ pub enum ToSource {
     Drained(Tally),
     /// The destination gives up.
     Abort(Abort),
+    /// Opens a new connection of a session whose link was lost.
+    Resume(Resume),
+    /// Part of what the destination holds of one process, after [`Resume`].
+    Present(Present),
+    /// The whole present map was sent.
+    PresentEnd,
 }
 
 /// Messages of the source to the destination.
@@ -105,6 +112,33 @@ pub enum ToDestination {
     Complete,
     /// The source gives up.
     Abort(Abort),
+    /// Takes the destination back; the bulk connection is to come on this UDP port.
+    WelcomeBack {
+        /// The port.
+        bulk_port: u16,
+    },
+}
+
+/// Proves to be the destination of a session that lost its link.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resume {
+    /// The version the session speaks.
+    pub version: u16,
+    /// The session.
+    pub session: SessionId,
+    /// Its secret from [`Welcome`].
+    pub secret: Secret,
+}
+
+/// Words of a process's bitmap of received pages; see [`crate::page_set::PageSet::words`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Present {
+    /// The process.
+    pub pid: ImagePid,
+    /// Where in the bitmap these words belong; messages of one process come in order.
+    pub first_word: u64,
+    /// At most [`MAX_PRESENT_WORDS`](crate::limits::MAX_PRESENT_WORDS) of them.
+    pub words: Vec<u64>,
 }
 
 /// First message of a session.

@@ -81,9 +81,10 @@ pub(super) struct LiveFamily {
     /// A task hands its descriptor over before its mappings are registered with it. Until all are, only pages that
     /// faulted can be installed, and that the kernel knows no mapping for a page means nothing.
     restored: bool,
-    uffds: Vec<Arc<UserFault>>,
+    /// Descriptors of the members that live.
+    uffds: HashMap<MemberId, Arc<UserFault>>,
     /// Frames that wait for `restored`.
-    early: Vec<(DataHeader, Vec<u8>)>,
+    early: Vec<(DataHeader, Arc<[u8]>)>,
     early_bytes: usize,
     /// Slots that threads wait for, since when.
     waiting: HashMap<usize, Instant>,
@@ -106,7 +107,7 @@ impl LiveFamily {
             family: Family::new(image.pid, Arc::new(image.lazy)),
             vmas: image.vmas,
             restored: false,
-            uffds: Vec::new(),
+            uffds: HashMap::new(),
             early: Vec::new(),
             early_bytes: 0,
             waiting: HashMap::new(),
@@ -142,13 +143,12 @@ impl LiveFamily {
     }
 
     fn watch(&mut self, member: MemberId, uffd: UserFault, sink: &Sink<'_>) -> MemberKey {
-        debug_assert_eq!(member.0, self.uffds.len());
         let key = MemberKey {
             pid: self.family.pid(),
             member,
         };
         let uffd = Arc::new(uffd);
-        self.uffds.push(Arc::clone(&uffd));
+        self.uffds.insert(member, Arc::clone(&uffd));
         sink.order(Order::Watch(key, uffd));
         key
     }
@@ -176,7 +176,9 @@ impl LiveFamily {
         faults: &mut Vec<PageIndex>,
         sink: &Sink<'_>,
     ) -> Result<(), MemoryError> {
-        let uffd = Arc::clone(&self.uffds[member.0]);
+        let Some(uffd) = self.uffds.get(&member).cloned() else {
+            return Ok(());
+        };
         loop {
             let events = uffd.read(&mut self.buffer.0)?;
             if events.is_empty() {
@@ -188,6 +190,8 @@ impl LiveFamily {
         }
     }
 
+    /// Applies one event. Threads that wait for pages that are not coming to that place any more are woken: they
+    /// fault again and find what is there now.
     fn apply(
         &mut self,
         member: MemberId,
@@ -204,15 +208,42 @@ impl LiveFamily {
                     self.watch(child, uffd, sink);
                 }
             }
-            MemoryEvent::Remap(from, to) => self.family.remap(member, from, to),
+            MemoryEvent::Remap(from, to) => {
+                self.family.remap(member, from, to);
+                self.wake(member, from);
+            }
             MemoryEvent::Remove(pages) => {
                 let unneeded = self.family.remove(member, pages);
                 self.discard(unneeded, sink);
+                self.wake(member, pages);
             }
             MemoryEvent::Unmap(pages) => {
                 let unneeded = self.family.unmap(member, pages);
                 self.discard(unneeded, sink);
+                self.wake(member, pages);
             }
+        }
+    }
+
+    /// What was received, for a source that has to know again.
+    pub(super) fn received(&self) -> Vec<u64> {
+        self.family.received().words().to_vec()
+    }
+
+    /// Asks again for what a lost link took with it.
+    pub(super) fn reconnect(&mut self, sink: &Sink<'_>) {
+        let waiting: Vec<usize> = self.waiting.keys().copied().collect();
+        let (requests, discards) = self.family.reconnect(waiting);
+        for pages in requests {
+            let frame = DemandFrame::Request(self.family.pid(), pages);
+            sink.order(Order::Demand(frame));
+        }
+        self.discard(discards, sink);
+    }
+
+    fn wake(&self, member: MemberId, pages: PageRange) {
+        if let Some(uffd) = self.uffds.get(&member) {
+            uffd.wake(pages);
         }
     }
 
@@ -226,6 +257,15 @@ impl LiveFamily {
     pub(super) fn exited(&mut self, member: MemberId, sink: &Sink<'_>) {
         let unneeded = self.family.exit(member);
         self.discard(unneeded, sink);
+        self.uffds.remove(&member);
+    }
+
+    /// Forgets a member whose process has ended without anyone noticing. False when it is not there (any more).
+    pub(super) fn check(&mut self, member: MemberId, sink: &Sink<'_>) -> bool {
+        if self.uffds.get(&member).is_some_and(|uffd| uffd.is_gone()) {
+            self.exited(member, sink);
+        }
+        self.uffds.contains_key(&member)
     }
 
     /// Answers one fault. False when events must be read first.
@@ -236,8 +276,9 @@ impl LiveFamily {
         sink: &Sink<'_>,
     ) -> Result<bool, MemoryError> {
         match self.family.fault(member, page) {
-            Fault::Zero => return self.zero_fault(member, page, sink),
-            Fault::Present => self.uffds[member.0].wake(PageRange::new(page, 1)),
+            // A page that was put in place is there, or the kernel took it without a word (a child of fork whose parent
+            // asked for MADV_WIPEONFORK, a guard page that was lifted). Zeros go only where nothing is.
+            Fault::Zero | Fault::Present => return self.zero_fault(member, page, sink),
             Fault::Waiting { slot } => {
                 self.note_waiting(slot);
                 // The restore itself faults, also on pages that came early.
@@ -266,11 +307,8 @@ impl LiveFamily {
             slots.is_some_and(|slots| slots.contains(&slot))
         });
         let Some(index) = holding else { return Ok(()) };
-        // Taken out for the time of the install, which may look into the others.
-        let (header, payload) = self.early.swap_remove(index);
-        let placed = self.place_frame(&header, &payload, sink);
-        self.early.push((header, payload));
-        placed
+        let (header, payload) = self.early[index].clone();
+        self.place_frame(&header, &payload, sink)
     }
 
     fn note_waiting(&mut self, slot: usize) {
@@ -284,7 +322,9 @@ impl LiveFamily {
         sink: &Sink<'_>,
     ) -> Result<bool, MemoryError> {
         let target = PageRange::new(page, 1);
-        let uffd = Arc::clone(&self.uffds[member.0]);
+        let Some(uffd) = self.uffds.get(&member).cloned() else {
+            return Ok(true);
+        };
         match uffd.zero(target).stop {
             None => {
                 sink.zero_faults.fetch_add(1, Ordering::Relaxed);
@@ -328,7 +368,7 @@ impl LiveFamily {
         if self.early_bytes > MAX_EARLY_BYTES {
             return Err(MemoryError::TooEarly(header.pid));
         }
-        self.early.push((*header, payload.to_vec()));
+        self.early.push((*header, payload.into()));
         Ok(())
     }
 
@@ -420,9 +460,23 @@ impl LiveFamily {
                     continue 'plan;
                 }
             }
-            break;
+            match self.family.displaced(slots.clone()) {
+                Some(member) => self.await_departures(member, sink)?,
+                None => break,
+            }
         }
         self.release_waiting(slots);
+        Ok(())
+    }
+
+    /// Reads the events that tell where pages went which something else was moved over.
+    fn await_departures(&mut self, member: MemberId, sink: &Sink<'_>) -> Result<(), MemoryError> {
+        self.drain(member, sink)?;
+        if self.uffds.get(&member).is_none_or(|uffd| uffd.is_quiet()) {
+            self.family.assume_quiet(member);
+        } else {
+            thread::sleep(RETRY_PAUSE);
+        }
         Ok(())
     }
 
@@ -439,14 +493,22 @@ impl LiveFamily {
             target,
             slot,
         } = install;
-        let uffd = Arc::clone(&self.uffds[member.0]);
-        let Progress { pages, stop } = match content {
-            Content::Zero => confirmed(|| uffd.zero(target)),
+        let skip = slot - first_slot;
+        let Some(uffd) = self.uffds.get(&member).cloned() else {
+            return Ok(false);
+        };
+        let fill = || match content {
+            Content::Zero => uffd.zero(target),
             Content::Pages(bytes) => {
-                let from = (slot - first_slot) * PAGE_SIZE;
-                let bytes = &bytes[from..from + target.bytes() as usize];
-                confirmed(|| uffd.copy(target, bytes))
+                let from = skip * PAGE_SIZE;
+                uffd.copy(target, &bytes[from..from + target.bytes() as usize])
             }
+        };
+        let Progress { pages, stop } = match fill() {
+            // The kernel looks for events first and for the mapping then. In between the mapping may have been moved
+            // away; in that case there is an event now. Only without one is the mapping really gone.
+            progress if progress.stop == Some(Stop::NotMapped) => fill(),
+            progress => progress,
         };
         let done = pages as usize;
         self.family.installed(member, slot..slot + done);
@@ -468,7 +530,10 @@ impl LiveFamily {
             Stop::NotMapped if target.count > 1 => {
                 self.place_singly(install, first_slot, content, sink)?;
             }
-            Stop::NotMapped => self.family.gone(member, target),
+            Stop::NotMapped => {
+                self.family.gone(member, target);
+                uffd.wake(target);
+            }
             Stop::ProcessGone => self.exited(member, sink),
             Stop::NoMemory => out_of_memory(),
             Stop::Refused(errno) => {
@@ -518,57 +583,7 @@ impl LiveFamily {
     }
 }
 
-/// Believes in "not mapped" only when it is said twice.
-///
-/// The kernel asks first whether events are pending, and then looks for the mapping, for which it may wait until a
-/// thread's `mremap` has moved it. The event of that is unread then: a second attempt finds it pending.
-fn confirmed(install: impl Fn() -> Progress) -> Progress {
-    match install() {
-        Progress {
-            pages: 0,
-            stop: Some(Stop::NotMapped),
-        } => install(),
-        progress => progress,
-    }
-}
-
 fn out_of_memory() {
     tracing::warn!("this host has no memory for a page of the workload; trying again");
     thread::sleep(NO_MEMORY_PAUSE);
-}
-
-#[cfg(test)]
-mod tests {
-    use std::cell::Cell;
-
-    use super::*;
-
-    /// What `confirmed` makes of the kernel's answers, one after the other.
-    fn confirmed_of(answers: [Stop; 2]) -> (Option<Stop>, usize) {
-        let calls = Cell::new(0);
-        let progress = confirmed(|| {
-            let stop = answers[calls.replace(calls.get() + 1)];
-            Progress {
-                pages: 0,
-                stop: Some(stop),
-            }
-        });
-        (progress.stop, calls.get())
-    }
-
-    #[test]
-    fn not_mapped_is_believed_when_no_event_is_pending() {
-        assert_eq!(
-            confirmed_of([Stop::NotMapped, Stop::EventsPending]),
-            (Some(Stop::EventsPending), 2)
-        );
-        assert_eq!(
-            confirmed_of([Stop::NotMapped, Stop::NotMapped]),
-            (Some(Stop::NotMapped), 2)
-        );
-        assert_eq!(
-            confirmed_of([Stop::AlreadyPresent, Stop::NotMapped]),
-            (Some(Stop::AlreadyPresent), 1)
-        );
-    }
 }

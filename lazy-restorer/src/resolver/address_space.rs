@@ -9,8 +9,7 @@ use common::lazy_map::LazyMap;
 use common::page::{PageIndex, PageRange};
 use common::page_set::PageSet;
 
-/// Ranges of a `REMAP` whose `UNMAP` has not come yet that are remembered at most.
-const MAX_EXPECTED_UNMAPS: usize = 1024;
+use super::departures::{Departures, Displaced, without};
 
 /// One process's view of its family's pages.
 #[derive(Clone, Debug)]
@@ -22,7 +21,9 @@ pub struct AddressSpace {
     by_dump: BTreeMap<PageIndex, PageIndex>,
     present: PageSet,
     removed: PageSet,
-    expected_unmaps: Vec<PageRange>,
+    departures: Departures,
+    /// Taken over from a parent, perhaps with mappings that were gone by the time of the fork.
+    inherited: bool,
 }
 
 /// `count` pages that were dumped from `dump` on.
@@ -51,17 +52,16 @@ impl AddressSpace {
             by_dump: BTreeMap::new(),
             present: PageSet::empty(lazy.slots()),
             removed: PageSet::full(lazy.slots()),
-            expected_unmaps: Vec::new(),
+            departures: Departures::default(),
+            inherited: false,
             lazy,
         };
         for vma in vmas.iter().filter(|vma| vma.lazy) {
-            let slots: Vec<_> = space.lazy.slots_within(vma.pages).collect();
-            for (_, slots) in &slots {
-                space.removed.remove_range(slots.clone());
+            for (_, slots) in Arc::clone(&space.lazy).slots_within(vma.pages) {
+                space.removed.remove_range(slots);
             }
-            if !slots.is_empty() {
-                space.insert(vma.pages.start, vma.pages);
-            }
+            // A mapping without lazy pages is noted too: it tells when a late event speaks of what was there before.
+            space.insert(vma.pages.start, vma.pages);
         }
         space
     }
@@ -182,52 +182,81 @@ impl AddressSpace {
         }
     }
 
-    /// `mremap` moved `from` to `to`. Whatever was noted at the target was unmapped by the same call.
+    /// The address space of a child that was forked just now.
+    pub fn forked(&self) -> Self {
+        let mut child = self.clone();
+        // What threads of the parent have yet to report is never reported of the child, which lost it nonetheless. So
+        // nothing is coming, and what is noted at a place proves nothing.
+        child.assume_quiet();
+        child.inherited = true;
+        child
+    }
+
+    /// The kernel takes pages, which it does only when it has nothing to report: what was still expected never comes.
+    pub fn assume_quiet(&mut self) {
+        if !self.departures.is_empty() {
+            let lost = self.departures.clear();
+            self.remove_dumps(lost.iter().map(|pages| pages.dump));
+        }
+    }
+
+    /// Whether only an event that is still to come tells where some of `slots` belong.
+    pub fn is_displaced(&self, slots: Range<usize>) -> bool {
+        let dumps = self.departures.displaced().iter().map(|pages| pages.dump);
+        let mut within = dumps.flat_map(|dump| self.lazy.slots_within(dump));
+        within.any(|(_, lost)| {
+            let mut both = lost.start.max(slots.start)..lost.end.min(slots.end);
+            both.any(|slot| self.is_missing(slot))
+        })
+    }
+
+    /// `mremap` moved `from` to `to`.
     pub fn remap(&mut self, from: PageRange, to: PageIndex) {
-        let moved = self.take(from);
-        // The kernel reports the move and, only when the caller runs on, the unmapping of the old place. Meanwhile
-        // another thread may have moved other pages there, which that late report must not drop.
-        if self.expected_unmaps.len() < MAX_EXPECTED_UNMAPS {
-            self.expected_unmaps.push(from);
+        let moved = self.depart(from);
+        self.departures.vacate(from, &moved);
+        let over = self.take(PageRange::new(to, from.count));
+        if self.inherited {
+            self.remove_dumps(over.iter().map(|pages| pages.dump));
+        } else {
+            self.departures.displace(over);
         }
-        let target = PageRange::new(to, from.count);
-        self.drop_segments(target);
-        for (at, dump) in moved {
-            let place = to.forward(at.distance_from(from.start));
-            self.insert(place, dump);
+        for pages in moved {
+            let place = to.forward(pages.at.distance_from(from.start));
+            self.insert(place, pages.dump);
         }
+    }
+
+    /// Takes out what an event says has left `pages`: what others were moved over before, else what is there.
+    fn depart(&mut self, pages: PageRange) -> Vec<Displaced> {
+        let mut left = self.departures.take_displaced(pages);
+        let places: Vec<PageRange> = left.iter().map(Displaced::place).collect();
+        for rest in without(vec![pages], &places) {
+            left.extend(self.take(rest));
+        }
+        left
     }
 
     /// The content of `pages` was dropped but they stay mapped; returns the slots that were missing.
     pub fn remove(&mut self, pages: PageRange) -> Vec<Range<usize>> {
         let dumps = self.dumps_within(pages);
-        self.remove_dumps(&dumps)
+        self.remove_dumps(dumps)
     }
 
     /// `pages` were unmapped; returns the slots that were missing.
     pub fn unmap(&mut self, pages: PageRange) -> Vec<Range<usize>> {
-        let expected = self
-            .expected_unmaps
-            .iter()
-            .position(|range| *range == pages);
-        if let Some(index) = expected {
-            self.expected_unmaps.swap_remove(index);
-            return Vec::new();
+        let unexpected = self.departures.consume_vacated(pages);
+        let mut left = Vec::new();
+        for part in unexpected {
+            left.extend(self.depart(part));
         }
-        self.drop_segments(pages)
+        self.remove_dumps(left.iter().map(|pages| pages.dump))
     }
 
-    fn drop_segments(&mut self, pages: PageRange) -> Vec<Range<usize>> {
-        let taken = self.take(pages);
-        let dumps: Vec<PageRange> = taken.into_iter().map(|(_, dump)| dump).collect();
-        self.remove_dumps(&dumps)
-    }
-
-    fn remove_dumps(&mut self, dumps: &[PageRange]) -> Vec<Range<usize>> {
+    fn remove_dumps(&mut self, dumps: impl IntoIterator<Item = PageRange>) -> Vec<Range<usize>> {
         let mut missing = Vec::new();
         for dump in dumps {
             let lazy = Arc::clone(&self.lazy);
-            for (_, slots) in lazy.slots_within(*dump) {
+            for (_, slots) in lazy.slots_within(dump) {
                 missing.extend(split(slots.clone(), |slot| self.is_missing(slot)));
                 self.present.remove_range(slots.clone());
                 self.removed.insert_range(slots);
@@ -265,7 +294,7 @@ impl AddressSpace {
     }
 
     /// Takes everything within `pages` out of the map; what sticks out stays.
-    fn take(&mut self, pages: PageRange) -> Vec<(PageIndex, PageRange)> {
+    fn take(&mut self, pages: PageRange) -> Vec<Displaced> {
         let mut taken = Vec::new();
         for (at, segment) in self.overlapping(pages) {
             self.segments.remove(&at);
@@ -278,7 +307,10 @@ impl AddressSpace {
                     range.count,
                 )
             };
-            taken.push((part.start, dump_of(part)));
+            taken.push(Displaced {
+                at: part.start,
+                dump: dump_of(part),
+            });
             let head = PageRange::new(at, part.start.distance_from(at));
             let tail = PageRange::new(part.end(), whole.end().distance_from(part.end()));
             for stays in [head, tail] {

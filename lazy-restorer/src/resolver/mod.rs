@@ -11,6 +11,7 @@
 //! * *withheld*: every member removed it before it came, and the source has confirmed that it will never send it.
 
 mod address_space;
+mod departures;
 mod prefetch;
 
 use std::ops::Range;
@@ -33,7 +34,7 @@ pub struct MemberId(pub usize);
 pub enum Fault {
     /// The page never had content, or the workload removed it: a zero page belongs there.
     Zero,
-    /// The page is there by now; wake whoever waits for it.
+    /// The page was put in place: it is there, or the kernel took it since and left zeros.
     Present,
     /// The page is already on its way; its arrival wakes the thread.
     Waiting {
@@ -142,7 +143,7 @@ impl Family {
 
     /// `parent` forked; the child sees memory as the parent does at this moment.
     pub fn fork(&mut self, parent: MemberId) -> Option<MemberId> {
-        let child = self.member(parent)?.clone();
+        let child = self.member(parent)?.forked();
         Some(self.add(child))
     }
 
@@ -260,6 +261,26 @@ impl Family {
         alive.any(|space| space.is_missing(slot))
     }
 
+    /// A new link replaces one that took requests and answers with it. Threads wait for the `waiting` slots; returns
+    /// what to ask for again, and what to discard again.
+    pub fn reconnect(
+        &mut self,
+        waiting: impl IntoIterator<Item = usize>,
+    ) -> (Vec<PageRange>, Vec<PageRange>) {
+        self.requested = PageSet::empty(self.lazy.slots());
+        let mut requests = Vec::new();
+        for slot in waiting {
+            if !self.received.contains(slot) && self.requested.insert(slot) {
+                requests.push(PageRange::new(self.lazy.page(slot), 1));
+            }
+        }
+        let mut discards = Vec::new();
+        for slot in self.discarding.runs_in(0..self.lazy.slots()).flatten() {
+            append(&mut discards, self.lazy.page(slot));
+        }
+        (requests, discards)
+    }
+
     /// The source confirms that it will never send these pages. False when that makes no sense.
     pub fn confirm_withheld(&mut self, pages: PageRange) -> bool {
         let Some(slots) = self.lazy.slots_of(pages) else {
@@ -301,9 +322,29 @@ impl Family {
         installs
     }
 
-    /// Pages were installed in `member`, or were found to be there already.
-    pub fn installed(&mut self, member: MemberId, slots: Range<usize>) {
+    /// A member that misses some of `slots` but of which an event that is still to come must say where they belong.
+    pub fn displaced(&self, slots: Range<usize>) -> Option<MemberId> {
+        self.members().find(|member| {
+            let space = self.member(*member);
+            space.is_some_and(|space| space.is_displaced(slots.clone()))
+        })
+    }
+
+    /// The kernel has nothing to report of `member`: every event was read and its thread runs on.
+    pub fn assume_quiet(&mut self, member: MemberId) {
         if let Some(Some(space)) = self.members.get_mut(member.0) {
+            space.assume_quiet();
+        }
+    }
+
+    /// Pages were installed in `member`, or were found to be there already. The kernel says so only when it has
+    /// nothing to report.
+    pub fn installed(&mut self, member: MemberId, slots: Range<usize>) {
+        if slots.is_empty() {
+            return;
+        }
+        if let Some(Some(space)) = self.members.get_mut(member.0) {
+            space.assume_quiet();
             space.mark_present(slots);
         }
     }

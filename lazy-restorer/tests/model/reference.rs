@@ -1,0 +1,274 @@
+//! What must be true: a deliberately naive kernel, page by page, for every process of one family.
+//!
+//! The kernel knows what each page holds and which events nobody has read yet. The resolver only learns of changes by
+//! those events, so the two may differ exactly as much as the real kernel lets them differ.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+
+use common::page::{PageIndex, PageRange};
+
+/// What one mapped page holds. Numbers are dump-time pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Nothing yet; the frozen page belongs here.
+    Missing(u64),
+    /// The frozen page.
+    Present(u64),
+    /// Nothing; zeros belong here.
+    ZeroDue,
+    /// Zeros.
+    Zero,
+    /// What the process wrote itself.
+    Own,
+    /// Memory that no descriptor watches.
+    Unwatched,
+}
+
+impl Content {
+    /// Whether touching the page raises a fault.
+    pub fn faults(self) -> bool {
+        matches!(self, Content::Missing(_) | Content::ZeroDue)
+    }
+}
+
+/// One mapped page and the mapping it lies in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cell {
+    pub vma: usize,
+    pub content: Content,
+    /// Came into being when a mapping grew, which no event tells.
+    pub grown: bool,
+}
+
+/// A message of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    Fork(usize),
+    Remap(PageRange, PageIndex),
+    Remove(PageRange),
+    Unmap(PageRange),
+}
+
+/// A system call whose thread waits until its events are read, one after the other.
+#[derive(Clone, Debug)]
+pub struct Call {
+    pub events: VecDeque<Event>,
+    /// The thread loses its processor before it queues each of its events.
+    pub slow: bool,
+    /// Pages only the caller may use until the call returns.
+    pub owned: Vec<PageRange>,
+    /// Pages that are free for any mapping already.
+    pub freed: Vec<PageRange>,
+}
+
+/// One process.
+#[derive(Clone, Debug, Default)]
+pub struct Process {
+    pub alive: bool,
+    /// Born only when the event of its fork is read.
+    pub born: bool,
+    pub cells: HashMap<u64, Cell>,
+    pub queue: VecDeque<Call>,
+    pub held: Vec<Call>,
+    /// Pages whose faults nobody has read.
+    pub faults: Vec<u64>,
+    /// Pages whose faults were read and left waiting for content.
+    pub waiting: HashSet<u64>,
+    /// Events came out of order once, so the map may name pages that are no more. It must still not lose any.
+    pub blurred: bool,
+    pub forked: bool,
+}
+
+/// Why a copy stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    Exists,
+    Again,
+    NoEntry,
+    Gone,
+}
+
+/// All processes, in the order of their forks.
+#[derive(Debug, Default)]
+pub struct Kernel {
+    pub processes: Vec<Process>,
+    next_vma: usize,
+    /// After so many more copied pages a removal or move strikes.
+    pub interrupt: Option<usize>,
+}
+
+impl Kernel {
+    /// A number for a mapping.
+    pub fn fresh_vma(&mut self) -> usize {
+        self.next_vma += 1;
+        self.next_vma
+    }
+
+    /// `UFFDIO_COPY` of the frozen pages `dumps` to `target`: how many, and why not more.
+    pub fn copy(
+        &mut self,
+        process: usize,
+        target: PageRange,
+        dumps: PageRange,
+    ) -> (u64, Option<Stop>) {
+        for index in 0..target.count {
+            let page = target.start.forward(index).0;
+            if self.interrupt == Some(0) {
+                return (index, Some(Stop::Again));
+            }
+            let stop = self.processes[process].refuses(page, target);
+            if stop.is_some() {
+                return (index, stop.filter(|_| index == 0).or(Some(Stop::Again)));
+            }
+            let dump = dumps.start.forward(index).0;
+            self.processes[process].fill(page, dump);
+            self.interrupt = self.interrupt.map(|left| left - 1);
+        }
+        (target.count, None)
+    }
+}
+
+impl Process {
+    /// Whether no event is on its way: then the map must agree with memory.
+    pub fn is_quiet(&self) -> bool {
+        self.queue.is_empty() && self.held.is_empty()
+    }
+
+    pub fn content(&self, page: u64) -> Option<Content> {
+        self.cells.get(&page).map(|cell| cell.content)
+    }
+
+    fn refuses(&self, page: u64, target: PageRange) -> Option<Stop> {
+        if !self.alive {
+            return Some(Stop::Gone);
+        }
+        if !self.is_quiet() {
+            return Some(Stop::Again);
+        }
+        let vmas: HashSet<Option<usize>> =
+            pages_of(target).map(|page| self.watched(page)).collect();
+        if vmas.len() != 1 || vmas.contains(&None) {
+            assert!(vmas.contains(&None), "install {target:?} crosses mappings");
+            return Some(Stop::NoEntry);
+        }
+        let content = self.cells[&page].content;
+        (!content.faults()).then_some(Stop::Exists)
+    }
+
+    fn watched(&self, page: u64) -> Option<usize> {
+        let cell = self.cells.get(&page)?;
+        (cell.content != Content::Unwatched).then_some(cell.vma)
+    }
+
+    fn fill(&mut self, page: u64, dump: u64) {
+        let cell = self.cells.get_mut(&page).expect("it was checked");
+        assert_eq!(
+            cell.content,
+            Content::Missing(dump),
+            "page {page} takes frozen page {dump}"
+        );
+        cell.content = Content::Present(dump);
+        self.waiting.remove(&page);
+    }
+
+    /// `UFFDIO_ZEROPAGE` of one page, which wakes whoever waits. False when events must be read first.
+    pub fn zero(&mut self, page: u64) -> bool {
+        if !self.is_quiet() {
+            return false;
+        }
+        if let Some(cell) = self.cells.get_mut(&page) {
+            match cell.content {
+                Content::ZeroDue => cell.content = Content::Zero,
+                Content::Missing(dump) => panic!("zeros at {page} instead of frozen page {dump}"),
+                _ => {}
+            }
+        }
+        self.waiting.remove(&page);
+        true
+    }
+
+    /// Wakes threads; those that still find nothing fault again.
+    pub fn wake(&mut self, pages: PageRange) {
+        for page in pages_of(pages) {
+            if self.waiting.remove(&page) {
+                self.touch(page);
+            }
+        }
+    }
+
+    /// A thread reads a page.
+    pub fn touch(&mut self, page: u64) {
+        if self.content(page).is_some_and(Content::faults) {
+            self.faults.push(page);
+        }
+    }
+
+    /// A thread writes to a page that is there, or faults.
+    pub fn write(&mut self, at: usize) {
+        let Some(page) = self.pick(at, |content| content != Content::Unwatched) else {
+            return;
+        };
+        self.touch(page);
+        let cell = self.cells.get_mut(&page).expect("it was picked");
+        if !cell.content.faults() {
+            cell.content = Content::Own;
+        }
+    }
+
+    /// Pages that still lack their frozen content.
+    pub fn missing(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.cells
+            .iter()
+            .filter_map(|(page, cell)| match cell.content {
+                Content::Missing(dump) => Some((*page, dump)),
+                _ => None,
+            })
+    }
+
+    /// Takes the next event that waits to be read. Its thread runs on to its next one.
+    pub fn next_event(&mut self) -> Option<Event> {
+        let mut call = self.queue.pop_front()?;
+        let event = call
+            .events
+            .pop_front()
+            .expect("calls in the queue have one");
+        if !call.events.is_empty() {
+            self.enter(call);
+        } else if let Event::Remove(pages) = event {
+            self.zap(pages);
+        }
+        Some(event)
+    }
+
+    /// A call's next event enters the queue, or soon will.
+    pub fn enter(&mut self, call: Call) {
+        if call.slow {
+            self.held.push(call);
+        } else {
+            self.queue.push_back(call);
+        }
+    }
+
+    /// The thread of a held call queues its event.
+    pub fn release(&mut self, pick: usize) {
+        if !self.held.is_empty() {
+            let call = self.held.remove(pick % self.held.len());
+            self.queue.push_back(call);
+        }
+    }
+
+    fn zap(&mut self, pages: PageRange) {
+        for page in pages_of(pages) {
+            if let Some(cell) = self.cells.get_mut(&page)
+                && cell.content != Content::Unwatched
+            {
+                cell.content = Content::ZeroDue;
+            }
+        }
+    }
+}
+
+/// The numbers of a range's pages.
+pub fn pages_of(range: PageRange) -> std::ops::Range<u64> {
+    range.start.0..range.end().0
+}
