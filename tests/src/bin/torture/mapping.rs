@@ -1,5 +1,6 @@
 //! The system calls on private anonymous mappings; the only file of the workload with unsafe memory access.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::ptr::{NonNull, null_mut};
@@ -13,6 +14,8 @@ const WORDS_PER_PAGE: usize = PAGE_BYTES / size_of::<u64>();
 pub struct Mapping {
     base: NonNull<u8>,
     pages: usize,
+    /// Where it may consist of two VMAs: first pages of parts that were mapped or moved by themselves.
+    cuts: BTreeSet<usize>,
 }
 
 // SAFETY: the mapping belongs to its owner alone, wherever that one runs.
@@ -24,7 +27,18 @@ impl Mapping {
         Ok(Self {
             base: map(pages)?,
             pages,
+            cuts: BTreeSet::new(),
         })
+    }
+
+    /// How many parts it may consist of.
+    pub fn parts(&self) -> usize {
+        self.cuts.len() + 1
+    }
+
+    fn cut(&mut self, range: &Range<usize>) {
+        self.cuts.extend([range.start, range.end]);
+        self.cuts.retain(|page| (1..self.pages).contains(page));
     }
 
     fn address(&self, page: usize) -> *mut libc::c_void {
@@ -56,6 +70,7 @@ impl Mapping {
 
     /// Makes pages read-only, or writable again.
     pub fn protect(&mut self, range: Range<usize>, writable: bool) -> io::Result<()> {
+        self.cut(&range);
         let access = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
         // SAFETY: inside our own mapping, and no reference to its pages is held.
         checked(unsafe {
@@ -79,17 +94,27 @@ impl Mapping {
             )
         };
         if base == libc::MAP_FAILED {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(())
+            return Err(io::Error::last_os_error());
         }
+        self.cut(&range);
+        Ok(())
     }
 
     /// Moves the whole mapping to a new address.
     pub fn relocate(&mut self) -> io::Result<()> {
         let target = map(self.pages)?;
-        move_pages(self.base, self.pages, target)?;
+        self.move_pages(0..self.pages, target)?;
         self.base = target;
+        Ok(())
+    }
+
+    /// Copies all pages to a mapping in one part, which replaces this one.
+    pub fn rebuild(&mut self) -> io::Result<()> {
+        let mut whole = Self::new(self.pages)?;
+        for page in 0..self.pages {
+            whole.page_mut(page).copy_from_slice(self.page(page));
+        }
+        *self = whole;
         Ok(())
     }
 
@@ -98,6 +123,7 @@ impl Mapping {
         // SAFETY: inside our own mapping, and no reference to its pages is held.
         checked(unsafe { libc::munmap(self.address(pages), (self.pages - pages) * PAGE_BYTES) })?;
         self.pages = pages;
+        self.cuts.retain(|page| *page < pages);
         Ok(())
     }
 
@@ -109,14 +135,20 @@ impl Mapping {
         if base != libc::MAP_FAILED {
             self.base = NonNull::new(base.cast())
                 .ok_or_else(|| io::Error::other("mremap returned address 0"))?;
-        } else if is_several_vmas(&io::Error::last_os_error()) {
-            let target = map(pages)?;
-            move_pages(self.base, self.pages, target)?;
-            self.base = target;
-        } else {
-            return Err(io::Error::last_os_error());
+            self.pages = pages;
+            return Ok(());
         }
+        // `mremap` lengthens one VMA only, and says so before it does anything.
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::EFAULT) {
+            return Err(error);
+        }
+        let target = map(pages)?;
+        let old = 0..self.pages;
+        self.move_pages(old.clone(), target)?;
+        self.base = target;
         self.pages = pages;
+        self.cut(&old);
         Ok(())
     }
 
@@ -128,27 +160,46 @@ impl Mapping {
         range: Range<usize>,
         visit: impl FnOnce(&mut Self) -> T,
     ) -> io::Result<T> {
-        let mut away = Self {
-            base: map(range.len())?,
-            pages: range.len(),
-        };
-        move_pages(self.part(range.start), range.len(), away.base)?;
+        self.cut(&range);
+        let mut away = Self::new(range.len())?;
+        away.cuts = self
+            .cuts_within(&range)
+            .map(|cut| cut - range.start)
+            .collect();
+        self.move_pages(range.clone(), away.base)?;
         let result = visit(&mut away);
-        let whole = Self {
-            base: map(self.pages)?,
-            pages: self.pages,
-        };
-        move_pages(self.base, range.start, whole.base)?;
-        move_pages(away.base, range.len(), whole.part(range.start))?;
-        move_pages(
-            self.part(range.end),
-            self.pages - range.end,
-            whole.part(range.end),
-        )?;
+        let mut whole = Self::new(self.pages)?;
+        whole.cuts = self.cuts.clone();
+        self.move_pages(0..range.start, whole.base)?;
+        away.move_pages(0..range.len(), whole.part(range.start))?;
+        self.move_pages(range.end..self.pages, whole.part(range.end))?;
         std::mem::forget(away);
         // Nothing is left of the old mapping, and its addresses may be someone else's by now.
         std::mem::forget(std::mem::replace(self, whole));
         Ok(result)
+    }
+
+    fn cuts_within(&self, range: &Range<usize>) -> impl Iterator<Item = usize> {
+        // The first page of the range is no cut in it.
+        let within = (range.start + 1).min(range.end)..range.end;
+        self.cuts.range(within).copied()
+    }
+
+    /// Moves pages onto a mapping of the same length, which is replaced: one part after the other.
+    ///
+    /// Newer kernels move several VMAs with one call, but not those with a userfault descriptor; then they stop
+    /// halfway, and nobody can tell afterwards which of the old addresses are someone else's mapping by now.
+    fn move_pages(&self, range: Range<usize>, to: NonNull<u8>) -> io::Result<()> {
+        let mut start = range.start;
+        for end in self.cuts_within(&range).chain([range.end]) {
+            if start < end {
+                // SAFETY: inside the target, which is as long as the range.
+                let to = unsafe { to.add((start - range.start) * PAGE_BYTES) };
+                move_part(self.part(start), end - start, to)?;
+            }
+            start = end;
+        }
+        Ok(())
     }
 
     fn part(&self, page: usize) -> NonNull<u8> {
@@ -175,41 +226,18 @@ fn checked(result: libc::c_int) -> io::Result<()> {
     }
 }
 
-/// `mremap` takes one VMA at a time, and a mapping of which pages were replaced consists of several.
-fn is_several_vmas(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EFAULT)
-}
-
-/// Moves pages onto a mapping of the same length, which is replaced; in halves where they lie in several VMAs.
-fn move_pages(from: NonNull<u8>, pages: usize, to: NonNull<u8>) -> io::Result<()> {
-    if pages == 0 {
-        return Ok(());
-    }
+/// Moves pages of one VMA onto a mapping of the same length, which is replaced.
+fn move_part(from: NonNull<u8>, pages: usize, to: NonNull<u8>) -> io::Result<()> {
     let (bytes, flags) = (
         pages * PAGE_BYTES,
         libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
     );
     // SAFETY: both are mappings of ours of this length, and no reference to their pages is held.
     let moved = unsafe { libc::mremap(from.as_ptr().cast(), bytes, bytes, flags, to.as_ptr()) };
-    if moved != libc::MAP_FAILED {
-        return Ok(());
+    if moved == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
     }
-    let error = io::Error::last_os_error();
-    if !is_several_vmas(&error) {
-        return Err(error);
-    }
-    if pages == 1 {
-        // Newer kernels move several VMAs in one call and may stop halfway: this page is there already. If it were
-        // not, its content would be missed.
-        return Ok(());
-    }
-    let half = pages / 2;
-    move_pages(from, half, to)?;
-    // SAFETY: inside the mapping, for a half is less than the whole.
-    let from = unsafe { from.add(half * PAGE_BYTES) };
-    // SAFETY: as above.
-    let to = unsafe { to.add(half * PAGE_BYTES) };
-    move_pages(from, pages - half, to)
+    Ok(())
 }
 
 impl Drop for Mapping {
