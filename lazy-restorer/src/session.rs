@@ -20,12 +20,13 @@ use common::stop::StopSignal;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
-use tokio::time::{sleep, timeout};
+use tokio::time::{interval, sleep, timeout};
 
 use crate::advise;
 use crate::connect::{ConnectPlan, Source, Threads, connect, reconnect};
 use crate::fetch::TransferError;
 use crate::gate::Held;
+use crate::progress::Progress;
 use crate::report::Record;
 use crate::resident::{Resident, ResidentError, Step, images_directory};
 use crate::restore::{Prepared, RestorePlan};
@@ -493,9 +494,12 @@ impl Migration<'_> {
             return Err(self.resident_failed(source, error).await);
         }
         let memory = resident.memory.clone();
+        let progress = Progress::start(&memory);
+        let mut shown = interval(PROGRESS_INTERVAL);
         loop {
             tokio::select! {
                 () = memory.settled() => break,
+                _ = shown.tick() => progress.show(&memory),
                 step = resident.next() => if let Err(error) = step {
                     return Err(self.resident_failed(source, error).await);
                 },
@@ -509,6 +513,7 @@ impl Migration<'_> {
                 }
             }
         }
+        drop(progress);
         self.advance(Event::AllPresent)?;
         self.send(source, &ToSource::Drained(memory.tally()))
             .await?;
@@ -577,6 +582,9 @@ async fn announce(plan: MigratePlan, facts: Facts) {
         tracing::error!(%error, "the migration goes on");
     }
 }
+
+/// Time between two looks at how far the memory has come.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Time to try to learn whether the source has given the workload away; killing our copy, which never ran, is safe.
 const GRANT_TIMEOUT: Duration = Duration::from_secs(60);
