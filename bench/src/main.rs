@@ -3,6 +3,7 @@
 mod compare;
 mod demo;
 mod memory;
+mod path;
 mod stats;
 mod table;
 
@@ -26,6 +27,12 @@ enum Command {
     Demo(DemoOptions),
     /// Moves the same workload by CRIU's own lazy-pages and by ours, in turns, and sets the times side by side.
     Compare(CompareOptions),
+    /// Lays paths between two hosts and measures whether they are what they claim: veth, 1g, rtt=10ms,loss=0.1%,rate=1g.
+    Path {
+        /// The paths.
+        #[arg(required = true)]
+        paths: Vec<tests::path::PathSpec>,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -64,6 +71,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Compare(options) => compare::run(&options),
+        Command::Path { paths } => path::run(&paths),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -19,6 +19,7 @@ pub mod identity;
 pub mod leftovers;
 pub mod namespace;
 pub mod pair;
+pub mod path;
 pub mod process;
 pub mod pulse;
 pub mod python;
