@@ -110,6 +110,9 @@ pub struct Restore {
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
+    /// For measurements only: never let the source push, so that pages come by faults alone and not all of them ever
+    #[arg(long, hide = true)]
+    no_push: bool,
     /// Write a record of the migration to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -151,6 +154,7 @@ impl Restore {
             before_restore: self.before_restore.clone(),
             on_resumed: self.on_resumed.clone(),
             on_aborted: self.on_aborted.clone(),
+            no_push: self.no_push,
         })
     }
 

@@ -54,6 +54,8 @@ pub struct MigratePlan {
     pub on_resumed: Option<String>,
     /// Command for when the migration failed here.
     pub on_aborted: Option<String>,
+    /// Never let the source push.
+    pub no_push: bool,
 }
 
 /// Performs one migration and fills `record` as far as it comes.
@@ -354,7 +356,9 @@ impl Migration<'_> {
         mut resident: Resident,
     ) -> Result<(), SessionError> {
         self.record.resumed_at_unix_us = unix_us(SystemTime::now());
-        resident.begin_push(source);
+        if !self.plan.no_push {
+            resident.begin_push(source);
+        }
         let whole = match source.control.send(&ToSource::Resumed).await {
             Ok(()) => self.until_whole(source, &mut resident).await,
             Err(error) => Err(lost(self.state(), &error)),
