@@ -2,10 +2,15 @@
 
 mod compare;
 mod demo;
+mod fault;
 mod memory;
 mod path;
+mod peer;
+mod programs;
 mod stats;
 mod table;
+mod targets;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -27,6 +32,8 @@ enum Command {
     Demo(DemoOptions),
     /// Moves the same workload by CRIU's own lazy-pages and by ours, in turns, and sets the times side by side.
     Compare(CompareOptions),
+    /// Measures how long a workload waits for pages, with and without a push beside, and how fast that push is.
+    Fault(fault::FaultOptions),
     /// Lays paths between two hosts and measures whether they are what they claim: veth, 1g, rtt=10ms,loss=0.1%,rate=1g.
     Path {
         /// The paths.
@@ -71,6 +78,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Compare(options) => compare::run(&options),
+        Command::Fault(options) => fault::run(&options),
         Command::Path { paths } => path::run(&paths),
     };
     match outcome {

@@ -20,8 +20,6 @@ use memory::Memory;
 
 /// How often it looks whether it has been moved: short against any cutover.
 const PERIOD: Duration = Duration::from_micros(200);
-/// Sleeping is not exact to less than this; the rest is spun.
-const SPIN_NS: u64 = 60_000;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -119,10 +117,7 @@ fn faults_so_far() -> Result<i64> {
 
 fn wait_until(due: u64) {
     let now = monotonic_ns();
-    if due > now + SPIN_NS {
-        std::thread::sleep(Duration::from_nanos(due - now - SPIN_NS));
-    }
-    while monotonic_ns() < due {
-        std::hint::spin_loop();
+    if due > now {
+        std::thread::sleep(Duration::from_nanos(due - now));
     }
 }
