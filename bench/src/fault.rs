@@ -13,7 +13,6 @@ use tests::rig::Rig;
 use tests::touch::Pattern;
 
 use crate::peer::Peer;
-use run::Run;
 
 /// What to measure.
 #[derive(Debug, Clone, Args)]

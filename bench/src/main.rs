@@ -3,14 +3,18 @@
 mod compare;
 mod demo;
 mod fault;
+mod load;
 mod memory;
 mod path;
 mod peer;
 mod programs;
+mod skew;
 mod stats;
 mod table;
 mod targets;
+mod timeline;
 mod watch;
+mod workload;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -30,8 +34,8 @@ struct Cli {
 enum Command {
     /// Moves a redis under a client that never disconnects, and checks every key.
     Demo(DemoOptions),
-    /// Moves the same workload by CRIU's own lazy-pages and by ours, in turns, and sets the times side by side.
-    Compare(CompareOptions),
+    /// Moves the same workload by CRIU and by ours, in turns and over several paths, and sets what it took side by side.
+    Compare(compare::CompareOptions),
     /// Measures how long a workload waits for pages, with and without a push beside, and how fast that push is.
     Fault(fault::FaultOptions),
     /// Lays paths between two hosts and measures whether they are what they claim: veth, 1g, rtt=10ms,loss=0.1%,rate=1g.
@@ -51,25 +55,6 @@ struct DemoOptions {
     #[arg(long, value_name = "N", default_value_t = 4000)]
     rate: u32,
     /// Writes what the table shows to this file.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-}
-
-#[derive(Debug, Args)]
-struct CompareOptions {
-    /// Memory redis holds, at least.
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
-    memory: u64,
-    /// Migrations by each of the two.
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    repeat: usize,
-    /// Commands the client issues per second; 0 for as many as it can.
-    #[arg(long, value_name = "N", default_value_t = 4000)]
-    rate: u32,
-    /// Measures only one of the two.
-    #[arg(long, value_name = "NAME")]
-    only: Option<compare::Contender>,
-    /// Writes every measurement and the summary to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }

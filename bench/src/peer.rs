@@ -7,17 +7,22 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use nix::unistd::Pid;
 use serde::Serialize;
-use tests::binaries;
 use tests::criu_baseline::{self, BaselineHome};
+use tests::identity::Identities;
 use tests::pair::{Migration, PairPlan};
 use tests::rig::Rig;
+use tests::{binaries, stop_and_copy};
 
 /// Those that can move a workload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Peer {
+    /// Full dump, copy, restore.
+    StopAndCopy,
     /// CRIU's own lazy-pages over plain TCP.
     Criu,
+    /// CRIU's own lazy-pages over TLS.
+    CriuTls,
     /// `page-server` and `lazy-restorer`.
     Ours,
 }
@@ -26,7 +31,9 @@ impl Peer {
     /// What tables call it.
     pub fn title(self) -> &'static str {
         match self {
+            Self::StopAndCopy => "stop and copy (TCP)",
             Self::Criu => "CRIU lazy-pages (TCP)",
+            Self::CriuTls => "CRIU lazy-pages (TLS)",
             Self::Ours => "ours (QUIC, TLS 1.3)",
         }
     }
@@ -35,7 +42,9 @@ impl Peer {
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::StopAndCopy => "stop-and-copy",
             Self::Criu => "criu",
+            Self::CriuTls => "criu-tls",
             Self::Ours => "ours",
         })
     }
@@ -44,10 +53,19 @@ impl fmt::Display for Peer {
 /// A peer made ready; what can be done before a move is not part of it.
 #[derive(Debug)]
 pub enum Mover {
-    /// CRIU.
-    Criu(BaselineHome, PathBuf),
+    /// CRIU, in one of its ways.
+    Criu(Criu),
     /// Ours.
     Ours(Box<PairPlan>),
+}
+
+/// CRIU made ready.
+#[derive(Debug)]
+pub struct Criu {
+    home: BaselineHome,
+    program: PathBuf,
+    stops: bool,
+    tls: Option<Identities>,
 }
 
 /// A move that succeeded.
@@ -62,10 +80,19 @@ pub struct Moved {
 impl Mover {
     /// Makes `peer` ready for a move on `rig`.
     pub fn prepare(peer: Peer, rig: &Rig) -> Result<Self> {
-        Ok(match peer {
-            Peer::Criu => Self::Criu(BaselineHome::new(rig)?, binaries::criu()?),
-            Peer::Ours => Self::Ours(Box::new(PairPlan::new(rig)?)),
-        })
+        if peer == Peer::Ours {
+            return Ok(Self::Ours(Box::new(PairPlan::new(rig)?)));
+        }
+        let tls = match peer {
+            Peer::CriuTls => Some(Identities::make(&rig.make_folder("identities")?)?),
+            _ => None,
+        };
+        Ok(Self::Criu(Criu {
+            home: BaselineHome::new(rig)?,
+            program: binaries::criu()?,
+            stops: peer == Peer::StopAndCopy,
+            tls,
+        }))
     }
 
     /// Tells our programs how large a packet the path carries.
@@ -81,8 +108,8 @@ impl Mover {
     pub fn go(&self, rig: &Rig, pid: Pid) -> Result<Moved> {
         let started = Instant::now();
         let ours = match self {
-            Self::Criu(home, criu) => {
-                criu_baseline::migrate(rig, home, criu, pid)?;
+            Self::Criu(criu) => {
+                criu.go(rig, pid)?;
                 None
             }
             Self::Ours(plan) => Some(plan.migrate(rig, pid)?),
@@ -91,5 +118,15 @@ impl Mover {
             .as_ref()
             .map_or_else(|| started.elapsed(), |ours| ours.total);
         Ok(Moved { total, ours })
+    }
+}
+
+impl Criu {
+    fn go(&self, rig: &Rig, pid: Pid) -> Result<()> {
+        if self.stops {
+            return stop_and_copy::migrate(rig, &self.home, &self.program, pid);
+        }
+        let tls = self.tls.as_ref();
+        criu_baseline::migrate_with(rig, &self.home, &self.program, pid, tls).map(drop)
     }
 }

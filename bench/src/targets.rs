@@ -38,6 +38,11 @@ impl Target {
         }
     }
 
+    /// Whether there is a figure at all.
+    pub fn is_measured(&self) -> bool {
+        self.value.is_some()
+    }
+
     /// One figure over another of the same run.
     pub fn ratio(what: &str, value: Option<f64>, over: Option<f64>, bound: Bound) -> Self {
         let ratio = value.zip(over).map(|(value, over)| value / over);

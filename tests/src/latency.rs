@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 
-/// Buckets to a power of two: a value is known to 1/16 of itself.
-const STEPS: u64 = 16;
+/// Buckets to a power of two: a value is known to 1/64 of itself.
+const STEPS: u64 = 64;
 const STEP_BITS: u32 = STEPS.trailing_zeros();
 /// Up to 2^40 ns, which is 18 minutes.
 const BUCKETS: usize = (40 - STEP_BITS as usize + 1) * STEPS as usize;
@@ -164,11 +164,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_value_is_known_to_a_sixteenth() {
+    fn a_value_is_known_to_a_64th() {
         for ns in (0..36).flat_map(|power| [1_u64 << power, (1 << power) + (1 << power) / 3]) {
             let middle = middle_of(bucket_of(ns));
             let off = (middle - ns as f64).abs() / ns as f64;
-            assert!(off <= 1.0 / 16.0, "{ns}: {middle}");
+            assert!(off <= 1.0 / 64.0, "{ns}: {middle}");
         }
     }
 

@@ -34,6 +34,7 @@ pub mod service;
 pub mod shared_file;
 pub mod shell;
 pub mod small_disk;
+pub mod stop_and_copy;
 pub mod sysctl;
 pub mod task;
 pub mod torture;

@@ -114,7 +114,7 @@ fn stay_idle(mover: &Mover, rig: &Rig, toucher: &Toucher, options: &FaultOptions
         toucher.wait_for_touches(options.idle_touches, PATIENCE),
         "the workload does not get on without a push"
     );
-    Ok(())
+    toucher.stop()
 }
 
 impl Run {

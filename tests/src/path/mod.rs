@@ -13,6 +13,7 @@ pub mod tun;
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -75,6 +76,13 @@ impl Path {
     /// What the emulator did, if it is one.
     pub fn emulated(&self) -> Option<&'static PathCounters> {
         self.emulator.as_ref().map(|emulator| emulator.counters)
+    }
+
+    /// Packets an emulated path delivered late, both ways: with many of them it was not what it claims.
+    pub fn late_packets(&self) -> Option<u64> {
+        let counters = self.emulated()?;
+        let late = |traffic: &emulator::Traffic| traffic.late.load(Ordering::Relaxed);
+        Some(late(&counters.forth) + late(&counters.back))
     }
 }
 

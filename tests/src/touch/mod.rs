@@ -124,6 +124,14 @@ impl Toucher {
         .is_ok()
     }
 
+    /// Lets it end before it has touched everything. Missing pages would read as zeros once nobody serves them.
+    pub fn stop(&self) -> Result<()> {
+        self.board.pulse.stop.store(1, Ordering::Release);
+        wait_until(PATIENCE, "the toucher to stop", || {
+            self.board.stage() == Stage::Done
+        })
+    }
+
     /// It runs somewhere, alone, and no page was damaged.
     pub fn assert_unharmed(&self) -> Result<()> {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
