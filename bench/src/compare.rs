@@ -19,7 +19,7 @@ use tests::rig::Rig;
 use crate::peer::Peer;
 use crate::workload::Kind;
 use report::Report;
-use run::{Order, Run};
+pub use run::{Order, Run};
 
 /// What to compare.
 #[derive(Debug, Clone, Args)]

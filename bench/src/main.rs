@@ -8,6 +8,7 @@ mod memory;
 mod path;
 mod peer;
 mod programs;
+mod scale;
 mod skew;
 mod stats;
 mod table;
@@ -38,6 +39,8 @@ enum Command {
     Compare(compare::CompareOptions),
     /// Measures how long a workload waits for pages, with and without a push beside, and how fast that push is.
     Fault(fault::FaultOptions),
+    /// Moves workloads of growing size, and shows what grows with them.
+    Scale(scale::ScaleOptions),
     /// Lays paths between two hosts and measures whether they are what they claim: veth, 1g, rtt=10ms,loss=0.1%,rate=1g.
     Path {
         /// The paths.
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Compare(options) => compare::run(&options),
         Command::Fault(options) => fault::run(&options),
+        Command::Scale(options) => scale::run(&options),
         Command::Path { paths } => path::run(&paths),
     };
     match outcome {

@@ -6,6 +6,8 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::linux::fs::MetadataExt;
 
 use anyhow::{Context, Result};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeVal;
 use tests::namespace;
 
 /// The two hosts of a move.
@@ -74,8 +76,11 @@ impl Program {
             return;
         }
         self.side = self.side.or_else(|| side(self.pid, sides));
-        let peak = peak_rss_kib(self.pid).unwrap_or(0);
-        self.peak_rss_kib = self.peak_rss_kib.max(peak);
+        // Before it has entered its host it may still be this program's own image, about to be replaced.
+        if self.side.is_some() {
+            let peak = peak_rss_kib(self.pid).unwrap_or(0);
+            self.peak_rss_kib = self.peak_rss_kib.max(peak);
+        }
     }
 }
 
@@ -92,6 +97,15 @@ pub fn children() -> HashSet<i32> {
             pids.flatten().collect::<Vec<i32>>()
         })
         .collect()
+}
+
+/// Seconds of CPU of all children this process has waited for, and of theirs.
+pub fn cpu_of_children() -> f64 {
+    let Ok(usage) = getrusage(UsageWho::RUSAGE_CHILDREN) else {
+        return 0.0;
+    };
+    let seconds = |time: TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    seconds(usage.user_time()) + seconds(usage.system_time())
 }
 
 /// The inodes of named network namespaces.

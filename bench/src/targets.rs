@@ -53,8 +53,8 @@ impl Target {
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bound = match self.bound {
-            Bound::AtMost(most) => format!("<= {most}"),
-            Bound::AtLeast(least) => format!(">= {least}"),
+            Bound::AtMost(most) => format!("<= {}", short(most)),
+            Bound::AtLeast(least) => format!(">= {}", short(least)),
         };
         let verdict = match self.met {
             Some(true) => "met",
@@ -66,6 +66,12 @@ impl fmt::Display for Target {
             .map_or("-".to_owned(), |value| format!("{value:.2}"));
         write!(f, "  {:<40} {value:>9}  {bound:<9} {verdict}", self.what)
     }
+}
+
+/// At most two digits behind the point, and none that say nothing.
+fn short(bound: f64) -> String {
+    let text = format!("{bound:.2}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ const PERIOD: u8 = 5;
 pub struct Watch {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Result<Watched>>,
+    cpu_before: f64,
 }
 
 /// What was seen.
@@ -33,12 +34,15 @@ pub struct Watched {
     /// What the path had carried, and when (`CLOCK_MONOTONIC`).
     wire: Vec<(u64, Bytes)>,
     programs: Vec<Program>,
+    /// Seconds of CPU of everything that was started and has ended.
+    pub cpu_s: f64,
 }
 
 /// What one host spent.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Cost {
-    /// Seconds of CPU of all programs and their children.
+    /// Seconds of CPU of all programs and their children, in hundredths; a little is missing of programs whose end was
+    /// not seen. [`Watched::cpu_s`] is exact, but of both hosts.
     pub cpu_s: f64,
     /// The largest resident set of any one program.
     pub peak_rss_mib: f64,
@@ -71,15 +75,20 @@ impl Watch {
         });
         // An early end says so when the watch is ended.
         let _ = is_ready.recv();
-        Ok(Self { stop, thread })
+        Ok(Self {
+            stop,
+            thread,
+            cpu_before: programs::cpu_of_children(),
+        })
     }
 
     /// Stops watching.
     pub fn end(self) -> Result<Watched> {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread
-            .join()
-            .map_err(|_| anyhow!("the watch panicked"))?
+        let watched = self.thread.join();
+        let mut watched = watched.map_err(|_| anyhow!("the watch panicked"))??;
+        watched.cpu_s = programs::cpu_of_children() - self.cpu_before;
+        Ok(watched)
     }
 }
 
@@ -180,7 +189,7 @@ mod tests {
         // A slow start, 800 bytes in 80 ms, a slow end.
         let watched = Watched {
             wire: vec![wire(0, 0), wire(500, 100), wire(580, 900), wire(2000, 1000)],
-            programs: Vec::new(),
+            ..Watched::default()
         };
         assert_eq!(watched.rate(0, 0), Some(10_000.0));
         assert_eq!(watched.rate(0, 500), Some(5_000.0));

@@ -94,6 +94,8 @@ pub struct Felt {
     pub moved_ns: u64,
     /// Waits for pages, where the workload can tell.
     pub waits: Option<Percentiles>,
+    /// The same by powers of two of nanoseconds.
+    pub waits_log2: Vec<u64>,
     /// Pages touched per second while pages were missing.
     pub touches_per_s: Option<f64>,
     /// Percent of touched pages that were waited for.
@@ -201,6 +203,7 @@ fn toucher_felt(toucher: &Toucher) -> Result<Felt> {
         brownout: touches.then_some(touched.cutover + touched.missing_for),
         moved_ns,
         waits: touches.then(|| touched.waits.percentiles()),
+        waits_log2: touched.waits.by_power_of_two(),
         touches_per_s: touches.then_some(speed),
         network_faults: touches.then_some(share),
     })

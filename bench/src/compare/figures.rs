@@ -49,15 +49,18 @@ pub const FIGURES: [Figure; 17] = [
         run.network_faults_percent
     }),
     figure("touches", "touches per second", "", |run| run.touches_per_s),
-    figure("source_cpu", "CPU per GiB, source", "s", |run| {
-        Some(run.cpu_per_gib(run.source))
-    }),
-    figure("destination_cpu", "CPU per GiB, destination", "s", |run| {
-        Some(run.cpu_per_gib(run.destination))
-    }),
     figure("cpu", "CPU per GiB, both", "s", |run| {
-        Some(run.cpu_per_gib(run.source) + run.cpu_per_gib(run.destination))
+        Some(run.per_gib(run.cpu_s))
     }),
+    figure("source_cpu", "of it seen on the source", "s", |run| {
+        Some(run.per_gib(run.source.cpu_s))
+    }),
+    figure(
+        "destination_cpu",
+        "of it seen on the destination",
+        "s",
+        |run| Some(run.per_gib(run.destination.cpu_s)),
+    ),
     figure("source_rss", "peak RSS, source", "MiB", |run| {
         Some(run.source.peak_rss_mib)
     }),

@@ -59,7 +59,25 @@ fn comparison(table: &Comparison) -> String {
         )
         .expect("writing to a String does not fail");
     }
-    text + "</div>" + &targets("Targets", &table.targets)
+    text += "</div>";
+    text += &histogram(table);
+    text + &targets("Targets", &table.targets)
+}
+
+fn histogram(table: &Comparison) -> String {
+    let rows: Vec<_> = table
+        .peers
+        .iter()
+        .zip(&table.waits_log2)
+        .filter(|(_, counts)| !counts.is_empty())
+        .map(|(peer, counts)| (peer.title(), counts.clone(), peer.to_string()))
+        .collect();
+    match &svg::histogram(&rows)[..] {
+        "" => String::new(),
+        svg => {
+            format!("<figure><figcaption>Waits for pages, part of all</figcaption>{svg}</figure>")
+        }
+    }
 }
 
 fn targets(title: &str, targets: &[crate::targets::Target]) -> String {

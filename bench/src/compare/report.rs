@@ -46,6 +46,8 @@ pub struct Comparison {
     pub workload: Kind,
     pub peers: Vec<Peer>,
     pub rows: Vec<Row>,
+    /// Waits of all runs of each peer, by powers of two of nanoseconds.
+    pub waits_log2: Vec<Vec<u64>>,
     pub targets: Vec<Target>,
 }
 
@@ -153,7 +155,17 @@ impl Comparison {
                 values: values.iter().map(|values| Summary::of(values)).collect(),
             }
         });
+        let waits = |peer: &Peer| {
+            let mut sums = Vec::new();
+            for run in here().filter(|run| run.peer == *peer) {
+                sums.resize(run.waits_log2.len().max(sums.len()), 0);
+                let added = sums.iter_mut().zip(&run.waits_log2);
+                added.for_each(|(sum, count)| *sum += count);
+            }
+            sums
+        };
         let mut comparison = Self {
+            waits_log2: peers.iter().map(waits).collect(),
             path: path.to_owned(),
             workload,
             rows: rows.filter(Row::has_values).collect(),

@@ -55,10 +55,14 @@ pub struct Run {
     pub bulk_mib_s: Option<f64>,
     pub source: Cost,
     pub destination: Cost,
+    /// Seconds of CPU of both sides, exact.
+    pub cpu_s: f64,
     /// Programs that ended unseen, so that some of their CPU time is missing.
     pub unseen_ends: usize,
     /// Waits for pages, felt by the workload.
     pub waits: Option<Percentiles>,
+    /// Waits by powers of two of nanoseconds.
+    pub waits_log2: Vec<u64>,
     pub touches_per_s: Option<f64>,
     pub network_faults_percent: Option<f64>,
     /// Packets an emulated path delivered a millisecond late or more: the machine was too busy to emulate it.
@@ -94,6 +98,7 @@ impl Order {
             bulk_mib_s: rate.filter(|_| lazily).map(|rate| rate / MIB),
             source: watched.cost(Side::Source),
             destination: watched.cost(Side::Destination),
+            cpu_s: watched.cpu_s,
             unseen_ends: watched.unseen_ends(),
             late_packets: path.late_packets(),
             records: moved.ours.map(|ours| [ours.source, ours.destination]),
@@ -128,8 +133,10 @@ impl Order {
             bulk_mib_s: None,
             source: Cost::default(),
             destination: Cost::default(),
+            cpu_s: 0.0,
             unseen_ends: 0,
             waits: felt.waits,
+            waits_log2: felt.waits_log2.clone(),
             touches_per_s: felt.touches_per_s,
             network_faults_percent: felt.network_faults,
             late_packets: None,
@@ -139,9 +146,9 @@ impl Order {
 }
 
 impl Run {
-    /// Seconds of CPU for each GiB of memory, on one side.
-    pub fn cpu_per_gib(&self, cost: Cost) -> f64 {
-        cost.cpu_s * GIB / (self.resident_mib * MIB)
+    /// Seconds of CPU for each GiB of memory, when it was `cpu_s` for all of it.
+    pub fn per_gib(&self, cpu_s: f64) -> f64 {
+        cpu_s * GIB / (self.resident_mib * MIB)
     }
 }
 

@@ -9,6 +9,8 @@ const LABEL: f64 = 170.0;
 const VALUE: f64 = 90.0;
 const BAR: f64 = 16.0;
 const STEP: f64 = 24.0;
+/// Height of a row of a histogram.
+const ROW: f64 = 64.0;
 
 /// One bar for each of `bars`: its label, what it shows, and the class that colours it.
 pub fn bars(bars: &[(&str, Option<Summary>, String)]) -> String {
@@ -49,9 +51,76 @@ fn bar(value: &Summary, top: f64, middle: f64, text: f64, scale: f64, class: &st
     )
 }
 
+/// Times by powers of two of nanoseconds: one row of columns for each of `rows`, all to the same scale of parts.
+pub fn histogram(rows: &[(&str, Vec<u64>, String)]) -> String {
+    let used =
+        |of: fn(&[u64]) -> Option<usize>| rows.iter().filter_map(move |(_, counts, _)| of(counts));
+    let first = used(|counts| counts.iter().position(|count| *count > 0)).min();
+    let last = used(|counts| counts.iter().rposition(|count| *count > 0)).max();
+    let (Some(first), Some(last)) = (first, last) else {
+        return String::new();
+    };
+    let column = (WIDTH - LABEL) / (last - first + 1) as f64;
+    let height = ROW * rows.len() as f64 + 20.0;
+    let mut svg = format!(
+        r#"<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">"#
+    );
+    for (number, (label, counts, class)) in rows.iter().enumerate() {
+        let base = ROW * (number + 1) as f64;
+        svg += &format!(
+            r#"<text x="{}" y="{}" text-anchor="end">{label}</text>"#,
+            LABEL - 8.0,
+            base - 8.0
+        );
+        svg += &columns(counts, first, column, base, class);
+    }
+    for power in (first..=last).step_by(2) {
+        let x = LABEL + column * (power - first) as f64;
+        svg += &format!(
+            r#"<text x="{x:.1}" y="{}">{}</text>"#,
+            height - 4.0,
+            time(power)
+        );
+    }
+    svg + "</svg>"
+}
+
+fn columns(counts: &[u64], first: usize, column: f64, base: f64, class: &str) -> String {
+    let total = counts.iter().sum::<u64>().max(1) as f64;
+    let one = |(power, count): (usize, &u64)| {
+        let part = *count as f64 / total;
+        let height = part * (ROW - 6.0);
+        let (x, y) = (LABEL + column * (power - first) as f64, base - height);
+        let (width, percent) = (column - 1.0, part * 100.0);
+        format!(
+            r#"<rect class="{class}" x="{x:.1}" y="{y:.1}" width="{width:.1}" height="{height:.1}"><title>{percent:.2} % ({count})</title></rect>"#
+        )
+    };
+    let rows = counts.iter().enumerate().skip(first);
+    rows.filter(|(_, count)| **count > 0).map(one).collect()
+}
+
+/// The lower end of a power's range.
+fn time(power: usize) -> String {
+    let ns = 1_u64 << power;
+    match ns {
+        0..1_000 => format!("{ns}ns"),
+        1_000..1_000_000 => format!("{}us", ns / 1_000),
+        _ => format!("{}ms", ns / 1_000_000),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_histogram_begins_and_ends_where_there_is_something() {
+        let svg = histogram(&[("a", vec![0, 0, 3, 1], "ours".to_owned())]);
+        assert_eq!(svg.matches("<rect").count(), 2);
+        assert!(svg.contains("75.00 % (3)"), "{svg}");
+        assert_eq!(histogram(&[("a", vec![0, 0], "ours".to_owned())]), "");
+    }
 
     #[test]
     fn the_largest_bar_fills_the_width() {
