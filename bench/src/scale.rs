@@ -144,7 +144,7 @@ fn render(options: &ScaleOptions, report: &Report) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+mod test {
     use super::*;
 
     #[test]

@@ -62,7 +62,7 @@ impl Keys {
 }
 
 #[cfg(test)]
-mod tests {
+mod test {
     use super::*;
 
     fn most_frequent_of(mut keys: Keys) -> usize {

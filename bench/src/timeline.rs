@@ -77,7 +77,7 @@ impl Timeline {
 }
 
 #[cfg(test)]
-mod tests {
+mod test {
     use super::*;
 
     /// A timeline with as many things in each bucket as given.

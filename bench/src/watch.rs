@@ -177,7 +177,7 @@ impl Watched {
 }
 
 #[cfg(test)]
-mod tests {
+mod test {
     use super::*;
 
     #[test]

@@ -40,6 +40,16 @@ pub fn conditions(report: &Report) -> Vec<String> {
          size, and headers count once for each batch"
             .to_owned(),
     ];
+    let late: Vec<u64> = report
+        .runs
+        .iter()
+        .filter_map(|run| run.late_packets)
+        .collect();
+    if let Some(most) = late.iter().max() {
+        lines.push(format!(
+            "emulated paths: at most {most} packets of a move were delivered over a millisecond late"
+        ));
+    }
     let probed = report.paths.iter();
     lines.extend(probed.map(|path| format!("path {}: {}", path.path, path.measured)));
     lines
