@@ -3,11 +3,14 @@
 //! When the last copy of a descriptor closes, the kernel makes every missing page of its process read as zeros,
 //! silently (`userfaultfd_release` in `fs/userfaultfd.c`). With a second copy held here, a killed `lazy-restorer`
 //! only makes threads wait. The keeper does nothing else: it receives descriptors on standard input, and ends when
-//! it is told that the memory is whole, or when all the processes it holds descriptors of have ended.
+//! it is told that the memory is whole, or when all the processes it holds descriptors of have ended. In the latter
+//! case nobody else is left to remove the migration's directory.
 
+use std::fs;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 
 use nix::cmsg_space;
@@ -35,19 +38,25 @@ const MESSAGE_BYTES: usize = 5;
 pub struct Keeper {
     socket: UnixStream,
     child: Child,
+    released: bool,
 }
 
 impl Keeper {
-    /// Starts a keeper that holds nothing yet.
-    pub fn start() -> io::Result<Self> {
+    /// Starts a keeper that holds nothing yet, for the migration that has its files in `directory`.
+    pub fn start(directory: &Path) -> io::Result<Self> {
         let (socket, theirs) = UnixStream::pair()?;
         let child = Command::new("/proc/self/exe")
             .arg("keeper")
+            .arg(directory)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        Ok(Keeper { socket, child })
+        Ok(Keeper {
+            socket,
+            child,
+            released: false,
+        })
     }
 
     /// Another end of the same keeper, for another thread.
@@ -63,6 +72,7 @@ impl Keeper {
 
     /// The memory is whole, or nothing of it is left: the keeper lets go and ends.
     pub fn release(mut self) -> io::Result<()> {
+        self.released = true;
         send(&self.socket, RELEASE, 0, None)?;
         self.child.wait().map(drop)
     }
@@ -102,8 +112,18 @@ fn send(socket: &UnixStream, what: u8, pid: i32, fd: Option<RawFd>) -> io::Resul
     Ok(())
 }
 
+impl Drop for Keeper {
+    /// Without a word before it the end of the socket is our death to the keeper; this is not.
+    fn drop(&mut self) {
+        if !self.released {
+            let _ = send(&self.socket, RELEASE, 0, None);
+            let _ = self.child.wait();
+        }
+    }
+}
+
 /// The keeper's own life.
-pub fn run() -> ExitCode {
+pub fn run(directory: &Path) -> ExitCode {
     // Signals meant for the group of `lazy-restorer`, as from a terminal, must not end its keeper.
     let _ = setsid();
     // SAFETY: standard input is the socket `start` gave us, and nobody else here uses it.
@@ -113,7 +133,11 @@ pub fn run() -> ExitCode {
     match held.collect(&socket) {
         Ok(true) => {}
         // `lazy-restorer` is gone and the memory is not whole: threads wait for as long as there are any.
-        Ok(false) | Err(_) => held.wait_for_ends(),
+        Ok(false) | Err(_) => {
+            held.wait_for_ends();
+            // Nothing is left that could be told of a failure.
+            let _ = fs::remove_dir_all(directory);
+        }
     }
     ExitCode::SUCCESS
 }

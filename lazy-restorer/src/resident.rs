@@ -93,7 +93,7 @@ impl Resident {
     /// Starts the restore of a staged skeleton and everything that resolves its faults.
     pub async fn start(
         prepared: Prepared,
-        directory: TempDir,
+        (directory, keeper): (TempDir, Keeper),
         source: &Source,
         bulk: (SendStream, RecvStream),
         threads: &Threads,
@@ -106,7 +106,6 @@ impl Resident {
         let (memory, orders) = Memory::new(processes);
         let handovers = handover::listen(&plan.work())?;
         let gate = Gate::bind(&plan.gate())?;
-        let keeper = Keeper::start()?;
         let (report, failures) = mpsc::channel(FAILURES);
         let (requests, links) = mpsc::unbounded_channel();
         let orders = Orders {

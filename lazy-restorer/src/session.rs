@@ -28,6 +28,7 @@ use tokio::time::timeout;
 use crate::advise;
 use crate::connect::{ConnectPlan, Source, Threads, connect};
 use crate::gate::Held;
+use crate::keeper::Keeper;
 use crate::report::Record;
 use crate::resident::{Resident, ResidentError, Step, images_directory};
 use crate::restore::{Prepared, RestorePlan};
@@ -94,6 +95,7 @@ struct Migration<'a> {
 /// What the skeleton's phase ends with.
 struct Staged {
     directory: TempDir,
+    keeper: Keeper,
     bulk: (SendStream, RecvStream),
 }
 
@@ -125,6 +127,8 @@ impl Migration<'_> {
         let facts = self.advise(source).await?;
         let directory = host::staging_directory(self.plan.work_dir.as_deref())
             .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
+        let keeper =
+            Keeper::start(directory.path()).map_err(|error| self.fail(Failure::Internal, error))?;
         let prepared = self
             .restore_plan(&facts, &directory)
             .prepare()
@@ -133,7 +137,7 @@ impl Migration<'_> {
         self.send(source, &ToSource::Ready).await?;
         self.advance(Event::Ready)?;
         self.expect(source, ToDestination::Freezing).await?;
-        let staged = self.skeleton(source, directory).await?;
+        let staged = self.skeleton(source, (directory, keeper)).await?;
         let operator_facts = self.facts(source, None);
         let before = self.plan.before_restore.as_deref();
         let address_taken =
@@ -237,7 +241,7 @@ impl Migration<'_> {
     async fn skeleton(
         &mut self,
         source: &mut Source,
-        directory: TempDir,
+        (directory, keeper): (TempDir, Keeper),
     ) -> Result<Staged, SessionError> {
         let images = images_directory(&directory)
             .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
@@ -270,6 +274,7 @@ impl Migration<'_> {
         self.send(source, &ToSource::Staged).await?;
         Ok(Staged {
             directory,
+            keeper,
             bulk: (credits, pages),
         })
     }
@@ -298,7 +303,7 @@ impl Migration<'_> {
         self.advance(Event::Staged)?;
         let started = Resident::start(
             prepared,
-            staged.directory,
+            (staged.directory, staged.keeper),
             source,
             staged.bulk,
             &self.threads,

@@ -114,10 +114,10 @@ impl Serve {
             SessionError::new(failure, State::Hello, error)
         };
         check_privileges()?;
-        let workload = Workload::find(Pid::from_raw(self.pid))
-            .map_err(|error| fail(Failure::BadInput, &error))?;
         let identity =
             Identity::load(&self.identity).map_err(|error| fail(Failure::Identity, &error))?;
+        let workload = Workload::find(Pid::from_raw(self.pid))
+            .map_err(|error| fail(Failure::BadInput, &error))?;
         let criu =
             Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
         let token = self.token_file.as_deref().map(new_token).transpose()?;

@@ -4,7 +4,7 @@ use std::net::{SocketAddrV4, UdpSocket};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use tests::exit_code::{ABORTED_BY_PEER, CONNECTION, FREEZE, IDENTITY, RESTORE};
+use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, REFUSED, RESTORE};
 use tests::failure::{Bystander, expect_failure};
 use tests::harness::{self, Body, REDIS_MIGRATION, Test};
 use tests::pair::{PORT, PairPlan};
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
 fn no_destination_comes(rig: &Rig) -> Result<()> {
     let bystander = Bystander::start(rig)?;
     let mut plan = PairPlan::new(rig)?;
-    plan.server.extend(["--peer-timeout".into(), "1".into()]);
+    plan.server.extend(["--wait".into(), "1".into()]);
     let mut server = plan.start_server(rig, bystander.redis.pid())?;
     expect_failure(
         &mut server,
@@ -60,7 +60,7 @@ fn a_stranger_comes_first(rig: &Rig) -> Result<()> {
     let mut stranger = strangers_plan.start_restorer(rig)?;
     expect_failure(
         &mut stranger,
-        IDENTITY,
+        REFUSED,
         &["lazy-restorer: error:", "certificate"],
     )?;
     bystander.redis.assert_alive()?;
@@ -84,7 +84,7 @@ fn the_port_is_in_use(rig: &Rig) -> Result<()> {
     let mut server = PairPlan::new(rig)?.spawn_server(rig, bystander.redis.pid())?;
     expect_failure(
         &mut server,
-        CONNECTION,
+        BAD_INPUT,
         &["page-server: error:", &occupied.to_string(), "in use"],
     )?;
     bystander.assert_unharmed(rig)
@@ -117,7 +117,7 @@ fn criu_fails_to_restore(rig: &Rig) -> Result<()> {
         RESTORE,
         &[
             "lazy-restorer: error:",
-            "skeleton",
+            "listen",
             "the test wants this to fail",
         ],
     )?;
