@@ -85,7 +85,7 @@ fn the_port_is_in_use(rig: &Rig) -> Result<()> {
     expect_failure(
         &mut server,
         BAD_INPUT,
-        &["page-server: error:", &occupied.to_string(), "in use"],
+        &["page-server: error:", &PORT.to_string(), "in use"],
     )?;
     bystander.assert_unharmed(rig)
 }
