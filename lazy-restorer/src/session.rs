@@ -191,8 +191,14 @@ impl Migration<'_> {
     }
 
     async fn send(&self, source: &mut Source, message: &ToSource) -> Result<(), SessionError> {
-        let sent = source.control.send(message).await;
-        sent.map_err(|error| lost(self.state(), &error))
+        let Err(error) = source.control.send(message).await else {
+            return Ok(());
+        };
+        // A source that gave up said why before it closed.
+        match timeout(EXPLANATION, source.control.next()).await {
+            Ok(Ok(ToDestination::Abort(abort))) => Err(gave_up(self.state(), &abort)),
+            _ => Err(lost(self.state(), &error)),
+        }
     }
 
     async fn advise(&mut self, source: &mut Source) -> Result<WorkloadFacts, SessionError> {

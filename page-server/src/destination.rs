@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::control::{Control, ControlError};
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::images::ImagePid;
-use common::limits::{HANDSHAKE_TIMEOUT, MAX_LAZY_PAGES, MAX_PROCESSES};
+use common::limits::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, MAX_LAZY_PAGES, MAX_PROCESSES};
 use common::proto::control::{Abort, Hello, Secret, SessionId, ToDestination, ToSource, Welcome};
 use common::proto::version;
 use common::session::State;
@@ -211,6 +212,9 @@ impl Destination {
     }
 }
 
+/// Time a destination whose stream broke has to say why; a lost link shows within it.
+const LAST_WORD: Duration = IDLE_TIMEOUT.saturating_add(Duration::from_secs(1));
+
 /// Words of one process's bitmap at most.
 const MAX_MAP_WORDS: usize = (MAX_LAZY_PAGES / u64::BITS as u64) as usize;
 
@@ -258,14 +262,25 @@ impl Destination {
         SessionError::new(Failure::Peer, state, text)
     }
 
+    /// A stream broke, which looks like `error`. A destination that gave up says why on the control stream.
+    pub async fn explain(&mut self, state: State, error: SessionError) -> SessionError {
+        match timeout(LAST_WORD, self.control.next()).await {
+            Ok(Ok(ToSource::Abort(abort))) => self.gave_up(state, &abort),
+            Ok(Err(ended)) => lost(state, &ended),
+            _ => error,
+        }
+    }
+
     /// Sends a message.
     pub async fn send(
         &mut self,
         state: State,
         message: &ToDestination,
     ) -> Result<(), SessionError> {
-        let sent = self.control.send(message).await;
-        sent.map_err(|error| lost(state, &error))
+        match self.control.send(message).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.explain(state, lost(state, &error)).await),
+        }
     }
 
     /// Serves the demand stream as soon as the destination opens it.

@@ -33,6 +33,16 @@ pub enum TransferError {
     Skeleton(#[from] SkeletonError),
 }
 
+impl TransferError {
+    /// Whether the link, or the peer at its other end, ended it.
+    pub fn is_of_link(&self) -> bool {
+        matches!(
+            self,
+            TransferError::Link | TransferError::Skeleton(SkeletonError::Send(_))
+        )
+    }
+}
+
 impl From<WriteError> for TransferError {
     fn from(_: WriteError) -> Self {
         TransferError::Link
