@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use common::images::ImagePid;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
@@ -44,7 +45,8 @@ pub struct Resident {
     credits: Option<Credits>,
     /// End with the link they belong to.
     link_tasks: JoinSet<()>,
-    tasks: Vec<Pid>,
+    /// The root as the images number it, and as this host does.
+    root: (Option<ImagePid>, Option<Pid>),
     _directory: TempDir,
 }
 
@@ -96,7 +98,10 @@ impl Resident {
     ) -> Result<Self, ResidentError> {
         let plan = prepared.plan();
         fs::create_dir_all(plan.work())?;
-        let (memory, orders) = Memory::new(skeleton::processes(&plan.images())?);
+        let processes = skeleton::processes(&plan.images())?;
+        // The tree's image begins with its root.
+        let root = processes.first().map(|process| process.pid);
+        let (memory, orders) = Memory::new(processes);
         let handovers = handover::listen(&plan.work())?;
         let gate = Gate::bind(&plan.gate())?;
         let keeper = Keeper::start()?;
@@ -128,7 +133,7 @@ impl Resident {
             requests,
             credits: Some(link.credits),
             link_tasks: link.tasks,
-            tasks: Vec::new(),
+            root: (root, None),
             _directory: directory,
         })
     }
@@ -161,7 +166,9 @@ impl Resident {
             Some(Handover::Process { image, pid, uffd }) => {
                 let key = self.memory.attach(image, uffd)?;
                 self.keeper.watch(pid)?;
-                self.tasks.push(pid);
+                if self.root.0 == Some(image) {
+                    self.root.1 = Some(pid);
+                }
                 exits::watch(pid, key, self.memory.clone());
                 tracing::debug!(%image, %pid, "handed over");
             }
@@ -203,9 +210,9 @@ impl Resident {
         Ok(())
     }
 
-    /// PID of the restored root as this host numbers it: the first task CRIU restores.
+    /// PID of the restored root as this host numbers it. Tasks are handed over in any order.
     pub fn root(&self) -> Option<Pid> {
-        self.tasks.first().copied()
+        self.root.1
     }
 
     /// Kills CRIU and whatever it restored.
