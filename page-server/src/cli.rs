@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use common::criu::{CRIU_VARIABLE, Criu};
@@ -74,6 +75,9 @@ pub struct Serve {
     /// Write a one-time token to this file and require it of the destination
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// Give up when no destination has come within this time [default: wait until stopped]
+    #[arg(long, value_name = "SECONDS")]
+    wait: Option<u64>,
     /// Move established TCP connections too
     #[arg(long)]
     tcp_established: bool,
@@ -130,6 +134,7 @@ impl Serve {
             criu_args: self.criu_arg.clone(),
             tcp_established: self.tcp_established,
             shell_job: self.shell_job,
+            wait: self.wait.map(Duration::from_secs),
             token,
             work_dir: self.work_dir.clone(),
             on_frozen: self.on_frozen.clone(),

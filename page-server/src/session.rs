@@ -4,7 +4,7 @@
 //! nothing but the destination's word that its copy is dead does.
 
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
@@ -14,6 +14,7 @@ use common::proto::control::{Abort, Secret, SessionId, Tally, ToDestination, ToS
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
 use common::stop::StopSignal;
+use tokio::time::sleep;
 
 use crate::destination::{self, Destination, abort, unexpected};
 use crate::frame;
@@ -40,6 +41,8 @@ pub struct ServePlan {
     pub tcp_established: bool,
     /// The workload belongs to a shell's session.
     pub shell_job: bool,
+    /// How long to wait for the destination; forever when not given.
+    pub wait: Option<Duration>,
     /// One-time token that the destination must know.
     pub token: Option<Secret>,
     /// Where to put the migration's directory.
@@ -149,6 +152,7 @@ impl Migration<'_> {
         let admitted = destination::admit(listen, self.id, self.plan.token.as_ref());
         tokio::select! {
             destination = admitted => destination,
+            error = too_late(self.plan.wait) => Err(error),
             name = self.stop.wait() => Err(interrupted(State::Hello, name)),
         }
     }
@@ -259,6 +263,9 @@ impl Migration<'_> {
         destination.send(state, &ToDestination::Frozen).await?;
         match sending.await {
             Ok(Ok(push)) => Ok(push),
+            Ok(Err(error)) if error.is_of_link() => {
+                Err(destination.explain(state, failed(&error)).await)
+            }
             Ok(Err(error)) => Err(failed(&error)),
             Err(error) => Err(failed(&error)),
         }
@@ -539,6 +546,19 @@ async fn settle(destination: &mut Destination, workload: &FrozenWorkload) -> Res
     }
     book.begin_anew(lost_digest);
     Ok(())
+}
+
+/// The error for a destination that does not come in time; without a limit it never comes to that.
+async fn too_late(limit: Option<Duration>) -> SessionError {
+    let Some(limit) = limit else {
+        return std::future::pending().await;
+    };
+    sleep(limit).await;
+    let text = format!(
+        "no destination came within {} s; start lazy-restorer there, and check that it can reach both UDP ports",
+        limit.as_secs()
+    );
+    SessionError::new(Failure::Connection, State::Hello, text)
 }
 
 fn interrupted(state: State, signal: &str) -> SessionError {
