@@ -2,9 +2,20 @@
 
 mod compare;
 mod demo;
+mod fault;
+mod load;
 mod memory;
+mod path;
+mod peer;
+mod programs;
+mod scale;
+mod skew;
 mod stats;
 mod table;
+mod targets;
+mod timeline;
+mod watch;
+mod workload;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -24,8 +35,18 @@ struct Cli {
 enum Command {
     /// Moves a redis under a client that never disconnects, and checks every key.
     Demo(DemoOptions),
-    /// Moves the same workload by CRIU's own lazy-pages and by ours, in turns, and sets the times side by side.
-    Compare(CompareOptions),
+    /// Moves the same workload by CRIU and by ours, in turns and over several paths, and sets what it took side by side.
+    Compare(compare::CompareOptions),
+    /// Measures how long a workload waits for pages, with and without a push beside, and how fast that push is.
+    Fault(fault::FaultOptions),
+    /// Moves workloads of growing size, and shows what grows with them.
+    Scale(scale::ScaleOptions),
+    /// Lays paths between two hosts and measures whether they are what they claim: veth, 1g, rtt=10ms,loss=0.1%,rate=1g.
+    Path {
+        /// The paths.
+        #[arg(required = true)]
+        paths: Vec<tests::path::PathSpec>,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -41,29 +62,13 @@ struct DemoOptions {
     json: Option<PathBuf>,
 }
 
-#[derive(Debug, Args)]
-struct CompareOptions {
-    /// Memory redis holds, at least.
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
-    memory: u64,
-    /// Migrations by each of the two.
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    repeat: usize,
-    /// Commands the client issues per second; 0 for as many as it can.
-    #[arg(long, value_name = "N", default_value_t = 4000)]
-    rate: u32,
-    /// Measures only one of the two.
-    #[arg(long, value_name = "NAME")]
-    only: Option<compare::Contender>,
-    /// Writes every measurement and the summary to this file.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-}
-
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Compare(options) => compare::run(&options),
+        Command::Fault(options) => fault::run(&options),
+        Command::Scale(options) => scale::run(&options),
+        Command::Path { paths } => path::run(&paths),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

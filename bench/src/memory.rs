@@ -5,6 +5,10 @@ use std::num::NonZeroUsize;
 use anyhow::{Context, Result};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
+/// What reports say of it.
+pub const STATEMENT: &str =
+    "memory: warm, as much as the workload holds was touched and given back before each move";
+
 /// Touches `mib` of memory and gives it back, so that the destination's pages come from memory the machine has had
 /// before. On a virtual machine the first touch of a page may cost a trip to the hypervisor, many times the page's copy.
 pub fn warm(mib: u64) -> Result<()> {

@@ -1,5 +1,7 @@
 //! Medians and spreads of a handful of runs.
 
+use std::fmt;
+
 use serde::Serialize;
 
 /// Several measurements of the same thing.
@@ -26,6 +28,14 @@ impl Summary {
             f64::midpoint(sorted[middle - 1], sorted[middle])
         };
         Some(Self { median, min, max })
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let digits = usize::from(self.max < 100.0);
+        let Self { median, min, max } = self;
+        write!(f, "{median:.digits$} ({min:.digits$} to {max:.digits$})")
     }
 }
 

@@ -21,6 +21,9 @@ pub const MAX_PRESENT_WORDS: usize = 8192;
 /// (one bit per page) to 128 MiB.
 pub const MAX_LAZY_PAGES: u64 = 1 << 30;
 
+/// Pages pushed before the processes are there to take them: 32 MiB, for the destination keeps them.
+pub const MAX_EAGER_PAGES: u64 = 8192;
+
 /// Processes in one migrated tree.
 pub const MAX_PROCESSES: usize = 32 * 1024;
 

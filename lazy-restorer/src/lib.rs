@@ -10,7 +10,7 @@
 //! | [`resolver`] | what happens to every page: pure |
 //! | [`memory`], [`uffd`] | carrying that out under one lock |
 //! | [`fetch`], [`push`], [`pacing`] | demand, pushed pages, and the credit for them |
-//! | [`blocktime`], [`report`], [`cli`] | what is measured, and what the operator says and is told |
+//! | [`blocktime`], [`progress`], [`report`], [`cli`] | what is measured, and what the operator says and is told |
 
 pub mod advise;
 pub mod blocktime;
@@ -24,6 +24,7 @@ pub mod keeper;
 pub mod memory;
 pub mod nursery;
 pub mod pacing;
+pub mod progress;
 pub mod push;
 pub mod report;
 pub mod resident;

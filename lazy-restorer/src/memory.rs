@@ -7,7 +7,7 @@
 mod family;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::images::{DumpedVma, ImagePid};
@@ -59,7 +59,8 @@ pub struct Memory {
     families: HashMap<ImagePid, Mutex<LiveFamily>>,
     orders: mpsc::UnboundedSender<Order>,
     totals: Totals,
-    /// Signalled when the last owed page has come.
+    restored: AtomicBool,
+    /// Signalled when the last owed page has come, or the processes are restored.
     settled: Notify,
 }
 
@@ -110,6 +111,7 @@ impl Memory {
                 owed: AtomicU64::new(lazy),
                 ..Totals::default()
             },
+            restored: AtomicBool::new(false),
             settled: Notify::new(),
         };
         (Arc::new(memory), receiver)
@@ -135,6 +137,8 @@ impl Memory {
                 family.restored(&self.sink())?;
             }
         }
+        self.restored.store(true, Ordering::Release);
+        self.settled.notify_one();
         Ok(())
     }
 
@@ -218,9 +222,12 @@ impl Memory {
         }
     }
 
-    /// Waits until nothing is owed any more.
+    /// Waits until all processes are restored and nothing is owed to them any more.
     pub async fn settled(&self) {
-        while self.totals.owed.load(Ordering::Acquire) > 0 {
+        let is_settled = || {
+            self.restored.load(Ordering::Acquire) && self.totals.owed.load(Ordering::Acquire) == 0
+        };
+        while !is_settled() {
             self.settled.notified().await;
         }
     }

@@ -34,6 +34,8 @@ pub struct Resident {
     pub restore: Restore,
     /// The operator's `--on-resumed` command, while it runs.
     pub announced: Option<JoinHandle<()>>,
+    /// What failed while the tasks were let run, for whoever looks after them then.
+    pub failure: Option<ResidentError>,
     keeper: Keeper,
     gate: Gate,
     criu_ended: bool,
@@ -45,8 +47,8 @@ pub struct Resident {
     credits: Option<Credits>,
     /// End with the link they belong to.
     link_tasks: JoinSet<()>,
-    /// The root as the images number it, and as this host does.
-    root: (Option<ImagePid>, Option<Pid>),
+    root_image: Option<ImagePid>,
+    root: Option<Pid>,
     _directory: TempDir,
 }
 
@@ -99,8 +101,8 @@ impl Resident {
         let plan = prepared.plan();
         fs::create_dir_all(plan.work())?;
         let processes = skeleton::processes(&plan.images())?;
-        // The tree's image begins with its root.
-        let root = processes.first().map(|process| process.pid);
+        // Parents come before children.
+        let root_image = processes.first().map(|process| process.pid);
         let (memory, orders) = Memory::new(processes);
         let handovers = handover::listen(&plan.work())?;
         let gate = Gate::bind(&plan.gate())?;
@@ -123,6 +125,7 @@ impl Resident {
             memory,
             restore,
             announced: None,
+            failure: None,
             keeper,
             gate,
             criu_ended: false,
@@ -133,7 +136,8 @@ impl Resident {
             requests,
             credits: Some(link.credits),
             link_tasks: link.tasks,
-            root: (root, None),
+            root_image,
+            root: None,
             _directory: directory,
         })
     }
@@ -166,8 +170,8 @@ impl Resident {
             Some(Handover::Process { image, pid, uffd }) => {
                 let key = self.memory.attach(image, uffd)?;
                 self.keeper.watch(pid)?;
-                if self.root.0 == Some(image) {
-                    self.root.1 = Some(pid);
+                if self.root_image == Some(image) {
+                    self.root = Some(pid);
                 }
                 exits::watch(pid, key, self.memory.clone());
                 tracing::debug!(%image, %pid, "handed over");
@@ -210,9 +214,9 @@ impl Resident {
         Ok(())
     }
 
-    /// PID of the restored root as this host numbers it. Tasks are handed over in any order.
+    /// PID of the restored root as this host numbers it.
     pub fn root(&self) -> Option<Pid> {
-        self.root.1
+        self.root
     }
 
     /// Kills CRIU and whatever it restored.

@@ -137,6 +137,8 @@ impl RestorePlan {
             .env(SOCKET_VARIABLE, self.gate())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
+            // What lives as long as the workload must not hold on to our standard error; CRIU has its log.
+            .stderr(Stdio::null())
             .process_group(0);
         Ok(command)
     }

@@ -1,30 +1,32 @@
 //! One migration, from the destination's side: the phases in order.
 //!
 //! Up to [`State::Listen`] whatever fails leaves nothing behind here, and the source lets the workload run on. From
-//! [`State::Cutover`] on the workload is ours: nothing but its end, or every page being here, ends the session.
+//! [`State::Cutover`] on the workload is ours: nothing but its end, or every page being here, ends the session
+//! ([`postcopy`]).
+
+mod postcopy;
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use common::control::ControlError;
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
-use common::limits::{IDLE_TIMEOUT, MAX_PRESENT_WORDS, RECONNECT_PAUSE};
+use common::limits::IDLE_TIMEOUT;
 use common::operator::{self, Facts};
-use common::proto::control::{Abort, Present, ToDestination, ToSource, WorkloadFacts};
-use common::record::{Phases, unix_us};
+use common::proto::control::{Abort, ToDestination, ToSource, WorkloadFacts};
+use common::record::Phases;
 use common::session::{Event, Session, State};
 use common::stop::StopSignal;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 use crate::advise;
-use crate::connect::{ConnectPlan, Source, Threads, connect, reconnect};
-use crate::fetch::TransferError;
+use crate::connect::{ConnectPlan, Source, Threads, connect};
 use crate::gate::Held;
 use crate::report::Record;
 use crate::resident::{Resident, ResidentError, Step, images_directory};
@@ -69,6 +71,7 @@ pub async fn run(plan: &MigratePlan, record: &mut Record) -> Result<(), SessionE
         phases: Phases::start(State::Hello),
         stop,
         record,
+        copy_may_run: false,
     };
     let result = migration.perform().await;
     migration.record.phases = migration.phases.done().to_vec();
@@ -84,6 +87,8 @@ struct Migration<'a> {
     phases: Phases,
     stop: StopSignal,
     record: &'a mut Record,
+    /// The restored tasks were let run, and nothing says for certain that they did not.
+    copy_may_run: bool,
 }
 
 /// What the skeleton's phase ends with.
@@ -102,13 +107,15 @@ impl Migration<'_> {
         self.advance(Event::Welcomed)?;
         let result = self.migrate(&mut source).await;
         let last = match &result {
-            Err(error) if error.failure != Failure::Peer => Some(ToSource::Abort(Abort {
+            // A source that gave up before the point of no return knows all there is to know.
+            Err(error) if error.failure == Failure::Peer && error.state.source_may_thaw() => None,
+            Err(error) => Some(ToSource::Abort(Abort {
                 host: host::name(),
                 state: error.state,
                 text: error.text.clone(),
-                copy_is_dead: error.state.source_may_thaw() || error.failure == Failure::Restore,
+                copy_is_dead: !self.copy_may_run,
             })),
-            _ => None,
+            Ok(()) => None,
         };
         source.close(last).await;
         result
@@ -304,6 +311,7 @@ impl Migration<'_> {
         };
         match opened {
             Ok(()) => Ok(resident),
+            Err(error) if self.copy_may_run => Err(self.hold(error, resident).await),
             Err(error) => {
                 resident.abort().await;
                 Err(error)
@@ -338,195 +346,43 @@ impl Migration<'_> {
     ) -> Result<(), SessionError> {
         self.send(source, &ToSource::CutoverRequest).await?;
         self.advance(Event::CutoverAsked)?;
-        match source.control.next().await {
-            Ok(ToDestination::CutoverGranted) => {}
-            // Nothing has run yet, so whatever the source says or fails to say, our copy can be killed. The source
-            // however may have given the workload away: it is told that the copy is dead.
-            message => {
-                let message = understood(State::Cutover, message)?;
-                return Err(unexpected(State::Cutover, &message));
+        let state = self.state();
+        match understood(state, source.control.next().await) {
+            Ok(ToDestination::CutoverGranted) => self.advance(Event::CutoverGranted)?,
+            Ok(message) => return Err(unexpected(state, &message)),
+            // The source may have given the workload away; one that takes us back has.
+            Err(error) if error.failure == Failure::Connection => {
+                self.recover(source, resident, &error, Some(GRANT_TIMEOUT))
+                    .await?;
             }
+            Err(error) => return Err(error),
         }
-        let failed = |error: &dyn std::fmt::Display| {
-            SessionError::new(Failure::Restore, State::Cutover, error)
-        };
-        held.open().await.map_err(|error| failed(&error))?;
-        self.advance(Event::CutoverGranted)?;
+        self.copy_may_run = true;
+        let opened = held.open().await;
+        opened.map_err(|error| self.fail(Failure::Restore, error))?;
         // The sockets exist, and CRIU unlocks their network now: announcing takes about as long as it needs to let the
         // tasks run. The memory must not wait for the command either.
         let facts = self.facts(source, resident.root());
         resident.announced = Some(tokio::spawn(announce(self.plan.clone(), facts)));
+        self.until_resumed(resident).await
+    }
+
+    /// Waits until CRIU has let the tasks run. An error means that it killed them instead.
+    async fn until_resumed(&mut self, resident: &mut Resident) -> Result<(), SessionError> {
         loop {
-            match resident.next().await.map_err(|error| failed(&error))? {
-                Step::Resumed => return Ok(()),
-                Step::CriuEnded => {}
-                Step::Armed(_) => return Err(failed(&"CRIU waits at the gate again")),
-            }
-        }
-    }
-
-    /// The workload runs. Waits until it is whole.
-    async fn postcopy(
-        &mut self,
-        source: &mut Source,
-        mut resident: Resident,
-    ) -> Result<(), SessionError> {
-        self.record.resumed_at_unix_us = unix_us(SystemTime::now());
-        let mut whole = match source.control.send(&ToSource::Resumed).await {
-            Ok(()) => self.until_whole(source, &mut resident).await,
-            Err(error) => Err(lost(self.state(), &error)),
-        };
-        while let Err(error) = &whole
-            && error.failure == Failure::Connection
-        {
-            whole = match self.recover(source, &mut resident, error).await {
-                Ok(()) => self.until_whole(source, &mut resident).await,
-                Err(error) => Err(error),
-            };
-        }
-        self.record.count(&resident.memory);
-        let announced = resident.announced.take();
-        if let Err(error) = whole {
-            return Err(self.hold(error, resident).await);
-        }
-        resident.let_go();
-        match announced {
-            Some(announced) => announced
-                .await
-                .map_err(|error| self.fail(Failure::Internal, error)),
-            None => Ok(()),
-        }
-    }
-
-    /// The link is lost: threads that touch a missing page wait while we try to reach the source again.
-    async fn recover(
-        &mut self,
-        source: &mut Source,
-        resident: &mut Resident,
-        error: &SessionError,
-    ) -> Result<(), SessionError> {
-        eprintln!(
-            "lazy-restorer: {error}; the workload runs on as far as its memory is here, trying to reconnect"
-        );
-        self.advance(Event::LinkLost)?;
-        let mut pause = RECONNECT_PAUSE.0;
-        let whole_since = Instant::now();
-        *source = loop {
-            match reconnect(&self.plan.connect, &self.threads, &source.welcome).await {
-                Ok(source) => break source,
-                Err(error) if error.failure != Failure::Connection => {
-                    return Err(self.fail(Failure::Lost, error.text));
+            match resident.next().await {
+                Ok(Step::Resumed) => return Ok(()),
+                Ok(Step::CriuEnded | Step::Armed(_)) => {}
+                Err(ResidentError::Restore(error)) => {
+                    // CRIU lets tasks run in its very last step; failing before, it has killed them.
+                    self.copy_may_run = false;
+                    return Err(self.fail(Failure::Restore, error));
                 }
-                Err(error) => tracing::info!(%error, "not yet"),
-            }
-            let owed = resident.memory.counts().owed;
-            if owed == 0 && whole_since.elapsed() > ACKNOWLEDGEMENT_TIMEOUT {
-                return Err(self.fail(
-                    Failure::Lost,
-                    "the source cannot be told that every page is here",
-                ));
-            }
-            tokio::select! {
-                () = sleep(pause) => {}
-                name = self.stop.wait() => tracing::warn!(owed, "{name} ignored: the workload still needs the source"),
-            }
-            pause = (pause * 2).min(RECONNECT_PAUSE.1);
-        };
-        self.advance(Event::Reconnected)?;
-        self.tell_present(source, resident).await?;
-        let resumed = resident.reconnect(source, &self.threads).await;
-        resumed.map_err(|error| self.fail(Failure::Connection, error))?;
-        eprintln!("lazy-restorer: reconnected");
-        self.advance(Event::Settled).map(drop)
-    }
-
-    /// Tells the source which pages have come.
-    async fn tell_present(
-        &mut self,
-        source: &mut Source,
-        resident: &Resident,
-    ) -> Result<(), SessionError> {
-        for (pid, words) in resident.memory.received() {
-            for (index, words) in words.chunks(MAX_PRESENT_WORDS).enumerate() {
-                let present = Present {
-                    pid,
-                    first_word: (index * MAX_PRESENT_WORDS) as u64,
-                    words: words.to_vec(),
-                };
-                self.send(source, &ToSource::Present(present)).await?;
-            }
-        }
-        self.send(source, &ToSource::PresentEnd).await
-    }
-
-    async fn until_whole(
-        &mut self,
-        source: &mut Source,
-        resident: &mut Resident,
-    ) -> Result<(), SessionError> {
-        if self.plan.push {
-            resident.begin_push(source, &self.threads);
-        }
-        let memory = resident.memory.clone();
-        loop {
-            tokio::select! {
-                () = memory.settled() => break,
-                step = resident.next() => if let Err(error) = step {
-                    return Err(self.resident_failed(source, error).await);
-                },
-                message = source.control.next() => {
-                    let message = understood(self.state(), message)?;
-                    return Err(unexpected(self.state(), &message));
-                }
-                name = self.stop.wait() => {
-                    let counts = memory.counts();
-                    tracing::warn!(?counts, "{name} ignored: the workload needs pages that are still on the source");
+                Err(error) => {
+                    resident.failure = Some(error);
+                    return Ok(());
                 }
             }
-        }
-        self.advance(Event::AllPresent)?;
-        self.send(source, &ToSource::Drained(memory.tally()))
-            .await?;
-        let message = understood(self.state(), source.control.next().await)?;
-        if message != ToDestination::Complete {
-            return Err(unexpected(self.state(), &message));
-        }
-        self.advance(Event::Agreed)
-    }
-
-    /// The restore or a stream failed: of the link, which the control stream explains better, or for good.
-    async fn resident_failed(&mut self, source: &mut Source, error: ResidentError) -> SessionError {
-        match error {
-            ResidentError::Transfer(TransferError::Link) => {}
-            ResidentError::Transfer(error) => return self.fail(Failure::Peer, error),
-            error => return self.fail(Failure::Restore, error),
-        }
-        match timeout(EXPLANATION, source.control.next()).await {
-            Ok(Err(error)) => lost(self.state(), &error),
-            Ok(Ok(ToDestination::Abort(abort))) => gave_up(self.state(), &abort),
-            Ok(Ok(message)) => unexpected(self.state(), &message),
-            Err(_) => self.fail(
-                Failure::Peer,
-                "the source ended a stream of pages too early",
-            ),
-        }
-    }
-
-    /// There is no way on. Holds the workload's memory: threads that touch a missing page wait, and never read zeros.
-    async fn hold(&mut self, error: SessionError, resident: Resident) -> SessionError {
-        if resident.memory.counts().owed == 0 {
-            // Whole, only not acknowledged: the workload needs nothing from anyone any more.
-            resident.let_go();
-            return error;
-        }
-        eprintln!(
-            "lazy-restorer: error: destination host {}, {error}; the workload runs here, but threads that touch a \
-             missing page wait; kill the workload to give it up",
-            host::name()
-        );
-        loop {
-            self.stop.wait().await;
-            tracing::warn!("still holding the memory of the workload");
         }
     }
 
@@ -553,8 +409,8 @@ async fn announce(plan: MigratePlan, facts: Facts) {
     }
 }
 
-/// Time to try to tell the source that every page is here; the workload does not need it any more.
-const ACKNOWLEDGEMENT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Time to try to learn whether the source has given the workload away; killing our copy, which never ran, is safe.
+const GRANT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Time in which the control stream may explain better why another stream broke.
 const EXPLANATION: Duration = Duration::from_millis(500);

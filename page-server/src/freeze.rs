@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use common::criu::{Criu, log_time, quote_errors};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::Pid;
 use tokio::io::AsyncWriteExt;
@@ -23,7 +23,8 @@ use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 use crate::hook::{ON_THAWED_VARIABLE, SOCKET_VARIABLE, Verdict};
-use crate::workload::Workload;
+use crate::network_lock;
+use crate::workload::{Workload, signal_all};
 
 /// Time CRIU has to let tasks go, or to kill them.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -227,11 +228,16 @@ impl Frozen {
             Ok(()) => self.wait().await,
             Err(error) => Err(error),
         };
-        // CRIU killed them unless it died before; stopped tasks must not outlive the migration either way.
-        signal_all(&self.tasks, Signal::SIGKILL);
-        match ended? {
-            status if status.success() => Ok(()),
-            status => Err(self.plan.dump_error(status)),
+        // CRIU keeps the connections locked so that none is reset when its sockets die; that is done now, and a lock
+        // left behind would silence the same connections should the workload ever come back here.
+        network_lock::remove(&self.plan.log());
+        match ended {
+            Ok(status) if status.success() => Ok(()),
+            ended => {
+                // CRIU has died and killed nobody: they stand still by the stop that waited for this, as themselves.
+                signal_all(&self.tasks, Signal::SIGKILL);
+                Err(self.plan.dump_error(ended?))
+            }
         }
     }
 
@@ -268,14 +274,6 @@ fn dead_page_server() -> nix::Result<OwnedFd> {
     )?;
     fcntl(&page_server, FcntlArg::F_SETFD(FdFlag::empty()))?;
     Ok(page_server)
-}
-
-fn signal_all(tasks: &[Pid], signal: Signal) {
-    for task in tasks {
-        if let Err(error) = kill(*task, signal) {
-            tracing::debug!(%task, %signal, %error, "signal");
-        }
-    }
 }
 
 /// When CRIU seized the first task, from the times in its log, which count from its start.

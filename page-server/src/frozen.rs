@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use common::images::{DumpedProcess, ImagePid, ReadImagesError, read_processes};
+use common::limits::MAX_EAGER_PAGES;
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::book::Book;
 use crate::freeze::{FreezeError, FreezePlan, Frozen};
 use crate::memory::{FrozenProcesses, MemoryError, PageSource};
-use crate::pending::Pending;
+use crate::pending::{Pending, Run};
 use crate::skeleton::eager_runs;
 
 /// A frozen workload that can be served.
@@ -85,7 +86,16 @@ fn open(frozen: &Frozen) -> Result<(FrozenProcesses, Book), TakeError> {
     let dumped = read_processes(&plan.images())?;
     let pids = plan.workload.by_image_pid();
     let source = FrozenProcesses::open(located(&dumped, &pids)?)?;
-    let eager: Vec<_> = dumped.iter().flat_map(eager_runs).collect();
+    let mut pages = 0;
+    let within_limit = |run: &Run| {
+        pages += run.pages.count;
+        pages <= MAX_EAGER_PAGES
+    };
+    let eager: Vec<_> = dumped
+        .iter()
+        .flat_map(eager_runs)
+        .take_while(within_limit)
+        .collect();
     let pending = Pending::new(
         dumped
             .into_iter()

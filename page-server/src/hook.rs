@@ -13,12 +13,20 @@ use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+use crate::workload;
+
 /// Names the socket of the waiting `page-server`; set for CRIU and inherited by its scripts.
 pub const SOCKET_VARIABLE: &str = "POSTCOPY_HOOK_SOCKET";
 /// The operator's `--on-thawed` command, for the case that nobody else is left to run it.
 pub const ON_THAWED_VARIABLE: &str = "POSTCOPY_HOOK_ON_THAWED";
 /// Set by CRIU: what the script is called for.
 const ACTION_VARIABLE: &str = "CRTOOLS_SCRIPT_ACTION";
+
+/// Set by CRIU: the root task, as this host numbers it.
+const ROOT_VARIABLE: &str = "CRTOOLS_INIT_PID";
 
 /// Pause between attempts to reach a restarted `page-server`.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
@@ -110,6 +118,11 @@ fn thaw_alone() -> u8 {
             .env("POSTCOPY_PHASE", "aborted")
             .stdin(Stdio::null())
             .status();
+    }
+    let root = env::var(ROOT_VARIABLE).ok();
+    if let Some(root) = root.and_then(|root| root.parse().ok()) {
+        // `page-server` may have stopped them, against CRIU's death; that stop would outlive the freeze.
+        workload::signal_tree(Pid::from_raw(root), Signal::SIGCONT);
     }
     1
 }

@@ -3,7 +3,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`session`] | the phases in order |
-//! | [`workload`], [`freeze`], [`frozen`], [`hook`] | who is moved, and CRIU's hold on them |
+//! | [`workload`], [`freeze`], [`frozen`], [`hook`], [`network_lock`] | who is moved, and CRIU's hold on them |
 //! | [`listen`], [`destination`] | the two ports, and the one destination that was let in |
 //! | [`skeleton`] | CRIU's images on their way |
 //! | [`pending`], [`push_order`], [`book`] | what is owed, and in which order it is pushed |
@@ -21,6 +21,7 @@ pub mod hook;
 pub mod identity_command;
 pub mod listen;
 pub mod memory;
+pub mod network_lock;
 pub mod pending;
 pub mod push;
 pub mod push_order;

@@ -230,7 +230,8 @@ impl Migration<'_> {
         self.advance(Event::Staged)?;
         let credits = destination.take_credits();
         transfer.spawn(listen.bulk.thread.handle(), push.all(credits));
-        self.await_restore(destination, workload).await?;
+        self.await_restore(destination, workload, &mut transfer)
+            .await?;
         self.advance(Event::CutoverAsked)?;
         // Told to the hook before it is told to the destination: from here on our death must not thaw the workload.
         let committed = workload.frozen.commit().await;
@@ -276,9 +277,11 @@ impl Migration<'_> {
         &mut self,
         destination: &mut Destination,
         workload: &mut FrozenWorkload,
+        transfer: &mut Transfer,
     ) -> Result<(), SessionError> {
         let state = self.state();
         tokio::select! {
+            error = transfer.failed() => Err(SessionError::new(Failure::Freeze, state, error)),
             asked = self.expect(destination, ToSource::CutoverRequest) => asked,
             error = workload.frozen.lost() => Err(SessionError::new(Failure::Freeze, state, error)),
         }
@@ -512,10 +515,10 @@ impl Migration<'_> {
             .send(self.state(), &ToDestination::Complete)
             .await?;
         self.advance(Event::Agreed)?;
-        workload
-            .release()
-            .await
-            .map_err(|error| self.fail(Failure::Internal, error))
+        if let Err(error) = workload.release().await {
+            tracing::warn!(%error, "the frozen original is killed nevertheless");
+        }
+        Ok(())
     }
 }
 

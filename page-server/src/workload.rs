@@ -7,6 +7,7 @@ use common::host;
 use common::images::ImagePid;
 use common::page::{PAGE_SIZE, bytes_to_pages};
 use common::proto::control::WorkloadFacts;
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::Process;
 
@@ -103,24 +104,8 @@ impl Workload {
             .map_or_else(|_| String::from("?"), |name| name.trim().to_owned())
     }
 
-    /// The root and all its descendants at this moment.
     fn processes(&self) -> Vec<Process> {
-        let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
-        let all = procfs::process::all_processes().into_iter().flatten();
-        for process in all.flatten() {
-            if let Ok(stat) = process.stat() {
-                children.entry(stat.ppid).or_default().push(stat.pid);
-            }
-        }
-        let mut tree = vec![self.root.as_raw()];
-        let mut next = 0;
-        while let Some(pid) = tree.get(next) {
-            tree.extend(children.get(pid).into_iter().flatten().copied());
-            next += 1;
-        }
-        tree.into_iter()
-            .filter_map(|pid| Process::new(pid).ok())
-            .collect()
+        tree(self.root)
     }
 
     /// The tree's processes by the PID their images carry: the one of their own PID namespace.
@@ -135,6 +120,42 @@ impl Workload {
     pub fn pids(&self) -> Vec<Pid> {
         let processes = self.processes();
         processes.iter().map(|p| Pid::from_raw(p.pid)).collect()
+    }
+}
+
+/// A process and all its descendants at this moment.
+fn tree(root: Pid) -> Vec<Process> {
+    let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
+    let all = procfs::process::all_processes().into_iter().flatten();
+    for process in all.flatten() {
+        if let Ok(stat) = process.stat() {
+            children.entry(stat.ppid).or_default().push(stat.pid);
+        }
+    }
+    let mut tree = vec![root.as_raw()];
+    let mut next = 0;
+    while let Some(pid) = tree.get(next) {
+        tree.extend(children.get(pid).into_iter().flatten().copied());
+        next += 1;
+    }
+    tree.into_iter()
+        .filter_map(|pid| Process::new(pid).ok())
+        .collect()
+}
+
+/// Sends a signal to a process and all its descendants.
+pub fn signal_tree(root: Pid, signal: Signal) {
+    for process in tree(root) {
+        signal_all(&[Pid::from_raw(process.pid)], signal);
+    }
+}
+
+/// Sends a signal to processes; those that are gone do not matter.
+pub fn signal_all(tasks: &[Pid], signal: Signal) {
+    for task in tasks {
+        if let Err(error) = kill(*task, signal) {
+            tracing::debug!(%task, %signal, %error, "signal");
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! The choreography is as tight as a careful operator's script can make it: the daemon starts while the address
 //! moves, images need no copy (both hosts share the directory), logs are at the default level.
 
+use std::ffi::OsString;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -13,6 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 use serde::Serialize;
 
+use crate::identity::Identities;
 use crate::process::Process;
 use crate::rig::Rig;
 use crate::sysctl::Sysctl;
@@ -70,10 +72,26 @@ impl BaselineHome {
             init,
         })
     }
+
+    /// Its first process.
+    pub(crate) fn init(&self) -> Pid {
+        self.init
+    }
 }
 
 /// Moves the tree under `pid` from the source of `rig` to `home`, with the service address.
 pub fn migrate(rig: &Rig, home: &BaselineHome, criu: &Path, pid: Pid) -> Result<BaselineRecord> {
+    migrate_with(rig, home, criu, pid, None)
+}
+
+/// The same, with pages going over TLS between hosts that have `identities`.
+pub fn migrate_with(
+    rig: &Rig,
+    home: &BaselineHome,
+    criu: &Path,
+    pid: Pid,
+    identities: Option<&Identities>,
+) -> Result<BaselineRecord> {
     let _pipes = Sysctl::raise("fs/pipe-max-size", PIPE_BYTES)?;
     let images = rig.make_folder("baseline-images")?;
     let run = Run {
@@ -81,6 +99,7 @@ pub fn migrate(rig: &Rig, home: &BaselineHome, criu: &Path, pid: Pid) -> Result<
         home,
         criu,
         images,
+        identities,
         started: Instant::now(),
     };
     run.go(pid).with_context(|| run.errors())
@@ -91,6 +110,7 @@ struct Run<'a> {
     home: &'a BaselineHome,
     criu: &'a Path,
     images: PathBuf,
+    identities: Option<&'a Identities>,
     started: Instant,
 }
 
@@ -135,6 +155,7 @@ impl Run<'_> {
             "--lazy-pages",
         ]);
         command.args(["--address", "0.0.0.0", "--port", PORT, "--tcp-established"]);
+        command.args(tls(self.identities.map(|both| &both.source)));
         self.complete(command)
     }
 
@@ -152,6 +173,7 @@ impl Run<'_> {
             "--port",
             PORT,
         ]);
+        command.args(tls(self.identities.map(|both| &both.destination)));
         self.complete(command)
     }
 
@@ -194,6 +216,21 @@ impl Run<'_> {
         }
         text
     }
+}
+
+fn tls(identity: Option<&PathBuf>) -> Vec<OsString> {
+    let Some(folder) = identity else {
+        return Vec::new();
+    };
+    let mut arguments: Vec<OsString> = vec!["--tls".into(), "--tls-no-cn-verify".into()];
+    for (option, file) in [
+        ("--tls-cacert", "ca.pem"),
+        ("--tls-cert", "host.pem"),
+        ("--tls-key", "host.key"),
+    ] {
+        arguments.extend([option.into(), folder.join(file).into()]);
+    }
+    arguments
 }
 
 /// A CRIU command that says when it is ready and goes on.

@@ -40,6 +40,14 @@ pub fn is_frozen(pid: Pid) -> bool {
         .any(|thread| matches!(state_of_thread(pid, thread), Some('t' | 'T')))
 }
 
+/// Whether any thread of the process waits for somebody to resolve its page fault.
+pub fn waits_for_page(pid: Pid) -> bool {
+    threads(pid).into_iter().any(|thread| {
+        fs::read_to_string(format!("/proc/{pid}/task/{thread}/wchan"))
+            .is_ok_and(|place| place.contains("handle_userfault"))
+    })
+}
+
 /// The process's name, as in `ps`.
 pub fn name(pid: Pid) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm"))

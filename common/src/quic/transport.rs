@@ -1,4 +1,4 @@
-//! Transport settings; what they rest on was measured (docs/limits, section 3).
+//! Transport settings; what they rest on was measured on loopback, see `docs/decisions/0001-*`.
 
 use std::sync::Arc;
 use std::time::Duration;

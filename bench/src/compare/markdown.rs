@@ -1,0 +1,90 @@
+//! The report for people who read text.
+
+use std::fmt::Write;
+
+use super::report::{Comparison, Report, Row};
+
+/// The whole report as Markdown.
+pub fn render(report: &Report) -> String {
+    let mut text = String::new();
+    write_all(&mut text, report).expect("writing to a String does not fail");
+    text
+}
+
+fn write_all(text: &mut String, report: &Report) -> std::fmt::Result {
+    writeln!(text, "\n# Moving {} MiB\n", report.memory_mib)?;
+    for line in conditions(report) {
+        writeln!(text, "- {line}")?;
+    }
+    for table in &report.tables {
+        writeln!(text, "\n## {} over {}\n", table.workload, table.path)?;
+        write_table(text, table)?;
+        write_targets(text, &table.targets)?;
+    }
+    write_targets(text, &report.across)?;
+    for failure in &report.failures {
+        writeln!(text, "\nfailed: {failure}")?;
+    }
+    Ok(())
+}
+
+/// Under which conditions all of it was measured.
+pub fn conditions(report: &Report) -> Vec<String> {
+    let mut lines = vec![
+        "median (smallest to largest; number of moves), peers in turns on one machine, first in turn changing"
+            .to_owned(),
+        report.memory.to_owned(),
+        format!("{} commands or touches per second (0: as many as possible)", report.rate),
+        format!("TCP of CRIU and of copies: the kernel's, congestion control {}", report.tcp),
+        "wire bytes by the source's device: on a path that is not emulated, packets leave it before they are cut to \
+         size, and headers count once for each batch"
+            .to_owned(),
+    ];
+    let late: Vec<u64> = report
+        .runs
+        .iter()
+        .filter_map(|run| run.late_packets)
+        .collect();
+    if let Some(most) = late.iter().max() {
+        lines.push(format!(
+            "emulated paths: at most {most} packets of a move were delivered over a millisecond late"
+        ));
+    }
+    let probed = report.paths.iter();
+    lines.extend(probed.map(|path| format!("path {}: {}", path.path, path.measured)));
+    lines
+}
+
+fn write_table(text: &mut String, table: &Comparison) -> std::fmt::Result {
+    let titles: Vec<&str> = table.peers.iter().map(|peer| peer.title()).collect();
+    writeln!(text, "| | {} |", titles.join(" | "))?;
+    writeln!(text, "| --- |{}", " ---: |".repeat(titles.len()))?;
+    for row in &table.rows {
+        let name = match row.figure.unit {
+            "" => row.figure.title.to_owned(),
+            unit => format!("{}, {unit}", row.figure.title),
+        };
+        writeln!(text, "| {name} | {} |", cells(row).join(" | "))?;
+    }
+    writeln!(text)
+}
+
+fn cells(row: &Row) -> Vec<String> {
+    let cell = |(value, count): (&Option<crate::stats::Summary>, &usize)| {
+        value.map_or("-".to_owned(), |of| {
+            format!("{}; {count})", of.to_string().trim_end_matches(')'))
+        })
+    };
+    row.values.iter().zip(&row.counts).map(cell).collect()
+}
+
+fn write_targets(text: &mut String, targets: &[crate::targets::Target]) -> std::fmt::Result {
+    if targets.is_empty() {
+        return Ok(());
+    }
+    writeln!(text, "\n```")?;
+    for target in targets {
+        writeln!(text, "{target}")?;
+    }
+    writeln!(text, "```")
+}

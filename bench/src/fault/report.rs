@@ -1,0 +1,249 @@
+//! What the runs of `bench fault` come to.
+
+use std::fmt;
+
+use serde::Serialize;
+use tests::latency::{Latencies, Percentiles};
+use tests::touch::Pattern;
+
+use super::run::Run;
+use super::{Case, FaultOptions};
+use crate::peer::Peer;
+use crate::stats::Summary;
+use crate::table::Table;
+use crate::targets::{Bound, Target};
+
+/// Everything that goes to the JSON file.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    memory_mib: u64,
+    touches_per_second: u64,
+    pattern: &'static str,
+    memory: &'static str,
+    paths: Vec<OnePath>,
+    runs: Vec<Run>,
+}
+
+/// The runs over one path.
+#[derive(Debug, Serialize)]
+struct OnePath {
+    path: String,
+    rows: Vec<Row>,
+    targets: Vec<Target>,
+}
+
+/// All runs of one kind.
+#[derive(Debug, Serialize)]
+struct Row {
+    case: Case,
+    runs: usize,
+    /// Waits of all runs together.
+    waits: Percentiles,
+    waits_log2: Vec<u64>,
+    /// The median of each run's, and their spread.
+    p50_us: Option<Summary>,
+    p99_us: Option<Summary>,
+    network_faults_percent: Option<Summary>,
+    touches_per_s: Option<Summary>,
+    bulk_mib_s: Option<Summary>,
+    total_ms: Option<Summary>,
+    cutover_ms: Option<Summary>,
+}
+
+impl Report {
+    /// Puts the runs together.
+    pub fn new(options: &FaultOptions, runs: Vec<Run>) -> Self {
+        let paths = options
+            .path
+            .iter()
+            .map(|spec| OnePath::of(&spec.to_string(), &runs))
+            .collect();
+        Self {
+            memory_mib: options.memory,
+            touches_per_second: options.rate,
+            pattern: if options.scan { "scan" } else { "random" },
+            memory: crate::memory::STATEMENT,
+            paths,
+            runs,
+        }
+    }
+}
+
+impl OnePath {
+    fn of(path: &str, runs: &[Run]) -> Self {
+        let mut cases: Vec<Case> = Vec::new();
+        let here: Vec<&Run> = runs.iter().filter(|run| run.path == path).collect();
+        for run in &here {
+            if !cases.contains(&run.case) {
+                cases.push(run.case);
+            }
+        }
+        cases.sort_by_key(|case| (case.peer == Peer::Ours, case.push, case.pattern as u8));
+        let rows: Vec<Row> = cases
+            .into_iter()
+            .map(|case| Row::of(case, here.iter().copied().filter(|run| run.case == case)))
+            .collect();
+        let targets = Targets { rows: &rows }.all();
+        Self {
+            path: path.to_owned(),
+            rows,
+            targets,
+        }
+    }
+}
+
+impl Row {
+    fn of<'a>(case: Case, runs: impl Iterator<Item = &'a Run>) -> Self {
+        let runs: Vec<&Run> = runs.collect();
+        let touches = case.pattern != Pattern::Still;
+        let mut all = Latencies::default();
+        runs.iter().for_each(|run| all.merge(&run.latencies));
+        let summary = |value: &dyn Fn(&Run) -> Option<f64>| {
+            let values: Vec<f64> = runs.iter().filter_map(|run| value(run)).collect();
+            Summary::of(&values)
+        };
+        Self {
+            case,
+            runs: runs.len(),
+            waits: all.percentiles(),
+            waits_log2: all.by_power_of_two(),
+            p50_us: summary(&|run| touches.then_some(run.waits.p50_us)),
+            p99_us: summary(&|run| touches.then_some(run.waits.p99_us)),
+            network_faults_percent: summary(&|run| run.network_faults().filter(|_| case.push)),
+            touches_per_s: summary(&|run| touches.then_some(run.touches_per_s)),
+            bulk_mib_s: summary(&|run| run.bulk_mib_s),
+            total_ms: summary(&|run| run.total_ms),
+            cutover_ms: summary(&|run| Some(run.cutover_ms)),
+        }
+    }
+}
+
+struct Targets<'a> {
+    rows: &'a [Row],
+}
+
+impl Targets<'_> {
+    fn all(&self) -> Vec<Target> {
+        let idle = self.row(Peer::Ours, true, false);
+        let loaded = self.row(Peer::Ours, true, true);
+        let still = self.row(Peer::Ours, false, true);
+        let criu = self.row(Peer::Criu, true, true);
+        let criu_still = self.row(Peer::Criu, false, true);
+        let p50 = |row: Option<&Row>| row?.p50_us.map(|of| of.median);
+        let p99 = |row: Option<&Row>| row?.p99_us.map(|of| of.median);
+        let bulk = |row: Option<&Row>| row?.bulk_mib_s.map(|of| of.median);
+        let faults = loaded.and_then(|row| row.network_faults_percent);
+        let most = Bound::AtMost;
+        vec![
+            Target::ratio(
+                "fault p50, loaded over idle",
+                p50(loaded),
+                p50(idle),
+                most(1.5),
+            ),
+            Target::ratio(
+                "fault p99, loaded over idle",
+                p99(loaded),
+                p99(idle),
+                most(2.0),
+            ),
+            Target::ratio(
+                "bulk with faults over bulk without",
+                bulk(loaded),
+                bulk(still),
+                Bound::AtLeast(0.8),
+            ),
+            Target::value("fault p99, loaded, in us", p99(loaded), most(512.0)),
+            Target::ratio(
+                "fault p99, loaded, over CRIU's",
+                p99(loaded),
+                p99(criu),
+                most(0.2),
+            ),
+            Target::ratio(
+                "bulk over CRIU's",
+                bulk(still),
+                bulk(criu_still),
+                Bound::AtLeast(1.5),
+            ),
+            Target::value(
+                "network faults, percent",
+                faults.map(|of| of.median),
+                most(21.0),
+            ),
+        ]
+    }
+
+    fn row(&self, peer: Peer, touches: bool, push: bool) -> Option<&Row> {
+        self.rows.iter().find(|row| {
+            let case = row.case;
+            case.peer == peer && case.push == push && (case.pattern != Pattern::Still) == touches
+        })
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let touches = match self.touches_per_second {
+            0 => "one after the other".to_owned(),
+            rate => format!("{rate} per second"),
+        };
+        writeln!(
+            f,
+            "\n{} MiB, {} touches, {touches}; median (smallest to largest of the runs)\n{}",
+            self.memory_mib, self.pattern, self.memory
+        )?;
+        for path in &self.paths {
+            write!(f, "\n{}\n{}", path.path, table(&path.rows))?;
+            for target in &path.targets {
+                writeln!(f, "{target}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn table(rows: &[Row]) -> String {
+    let mut table = Table::default();
+    table.row([
+        "",
+        "n",
+        "waits",
+        "p50 us",
+        "p90",
+        "p99 us",
+        "p99.9",
+        "waits %",
+        "bulk MiB/s",
+        "touches/s",
+        "cutover ms",
+        "total ms",
+    ]);
+    for row in rows {
+        let title = format!("{}, {}", row.case.peer, row.case.title());
+        let spread = |of: Option<Summary>| of.map_or("-".to_owned(), |of| of.to_string());
+        let touches = row.case.pattern != Pattern::Still;
+        let shown = |us: f64| {
+            if touches {
+                format!("{us:.0}")
+            } else {
+                "-".to_owned()
+            }
+        };
+        table.row([
+            &title,
+            &row.runs.to_string(),
+            &row.waits.count.to_string(),
+            &spread(row.p50_us),
+            &shown(row.waits.p90_us),
+            &spread(row.p99_us),
+            &shown(row.waits.p999_us),
+            &spread(row.network_faults_percent),
+            &spread(row.bulk_mib_s),
+            &spread(row.touches_per_s),
+            &spread(row.cutover_ms),
+            &spread(row.total_ms),
+        ]);
+    }
+    table.render()
+}

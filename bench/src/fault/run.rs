@@ -1,0 +1,171 @@
+//! One move of the toucher.
+
+use std::fmt;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use serde::Serialize;
+use tests::latency::{Latencies, Percentiles};
+use tests::path::{Path, PathSpec};
+use tests::rig::Rig;
+use tests::touch::{Pattern, TouchPlan, Touched, Toucher};
+
+use super::{Case, FaultOptions};
+use crate::memory;
+use crate::peer::{Moved, Mover};
+use crate::programs::Side;
+use crate::watch::{Cost, Watch};
+
+/// A page of the workload.
+const PAGE_BYTES: u64 = 4096;
+/// A move without push never ends by itself; its touches take no longer than this.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What one run gave.
+#[derive(Debug, Clone, Serialize)]
+pub struct Run {
+    /// Its kind.
+    pub case: Case,
+    /// The path.
+    pub path: String,
+    /// What was left undone: the seed that gives the same contents and order again.
+    pub seed: u64,
+    /// The longest time without an instruction of the workload.
+    pub cutover_ms: f64,
+    /// Waits for pages, as the workload felt them.
+    pub waits: Percentiles,
+    /// Waits by powers of two of nanoseconds.
+    pub waits_log2: Vec<u64>,
+    /// Pages touched until the last wait.
+    pub touches: u64,
+    /// Of these, waited for.
+    pub faults: u64,
+    /// Pages per second at which the workload got on until its last wait.
+    pub touches_per_s: f64,
+    /// MiB/s of memory on the path, without what faults asked for.
+    pub bulk_mib_s: Option<f64>,
+    /// From the first command to the end of both programs.
+    pub total_ms: Option<f64>,
+    /// Bytes the source sent over bytes of memory.
+    pub wire_over_memory: f64,
+    /// What the source spent.
+    pub source: Cost,
+    /// What the destination spent.
+    pub destination: Cost,
+    /// All waits, to be put together with those of other runs.
+    #[serde(skip)]
+    pub latencies: Latencies,
+}
+
+/// Moves a toucher as `case` tells.
+pub fn measure(case: Case, spec: &PathSpec, options: &FaultOptions, seed: u64) -> Result<Run> {
+    let rig = Rig::new()?;
+    let path = Path::lay(&rig, *spec)?;
+    let plan = TouchPlan {
+        mib: options.memory,
+        seed,
+        pattern: case.pattern,
+        rate: options.rate,
+    };
+    let toucher = Toucher::start(&rig, plan)?;
+    memory::warm(options.memory + options.memory / 4)?;
+    let mut mover = Mover::prepare(case.peer, &rig)?;
+    mover.set_udp_payload(options.udp_payload);
+    let watch = Watch::start(&rig)?;
+    let moved = if case.push {
+        Some(mover.go(&rig, toucher.pid())?)
+    } else {
+        stay_idle(&mover, &rig, &toucher, options)?;
+        None
+    };
+    let watched = watch.end()?;
+    let touched = toucher.report()?;
+    let moved_at = toucher.board.moved_ns.load(Ordering::Relaxed);
+    let demanded = touched.faults * PAGE_BYTES;
+    let run = Run {
+        bulk_mib_s: moved
+            .as_ref()
+            .and_then(|_| watched.rate(moved_at, demanded))
+            .map(mib),
+        wire_over_memory: watched.bytes().sent as f64 / (options.memory << 20) as f64,
+        source: watched.cost(Side::Source),
+        destination: watched.cost(Side::Destination),
+        ..Run::of(case, path.spec, seed, moved.as_ref(), touched)
+    };
+    // Whatever it has not touched yet must be right as well. Without a push it would wait for it forever.
+    if case.push && options.rate == 0 {
+        toucher.finish()?;
+    }
+    Ok(run)
+}
+
+/// Serves faults and nothing else until enough pages were touched; the workload ends with the rig.
+fn stay_idle(mover: &Mover, rig: &Rig, toucher: &Toucher, options: &FaultOptions) -> Result<()> {
+    let Mover::Ours(plan) = mover else {
+        anyhow::bail!("only ours can be kept from pushing");
+    };
+    let mut plan = plan.clone();
+    plan.restorer.push("--no-push".into());
+    let _server = plan.start_server(rig, toucher.pid())?;
+    let _restorer = plan.start_restorer(rig)?;
+    toucher.wait_until_moved(PATIENCE)?;
+    ensure!(
+        toucher.wait_for_touches(options.idle_touches, PATIENCE),
+        "the workload does not get on without a push"
+    );
+    toucher.stop()
+}
+
+impl Run {
+    fn of(case: Case, path: PathSpec, seed: u64, moved: Option<&Moved>, touched: Touched) -> Self {
+        let missing_for = touched.missing_for.as_secs_f64();
+        Self {
+            case,
+            path: path.to_string(),
+            seed,
+            cutover_ms: touched.cutover.as_secs_f64() * 1e3,
+            waits: touched.waits.percentiles(),
+            waits_log2: touched.waits.by_power_of_two(),
+            touches: touched.touches_while_missing,
+            faults: touched.faults,
+            touches_per_s: touched.touches_while_missing as f64 / missing_for.max(1e-9),
+            bulk_mib_s: None,
+            total_ms: moved.map(|moved| moved.total.as_secs_f64() * 1e3),
+            wire_over_memory: 0.0,
+            source: Cost::default(),
+            destination: Cost::default(),
+            latencies: touched.waits,
+        }
+    }
+
+    /// Percent of touched pages that were waited for, while pages were missing.
+    pub fn network_faults(&self) -> Option<f64> {
+        (self.touches > 0).then(|| self.faults as f64 * 100.0 / self.touches as f64)
+    }
+}
+
+impl fmt::Display for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}: ", self.case.peer, self.case.title())?;
+        write!(f, "cutover {:.0} ms", self.cutover_ms)?;
+        if self.case.pattern != Pattern::Still {
+            let waits = self.waits;
+            write!(f, ", {} waits", waits.count)?;
+            write!(
+                f,
+                ", p50 {:.0} us, p99 {:.0} us",
+                waits.p50_us, waits.p99_us
+            )?;
+        }
+        if let Some(rate) = self.bulk_mib_s {
+            write!(f, ", {rate:.0} MiB/s")?;
+        }
+        self.total_ms
+            .map_or(Ok(()), |total| write!(f, ", total {total:.0} ms"))
+    }
+}
+
+fn mib(bytes: f64) -> f64 {
+    bytes / f64::from(1 << 20)
+}

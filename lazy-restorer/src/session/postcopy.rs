@@ -1,0 +1,204 @@
+//! From the running workload to the whole one, over as many links as it takes.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use common::exit::{Failure, SessionError};
+use common::host;
+use common::limits::{MAX_PRESENT_WORDS, RECONNECT_PAUSE};
+use common::proto::control::{Present, ToDestination, ToSource};
+use common::record::unix_us;
+use common::session::Event;
+use tokio::time::{interval, sleep, timeout};
+
+use super::{EXPLANATION, Migration, gave_up, lost, understood, unexpected};
+use crate::connect::{Source, reconnect};
+use crate::fetch::TransferError;
+use crate::progress::Progress;
+use crate::resident::{Resident, ResidentError};
+
+/// Time between two looks at how far the memory has come.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Time to try to tell the source that every page is here; the workload does not need it any more.
+const ACKNOWLEDGEMENT_TIMEOUT: Duration = Duration::from_secs(20);
+
+impl Migration<'_> {
+    /// The workload runs. Waits until it is whole.
+    pub(super) async fn postcopy(
+        &mut self,
+        source: &mut Source,
+        mut resident: Resident,
+    ) -> Result<(), SessionError> {
+        self.record.resumed_at_unix_us = unix_us(SystemTime::now());
+        let mut whole = match source.control.send(&ToSource::Resumed).await {
+            Ok(()) => self.until_whole(source, &mut resident).await,
+            Err(error) => Err(lost(self.state(), &error)),
+        };
+        while let Err(error) = &whole
+            && error.failure == Failure::Connection
+        {
+            whole = match self.recover(source, &mut resident, error, None).await {
+                Ok(()) => self.until_whole(source, &mut resident).await,
+                Err(error) => Err(error),
+            };
+        }
+        self.record.count(&resident.memory);
+        let announced = resident.announced.take();
+        if let Err(error) = whole {
+            return Err(self.hold(error, resident).await);
+        }
+        resident.let_go();
+        match announced {
+            Some(announced) => announced
+                .await
+                .map_err(|error| self.fail(Failure::Internal, error)),
+            None => Ok(()),
+        }
+    }
+
+    /// The link is lost: threads that touch a missing page wait while we try to reach the source again, for at most
+    /// `limit`, or for as long as anything is owed.
+    pub(super) async fn recover(
+        &mut self,
+        source: &mut Source,
+        resident: &mut Resident,
+        error: &SessionError,
+        limit: Option<Duration>,
+    ) -> Result<(), SessionError> {
+        eprintln!(
+            "lazy-restorer: {error}; threads that touch a missing page wait, trying to reconnect"
+        );
+        self.advance(Event::LinkLost)?;
+        let mut pause = RECONNECT_PAUSE.0;
+        let lost_since = Instant::now();
+        *source = loop {
+            match reconnect(&self.plan.connect, &self.threads, &source.welcome).await {
+                Ok(source) => break source,
+                Err(error) if error.failure != Failure::Connection => {
+                    return Err(self.fail(Failure::Lost, error.text));
+                }
+                Err(error) => tracing::info!(%error, "not yet"),
+            }
+            let owed = resident.memory.counts().owed;
+            let limit = limit.or((owed == 0).then_some(ACKNOWLEDGEMENT_TIMEOUT));
+            if limit.is_some_and(|limit| lost_since.elapsed() > limit) {
+                return Err(self.fail(
+                    Failure::Lost,
+                    "the source cannot be reached; should page-server still wait there, the workload is frozen there",
+                ));
+            }
+            tokio::select! {
+                () = sleep(pause) => {}
+                name = self.stop.wait() => tracing::warn!(owed, "{name} ignored: the workload still needs the source"),
+            }
+            pause = (pause * 2).min(RECONNECT_PAUSE.1);
+        };
+        self.advance(Event::Reconnected)?;
+        self.tell_present(source, resident).await?;
+        let resumed = resident.reconnect(source, &self.threads).await;
+        resumed.map_err(|error| self.fail(Failure::Connection, error))?;
+        eprintln!("lazy-restorer: reconnected");
+        self.advance(Event::Settled).map(drop)
+    }
+
+    /// Tells the source which pages have come.
+    async fn tell_present(
+        &mut self,
+        source: &mut Source,
+        resident: &Resident,
+    ) -> Result<(), SessionError> {
+        for (pid, words) in resident.memory.received() {
+            for (index, words) in words.chunks(MAX_PRESENT_WORDS).enumerate() {
+                let present = Present {
+                    pid,
+                    first_word: (index * MAX_PRESENT_WORDS) as u64,
+                    words: words.to_vec(),
+                };
+                self.send(source, &ToSource::Present(present)).await?;
+            }
+        }
+        self.send(source, &ToSource::PresentEnd).await
+    }
+
+    async fn until_whole(
+        &mut self,
+        source: &mut Source,
+        resident: &mut Resident,
+    ) -> Result<(), SessionError> {
+        if self.plan.push {
+            resident.begin_push(source, &self.threads);
+        }
+        if let Some(error) = resident.failure.take() {
+            return Err(self.resident_failed(source, error).await);
+        }
+        let memory = resident.memory.clone();
+        let progress = Progress::start(&memory);
+        let mut shown = interval(PROGRESS_INTERVAL);
+        loop {
+            tokio::select! {
+                () = memory.settled() => break,
+                _ = shown.tick() => progress.show(&memory),
+                step = resident.next() => if let Err(error) = step {
+                    return Err(self.resident_failed(source, error).await);
+                },
+                message = source.control.next() => {
+                    let message = understood(self.state(), message)?;
+                    return Err(unexpected(self.state(), &message));
+                }
+                name = self.stop.wait() => {
+                    let counts = memory.counts();
+                    tracing::warn!(?counts, "{name} ignored: the workload needs pages that are still on the source");
+                }
+            }
+        }
+        drop(progress);
+        self.advance(Event::AllPresent)?;
+        self.send(source, &ToSource::Drained(memory.tally()))
+            .await?;
+        let message = understood(self.state(), source.control.next().await)?;
+        if message != ToDestination::Complete {
+            return Err(unexpected(self.state(), &message));
+        }
+        self.advance(Event::Agreed)
+    }
+
+    /// The restore or a stream failed: of the link, which the control stream explains better, or for good.
+    pub(super) async fn resident_failed(
+        &mut self,
+        source: &mut Source,
+        error: ResidentError,
+    ) -> SessionError {
+        match error {
+            ResidentError::Transfer(TransferError::Link) => {}
+            ResidentError::Transfer(error) => return self.fail(Failure::Peer, error),
+            error => return self.fail(Failure::Restore, error),
+        }
+        match timeout(EXPLANATION, source.control.next()).await {
+            Ok(Err(error)) => lost(self.state(), &error),
+            Ok(Ok(ToDestination::Abort(abort))) => gave_up(self.state(), &abort),
+            Ok(Ok(message)) => unexpected(self.state(), &message),
+            Err(_) => self.fail(
+                Failure::Peer,
+                "the source ended a stream of pages too early",
+            ),
+        }
+    }
+
+    /// There is no way on. Holds the workload's memory: threads that touch a missing page wait, and never read zeros.
+    pub(super) async fn hold(&mut self, error: SessionError, resident: Resident) -> SessionError {
+        if resident.memory.counts().owed == 0 {
+            // Whole, only not acknowledged: the workload needs nothing from anyone any more.
+            resident.let_go();
+            return error;
+        }
+        eprintln!(
+            "lazy-restorer: error: destination host {}, {error}; the workload runs here, but threads that touch a \
+             missing page wait; kill the workload to give it up",
+            host::name()
+        );
+        loop {
+            self.stop.wait().await;
+            tracing::warn!("still holding the memory of the workload");
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! CRIU's lock on the connections of a frozen task: an nftables table with a rule for each, which drops its packets.
+//!
+//! CRIU removes it when it lets the tasks run again, and never when it kills them.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// What CRIU writes into its log before the identifier of its run.
+const RUN_ID: &str = "CRIU run id = ";
+/// How the names of its tables begin; a part of the identifier follows (`criu/netfilter.c`).
+const TABLE_PREFIX: &str = "CRIU-";
+
+/// Removes the table of the CRIU that wrote `log`, if there is one.
+pub fn remove(log: &Path) {
+    let Some(run) = fs::read_to_string(log).ok().as_deref().and_then(run_id) else {
+        return;
+    };
+    for table in tables().iter().filter(|table| belongs(table, &run)) {
+        let removed = nft(&["delete", "table", "inet", table]);
+        if removed.is_none() {
+            tracing::warn!(
+                table,
+                "cannot remove CRIU's lock; `nft delete table inet` does"
+            );
+        }
+    }
+}
+
+fn run_id(log: &str) -> Option<String> {
+    let line = log.lines().find_map(|line| line.split_once(RUN_ID))?;
+    let id = line.1.trim();
+    (!id.is_empty()).then(|| id.to_owned())
+}
+
+/// A table's name holds as much of the identifier as fits.
+fn belongs(table: &str, run: &str) -> bool {
+    let part = table.strip_prefix(TABLE_PREFIX).unwrap_or_default();
+    !part.is_empty() && run.starts_with(part)
+}
+
+fn tables() -> Vec<String> {
+    let listed = nft(&["list", "tables", "inet"]).unwrap_or_default();
+    let names = listed
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(2));
+    names.map(str::to_owned).collect()
+}
+
+/// What `nft` says; `None` when it fails or is not there.
+fn nft(arguments: &[&str]) -> Option<String> {
+    let output = Command::new("nft")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    output.status.success().then_some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RUN: &str = "0b014ddc-bd5e-45f0-9c68-d007b2a630d7";
+
+    #[test]
+    fn the_run_is_found_in_the_log() {
+        let log = format!("(00.000000) CRIU run id = {RUN}\n(00.000032) Version: 4.2.1\n");
+        assert_eq!(run_id(&log).as_deref(), Some(RUN));
+        assert_eq!(run_id("(00.0) Version: 4.2.1"), None);
+    }
+
+    #[test]
+    fn only_tables_of_this_run_are_ours() {
+        assert!(belongs("CRIU-0b014ddc-bd5e-45f0-9c", RUN));
+        assert!(!belongs("CRIU-1b014ddc-bd5e-45f0-9c", RUN));
+        assert!(!belongs("CRIU-", RUN));
+        assert!(!belongs("filter", RUN));
+    }
+}

@@ -1,0 +1,106 @@
+//! The link between the hosts is lost after the cutover: the workload waits for missing pages, and the pair goes on
+//! where it was when the link is back. A killed `lazy-restorer` makes threads wait and never read zeros.
+
+use std::process::ExitCode;
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use tests::harness::{self, REDIS_MIGRATION, Test};
+use tests::host::INTERFACE;
+use tests::leftovers::assert_moved;
+use tests::pair::{PATIENCE, PairPlan, Side};
+use tests::random::seed_of_this_run;
+use tests::redis;
+use tests::redis_client::{ClientPlan, RedisClient};
+use tests::rig::Rig;
+use tests::task;
+use tests::wait::wait_until;
+
+fn main() -> ExitCode {
+    harness::main([
+        Test {
+            name: "a_link_comes_back",
+            needs: REDIS_MIGRATION,
+            body: a_link_comes_back,
+        },
+        Test {
+            name: "a_killed_restorer_makes_threads_wait",
+            needs: REDIS_MIGRATION,
+            body: a_killed_restorer_makes_threads_wait,
+        },
+    ])
+}
+
+fn client_plan() -> ClientPlan {
+    ClientPlan {
+        mib: 128,
+        seed: seed_of_this_run(),
+        rate: 1000,
+    }
+}
+
+/// Longer than the idle timeout, so that both ends give the link up.
+fn a_link_comes_back(rig: &Rig) -> Result<()> {
+    let redis = redis::start(rig)?;
+    let address = rig.service.port(redis::PORT);
+    let client = RedisClient::start(rig.client.namespace(), address, client_plan())?;
+    client.wait_for_replies(500)?;
+    let mut plan = PairPlan::new(rig)?;
+    // First of all in the moment the workload is let run: the memory has only begun to move.
+    let cut = format!(
+        "nsenter --net=/run/netns/{} ip link set dev {INTERFACE} down",
+        rig.source.namespace()
+    );
+    plan.on_resumed = format!("{cut}; {}", plan.on_resumed);
+    let mut server = plan.start_server(rig, redis.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    wait_for_words(&server, "link lost")?;
+    wait_for_words(&restorer, "trying to reconnect")?;
+    ensure!(
+        task::is_frozen(redis.pid()),
+        "the source runs its copy although it was given away"
+    );
+    rig.source
+        .shell(&format!("ip link set dev {INTERFACE} up"))?;
+    wait_for_words(&restorer, "reconnected")?;
+    restorer.expect_success()?;
+    server.expect_success()?;
+    client.wait_for_replies(500)?;
+    let report = client.end()?;
+    ensure!(report.sets > 0 && report.gets > 0, "{report:?}");
+    assert_moved(rig, restorer.restored_pid()?)
+}
+
+fn wait_for_words(side: &Side, words: &str) -> Result<()> {
+    wait_until(PATIENCE, words, || side.process.stderr().contains(words))
+}
+
+fn a_killed_restorer_makes_threads_wait(rig: &Rig) -> Result<()> {
+    let redis = redis::start(rig)?;
+    let address = rig.service.port(redis::PORT);
+    let client = RedisClient::start(rig.client.namespace(), address, client_plan())?;
+    client.wait_for_replies(500)?;
+    let mut plan = PairPlan::new(rig)?;
+    plan.restorer.push("--no-push".into());
+    let _server = plan.start_server(rig, redis.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    wait_until(PATIENCE, "the PID file", || restorer.restored_pid().is_ok())?;
+    let copy = restorer.restored_pid()?;
+    client.wait_for_replies(100)?;
+    kill(restorer.process.pid(), Signal::SIGKILL)?;
+    restorer.process.wait(PATIENCE)?;
+    // The client compares what it reads: a page of zeros would end it with an error at once. Instead redis comes to
+    // stand in a page fault, and the client gets no more replies.
+    wait_until(PATIENCE, "redis to wait for a page", || {
+        task::waits_for_page(copy) || client.replies() == 0
+    })?;
+    ensure!(task::waits_for_page(copy), "redis does not wait");
+    kill(copy, Signal::SIGKILL)?;
+    wait_until(PATIENCE, "the copy to end", || !task::is_alive(copy))?;
+    let ended = client.end().expect_err("its redis was killed").to_string();
+    ensure!(
+        !ended.contains("differs"),
+        "the client read something else than was written: {ended}"
+    );
+    Ok(())
+}
