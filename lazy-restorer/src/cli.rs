@@ -41,7 +41,11 @@ pub enum Command {
     Restore(Box<Restore>),
     /// Used by lazy-restorer itself: holds page fault descriptors should it die
     #[command(hide = true)]
-    Keeper,
+    Keeper {
+        /// The migration's directory
+        #[arg(long)]
+        directory: PathBuf,
+    },
     /// Used by lazy-restorer itself: a PID namespace for the restored workload
     #[command(hide = true)]
     Nursery {

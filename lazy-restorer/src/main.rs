@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     }
     let cli = Cli::parse();
     match cli.command {
-        Command::Keeper => keeper::run(),
+        Command::Keeper { directory } => keeper::run(&directory),
         Command::Nursery {
             init: false,
             command,

@@ -97,6 +97,7 @@ impl Resident {
         source: &Source,
         bulk: (SendStream, RecvStream),
         threads: &Threads,
+        keeper: Keeper,
     ) -> Result<Self, ResidentError> {
         let plan = prepared.plan();
         fs::create_dir_all(plan.work())?;
@@ -106,7 +107,6 @@ impl Resident {
         let (memory, orders) = Memory::new(processes);
         let handovers = handover::listen(&plan.work())?;
         let gate = Gate::bind(&plan.gate())?;
-        let keeper = Keeper::start()?;
         let (report, failures) = mpsc::channel(FAILURES);
         let (requests, links) = mpsc::unbounded_channel();
         let orders = Orders {
@@ -121,6 +121,9 @@ impl Resident {
         // The task that receives it was just started.
         let _ = requests.send(link.requests);
         let restore = prepared.start().await?;
+        if let Some(anchor) = restore.anchor() {
+            keeper.anchor(anchor)?;
+        }
         Ok(Resident {
             memory,
             restore,
@@ -217,6 +220,11 @@ impl Resident {
     /// PID of the restored root as this host numbers it.
     pub fn root(&self) -> Option<Pid> {
         self.root
+    }
+
+    /// The copy is about to run.
+    pub fn commit(&mut self) -> std::io::Result<()> {
+        self.keeper.commit()
     }
 
     /// Kills CRIU and whatever it restored.

@@ -28,6 +28,7 @@ use tokio::time::timeout;
 use crate::advise;
 use crate::connect::{ConnectPlan, Source, Threads, connect};
 use crate::gate::Held;
+use crate::keeper::Keeper;
 use crate::report::Record;
 use crate::resident::{Resident, ResidentError, Step, images_directory};
 use crate::restore::{Prepared, RestorePlan};
@@ -125,6 +126,12 @@ impl Migration<'_> {
         let facts = self.advise(source).await?;
         let directory = host::staging_directory(self.plan.work_dir.as_deref())
             .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
+        let keeper = Keeper::start(
+            directory.path(),
+            self.plan.on_aborted.as_deref(),
+            &self.facts(source, None),
+        )
+        .map_err(|error| self.fail(Failure::Internal, error))?;
         let prepared = self
             .restore_plan(&facts, &directory)
             .prepare()
@@ -136,10 +143,13 @@ impl Migration<'_> {
         let staged = self.skeleton(source, directory).await?;
         let operator_facts = self.facts(source, None);
         let before = self.plan.before_restore.as_deref();
+        keeper
+            .prepared()
+            .map_err(|error| self.fail(Failure::Internal, error))?;
         let address_taken =
             operator::run("--before-restore", before, self.state(), &operator_facts).await;
         let restored = match address_taken {
-            Ok(()) => self.restore(source, prepared, staged).await,
+            Ok(()) => self.restore(source, prepared, staged, keeper).await,
             Err(error) => Err(self.fail(Failure::Restore, error)),
         };
         match restored {
@@ -294,6 +304,7 @@ impl Migration<'_> {
         source: &mut Source,
         prepared: Prepared,
         staged: Staged,
+        keeper: Keeper,
     ) -> Result<Resident, SessionError> {
         self.advance(Event::Staged)?;
         let started = Resident::start(
@@ -302,6 +313,7 @@ impl Migration<'_> {
             source,
             staged.bulk,
             &self.threads,
+            keeper,
         )
         .await;
         let mut resident = started.map_err(|error| self.fail(Failure::Restore, error))?;
@@ -357,6 +369,9 @@ impl Migration<'_> {
             }
             Err(error) => return Err(error),
         }
+        resident
+            .commit()
+            .map_err(|error| self.fail(Failure::Internal, error))?;
         self.copy_may_run = true;
         let opened = held.open().await;
         opened.map_err(|error| self.fail(Failure::Restore, error))?;
