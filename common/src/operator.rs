@@ -23,6 +23,18 @@ pub struct Facts {
     pub peer: String,
 }
 
+impl Facts {
+    /// The environment of a command in `phase`.
+    pub fn variables(&self, phase: State) -> [(&'static str, String); 4] {
+        [
+            ("POSTCOPY_PHASE", phase.name().to_owned()),
+            ("POSTCOPY_SESSION", self.session.to_string()),
+            ("POSTCOPY_PID", self.pid.to_string()),
+            ("POSTCOPY_PEER", self.peer.clone()),
+        ]
+    }
+}
+
 /// Why a command did not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum OperatorError {
@@ -68,10 +80,7 @@ pub async fn run(
     };
     let child = Command::new("sh")
         .args(["-c", command])
-        .env("POSTCOPY_PHASE", phase.name())
-        .env("POSTCOPY_SESSION", facts.session.to_string())
-        .env("POSTCOPY_PID", facts.pid.to_string())
-        .env("POSTCOPY_PEER", &facts.peer)
+        .envs(facts.variables(phase))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

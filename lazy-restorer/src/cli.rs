@@ -42,7 +42,8 @@ pub enum Command {
     /// Used by lazy-restorer itself: holds page fault descriptors should it die
     #[command(hide = true)]
     Keeper {
-        /// Directory of the migration
+        /// The migration's directory
+        #[arg(long)]
         directory: PathBuf,
     },
     /// Used by lazy-restorer itself: a PID namespace for the restored workload

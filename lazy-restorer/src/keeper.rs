@@ -1,18 +1,24 @@
-//! A tiny process that holds every userfault descriptor as well: this very program, in another role.
+//! A tiny process that outlives a killed `lazy-restorer`: this very program, in another role.
 //!
-//! When the last copy of a descriptor closes, the kernel makes every missing page of its process read as zeros,
-//! silently (`userfaultfd_release` in `fs/userfaultfd.c`). With a second copy held here, a killed `lazy-restorer`
-//! only makes threads wait. The keeper does nothing else: it receives descriptors on standard input, and ends when
-//! it is told that the memory is whole, or when all the processes it holds descriptors of have ended. In the latter
-//! case nobody else is left to remove the migration's directory.
+//! It holds every userfault descriptor as well. When the last copy of one closes, the kernel makes every missing page
+//! of its process read as zeros, silently (`userfaultfd_release` in `fs/userfaultfd.c`). With a second copy held here,
+//! a killed `lazy-restorer` only makes threads wait. The keeper ends when it is told that the memory is whole, or when
+//! all the processes it holds descriptors of have ended.
+//!
+//! Before the point of no return there is nothing to keep: then it does what `lazy-restorer` would have done, kills the
+//! half-restored copy, runs the operator's `--on-aborted` command and removes the migration's directory.
 
+use std::env;
 use std::fs;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::Duration;
 
+use common::operator::Facts;
+use common::session::State;
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -20,34 +26,47 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use nix::unistd::{Pid, setsid};
 
 use crate::exits::pidfd_open;
+use crate::restore::kill_tree;
 use crate::uffd::UserFault;
 
 /// A descriptor comes along.
 const HOLD: u8 = b'H';
 /// A PID comes along, of a process that some descriptor belongs to.
 const PROCESS: u8 = b'P';
+/// A PID comes along: CRIU's, or that of the init it restores under. Its tree is the copy.
+const ANCHOR: u8 = b'A';
+/// The operator's `--before-restore` command is about to run.
+const PREPARED: u8 = b'B';
+/// The copy is about to run, and is the only one that may.
+const COMMITTED: u8 = b'C';
 /// The memory is whole: let go.
 const RELEASE: u8 = b'R';
+/// The operator's `--on-aborted` command.
+const ON_ABORTED_VARIABLE: &str = "POSTCOPY_KEEPER_ON_ABORTED";
+/// Time that killed processes have to end.
+const BURIAL: Duration = Duration::from_secs(10);
 /// Descriptors that are not worth looking through.
 const SWEEP_MIN: usize = 32;
 /// Bytes of a message: what it is, and a PID.
 const MESSAGE_BYTES: usize = 5;
 
-/// `lazy-restorer`'s end.
+/// `lazy-restorer`'s end. Dropping it before the point of no return lets go.
 #[derive(Debug)]
 pub struct Keeper {
     socket: UnixStream,
     child: Child,
-    released: bool,
+    committed: bool,
 }
 
 impl Keeper {
-    /// Starts a keeper that holds nothing yet, for the migration that has its files in `directory`.
-    pub fn start(directory: &Path) -> io::Result<Self> {
+    /// Starts a keeper that holds nothing yet. Should we be killed early it runs `on_aborted` and removes `directory`.
+    pub fn start(directory: &Path, on_aborted: Option<&str>, facts: &Facts) -> io::Result<Self> {
         let (socket, theirs) = UnixStream::pair()?;
         let child = Command::new("/proc/self/exe")
-            .arg("keeper")
+            .args(["keeper", "--directory"])
             .arg(directory)
+            .env(ON_ABORTED_VARIABLE, on_aborted.unwrap_or_default())
+            .envs(facts.variables(State::Aborted))
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -55,7 +74,7 @@ impl Keeper {
         Ok(Keeper {
             socket,
             child,
-            released: false,
+            committed: false,
         })
     }
 
@@ -65,16 +84,48 @@ impl Keeper {
         Ok(KeeperHand { socket })
     }
 
+    /// Tells whose tree the copy is.
+    pub fn anchor(&self, pid: Pid) -> io::Result<()> {
+        send(&self.socket, ANCHOR, pid.as_raw(), None)
+    }
+
+    /// The operator's `--before-restore` command is about to run.
+    pub fn prepared(&self) -> io::Result<()> {
+        send(&self.socket, PREPARED, 0, None)
+    }
+
     /// Tells of a restored process: as long as it lives the keeper does.
     pub fn watch(&self, pid: Pid) -> io::Result<()> {
         send(&self.socket, PROCESS, pid.as_raw(), None)
     }
 
+    /// From here on the copy is not killed any more, and its pages are never given up.
+    pub fn commit(&mut self) -> io::Result<()> {
+        send(&self.socket, COMMITTED, 0, None)?;
+        self.committed = true;
+        Ok(())
+    }
+
     /// The memory is whole, or nothing of it is left: the keeper lets go and ends.
     pub fn release(mut self) -> io::Result<()> {
-        self.released = true;
-        send(&self.socket, RELEASE, 0, None)?;
-        self.child.wait().map(drop)
+        self.let_go()
+    }
+
+    fn let_go(&mut self) -> io::Result<()> {
+        let told = send(&self.socket, RELEASE, 0, None);
+        self.committed = true;
+        self.child.wait()?;
+        told
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        if !self.committed
+            && let Err(error) = self.let_go()
+        {
+            tracing::warn!(%error, "the keeper");
+        }
     }
 }
 
@@ -112,16 +163,6 @@ fn send(socket: &UnixStream, what: u8, pid: i32, fd: Option<RawFd>) -> io::Resul
     Ok(())
 }
 
-impl Drop for Keeper {
-    /// Without a word before it the end of the socket is our death to the keeper; this is not.
-    fn drop(&mut self) {
-        if !self.released {
-            let _ = send(&self.socket, RELEASE, 0, None);
-            let _ = self.child.wait();
-        }
-    }
-}
-
 /// The keeper's own life.
 pub fn run(directory: &Path) -> ExitCode {
     // Signals meant for the group of `lazy-restorer`, as from a terminal, must not end its keeper.
@@ -131,14 +172,13 @@ pub fn run(directory: &Path) -> ExitCode {
     let socket = UnixStream::from(socket);
     let mut held = Held::default();
     match held.collect(&socket) {
-        Ok(true) => {}
+        Ok(true) => return ExitCode::SUCCESS,
         // `lazy-restorer` is gone and the memory is not whole: threads wait for as long as there are any.
-        Ok(false) | Err(_) => {
-            held.wait_for_ends();
-            // Nothing is left that could be told of a failure.
-            let _ = fs::remove_dir_all(directory);
-        }
+        Ok(false) | Err(_) if held.committed => held.wait_for_ends(PollTimeout::NONE),
+        Ok(false) | Err(_) => held.abort(),
     }
+    // Nobody reads what we say; a directory that stays is all that can go wrong.
+    let _ = fs::remove_dir_all(directory);
     ExitCode::SUCCESS
 }
 
@@ -148,6 +188,9 @@ struct Held {
     /// Descriptors that lived when it was last looked.
     living: usize,
     processes: Vec<OwnedFd>,
+    anchor: Option<Pid>,
+    prepared: bool,
+    committed: bool,
 }
 
 impl Held {
@@ -157,10 +200,17 @@ impl Held {
             let mut message = [0; MESSAGE_BYTES];
             let (length, uffd) = receive(socket, &mut message)?;
             let [what, pid @ ..] = message;
+            let pid = Pid::from_raw(i32::from_ne_bytes(pid));
             match what {
                 _ if length < MESSAGE_BYTES => return Ok(false),
                 HOLD => self.hold(uffd),
-                PROCESS => self.watch(Pid::from_raw(i32::from_ne_bytes(pid))),
+                PROCESS => self.watch(pid),
+                ANCHOR => {
+                    self.anchor = Some(pid);
+                    self.watch(pid);
+                }
+                PREPARED => self.prepared = true,
+                COMMITTED => self.committed = true,
                 RELEASE => return Ok(true),
                 _ => return Ok(false),
             }
@@ -182,10 +232,25 @@ impl Held {
     }
 
     /// Waits until every process whose PID we know has ended: children forked here do not outlive our use by much.
-    fn wait_for_ends(self) {
+    fn wait_for_ends(&self, limit: PollTimeout) {
         for process in &self.processes {
             let mut waiting = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-            while poll(&mut waiting, PollTimeout::NONE) == Err(Errno::EINTR) {}
+            while poll(&mut waiting, limit) == Err(Errno::EINTR) {}
+        }
+    }
+
+    /// Nothing has run here yet, and the source lets the workload run on: nothing may be left of the copy.
+    fn abort(mut self) {
+        if let Some(anchor) = self.anchor {
+            kill_tree(anchor);
+        }
+        // A task in a page fault that nobody answers dies all the same, but what reads its memory would wait.
+        self.uffds.clear();
+        self.wait_for_ends(PollTimeout::try_from(BURIAL).unwrap_or(PollTimeout::MAX));
+        let on_aborted = env::var_os(ON_ABORTED_VARIABLE).filter(|_| self.prepared);
+        if let Some(command) = on_aborted {
+            // Its failure is the operator's to notice: nobody is left to be told.
+            let _ = Command::new("sh").arg("-c").arg(command).status();
         }
     }
 }

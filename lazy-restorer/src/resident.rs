@@ -93,10 +93,11 @@ impl Resident {
     /// Starts the restore of a staged skeleton and everything that resolves its faults.
     pub async fn start(
         prepared: Prepared,
-        (directory, keeper): (TempDir, Keeper),
+        directory: TempDir,
         source: &Source,
         bulk: (SendStream, RecvStream),
         threads: &Threads,
+        keeper: Keeper,
     ) -> Result<Self, ResidentError> {
         let plan = prepared.plan();
         fs::create_dir_all(plan.work())?;
@@ -120,6 +121,9 @@ impl Resident {
         // The task that receives it was just started.
         let _ = requests.send(link.requests);
         let restore = prepared.start().await?;
+        if let Some(anchor) = restore.anchor() {
+            keeper.anchor(anchor)?;
+        }
         Ok(Resident {
             memory,
             restore,
@@ -216,6 +220,11 @@ impl Resident {
     /// PID of the restored root as this host numbers it.
     pub fn root(&self) -> Option<Pid> {
         self.root
+    }
+
+    /// The copy is about to run.
+    pub fn commit(&mut self) -> std::io::Result<()> {
+        self.keeper.commit()
     }
 
     /// Kills CRIU and whatever it restored.

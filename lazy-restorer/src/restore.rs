@@ -213,6 +213,14 @@ async fn next_report(
 }
 
 impl Restore {
+    /// Whose tree the copy is: the namespace's init, or CRIU as long as it restores.
+    pub fn anchor(&self) -> Option<Pid> {
+        match &self.nursery {
+            Some(nursery) => Some(nursery.init),
+            None => Some(Pid::from_raw(self.child.id()? as i32)),
+        }
+    }
+
     /// Waits until CRIU has ended; an error when it failed. May be cancelled.
     pub async fn finished(&mut self) -> Result<(), RestoreError> {
         let status = match &mut self.nursery {
@@ -259,7 +267,7 @@ fn kill_quietly(pid: Pid) {
 }
 
 /// Kills a process and its descendants, parents first so that none is born unseen.
-fn kill_tree(root: Pid) {
+pub(crate) fn kill_tree(root: Pid) {
     let mut family = vec![root];
     let mut next = 0;
     while let Some(pid) = family.get(next).copied() {

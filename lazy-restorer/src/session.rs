@@ -95,7 +95,6 @@ struct Migration<'a> {
 /// What the skeleton's phase ends with.
 struct Staged {
     directory: TempDir,
-    keeper: Keeper,
     bulk: (SendStream, RecvStream),
 }
 
@@ -127,8 +126,12 @@ impl Migration<'_> {
         let facts = self.advise(source).await?;
         let directory = host::staging_directory(self.plan.work_dir.as_deref())
             .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
-        let keeper =
-            Keeper::start(directory.path()).map_err(|error| self.fail(Failure::Internal, error))?;
+        let keeper = Keeper::start(
+            directory.path(),
+            self.plan.on_aborted.as_deref(),
+            &self.facts(source, None),
+        )
+        .map_err(|error| self.fail(Failure::Internal, error))?;
         let prepared = self
             .restore_plan(&facts, &directory)
             .prepare()
@@ -137,13 +140,16 @@ impl Migration<'_> {
         self.send(source, &ToSource::Ready).await?;
         self.advance(Event::Ready)?;
         self.expect(source, ToDestination::Freezing).await?;
-        let staged = self.skeleton(source, (directory, keeper)).await?;
+        let staged = self.skeleton(source, directory).await?;
         let operator_facts = self.facts(source, None);
         let before = self.plan.before_restore.as_deref();
+        keeper
+            .prepared()
+            .map_err(|error| self.fail(Failure::Internal, error))?;
         let address_taken =
             operator::run("--before-restore", before, self.state(), &operator_facts).await;
         let restored = match address_taken {
-            Ok(()) => self.restore(source, prepared, staged).await,
+            Ok(()) => self.restore(source, prepared, staged, keeper).await,
             Err(error) => Err(self.fail(Failure::Restore, error)),
         };
         match restored {
@@ -241,7 +247,7 @@ impl Migration<'_> {
     async fn skeleton(
         &mut self,
         source: &mut Source,
-        (directory, keeper): (TempDir, Keeper),
+        directory: TempDir,
     ) -> Result<Staged, SessionError> {
         let images = images_directory(&directory)
             .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
@@ -274,7 +280,6 @@ impl Migration<'_> {
         self.send(source, &ToSource::Staged).await?;
         Ok(Staged {
             directory,
-            keeper,
             bulk: (credits, pages),
         })
     }
@@ -299,14 +304,16 @@ impl Migration<'_> {
         source: &mut Source,
         prepared: Prepared,
         staged: Staged,
+        keeper: Keeper,
     ) -> Result<Resident, SessionError> {
         self.advance(Event::Staged)?;
         let started = Resident::start(
             prepared,
-            (staged.directory, staged.keeper),
+            staged.directory,
             source,
             staged.bulk,
             &self.threads,
+            keeper,
         )
         .await;
         let mut resident = started.map_err(|error| self.fail(Failure::Restore, error))?;
@@ -362,6 +369,9 @@ impl Migration<'_> {
             }
             Err(error) => return Err(error),
         }
+        resident
+            .commit()
+            .map_err(|error| self.fail(Failure::Internal, error))?;
         self.copy_may_run = true;
         let opened = held.open().await;
         opened.map_err(|error| self.fail(Failure::Restore, error))?;

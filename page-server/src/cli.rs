@@ -41,6 +41,16 @@ pub enum Command {
     /// Move a running process tree to the host that asks for it
     #[command(after_help = SERVE_HELP)]
     Serve(Box<Serve>),
+    /// Used by page-server itself: cleans up should it be killed
+    #[command(hide = true)]
+    Guard {
+        /// The workload's root
+        #[arg(long)]
+        pid: i32,
+        /// The migration's directory
+        #[arg(long)]
+        directory: PathBuf,
+    },
 }
 
 const SERVE_HELP: &str = "\

@@ -8,8 +8,9 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, SystemTime};
 
 use common::criu::{Criu, log_time, quote_errors};
@@ -22,8 +23,10 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
+use crate::guard::{Guard, note_committed};
 use crate::hook::{ON_THAWED_VARIABLE, SOCKET_VARIABLE, Verdict};
 use crate::network_lock;
+use crate::rescue::{dump_log, rescue};
 use crate::workload::{Workload, signal_all};
 
 /// Time CRIU has to let tasks go, or to kill them.
@@ -65,7 +68,7 @@ pub enum FreezeError {
         /// The root task.
         pid: Pid,
         /// How CRIU ended.
-        status: std::process::ExitStatus,
+        status: ExitStatus,
         /// Its error lines.
         log: String,
     },
@@ -95,6 +98,7 @@ pub struct Frozen {
     plan: FreezePlan,
     tasks: Vec<Pid>,
     frozen_at: SystemTime,
+    _guard: Guard,
 }
 
 impl FreezePlan {
@@ -108,7 +112,7 @@ impl FreezePlan {
     }
 
     fn log(&self) -> PathBuf {
-        self.work().join("dump.log")
+        dump_log(&self.directory)
     }
 
     fn arguments(&self, page_server: &OwnedFd, hook: &Path) -> Vec<OsString> {
@@ -145,14 +149,17 @@ impl FreezePlan {
         for directory in [self.images(), self.work()] {
             fs::create_dir_all(directory).map_err(prepare("directories"))?;
         }
+        let guard =
+            Guard::start(self.workload.root(), &self.directory).map_err(prepare("guard"))?;
         let socket = self.directory.join("hook");
         let listener = UnixListener::bind(&socket).map_err(prepare("hook socket"))?;
         let started = SystemTime::now();
-        let mut child = self.spawn(&socket)?;
+        let mut child = self.spawn(&socket, &guard)?;
         let hook = tokio::select! {
             accepted = listener.accept() => accepted.map_err(prepare("hook connection"))?.0,
             status = child.wait() => {
                 let status = status.map_err(prepare("waiting for CRIU"))?;
+                self.rescue_after(status);
                 return Err(self.dump_error(status));
             }
         };
@@ -167,11 +174,13 @@ impl FreezePlan {
             plan: self,
             tasks,
             frozen_at,
+            _guard: guard,
         })
     }
 
-    fn spawn(&self, socket: &Path) -> Result<Child, FreezeError> {
+    fn spawn(&self, socket: &Path, guard: &Guard) -> Result<Child, FreezeError> {
         let page_server = dead_page_server().map_err(prepare("page-server socket"))?;
+        let _leash = guard.leash().map_err(prepare("guard"))?;
         let program = env::current_exe().map_err(prepare("own program"))?;
         let mut command = Command::new(self.criu.program());
         command
@@ -188,7 +197,14 @@ impl FreezePlan {
         command.spawn().map_err(prepare("starting CRIU"))
     }
 
-    fn dump_error(&self, status: std::process::ExitStatus) -> FreezeError {
+    /// CRIU has ended. Of a signal it ended with the workload in its hands.
+    fn rescue_after(&self, status: ExitStatus) {
+        if status.signal().is_some() {
+            rescue(self.workload.root(), &self.directory);
+        }
+    }
+
+    fn dump_error(&self, status: ExitStatus) -> FreezeError {
         FreezeError::Dump {
             pid: self.workload.root(),
             status,
@@ -210,15 +226,28 @@ impl Frozen {
 
     /// The point of no return: from here on silence of ours does not thaw the workload any more.
     pub async fn commit(&mut self) -> Result<(), FreezeError> {
+        note_committed(&self.plan.directory).map_err(prepare("note of the cutover"))?;
         self.tell(Verdict::Commit).await
     }
 
     /// Lets the workload run on as if nothing had happened.
     pub async fn thaw(mut self) -> Result<(), FreezeError> {
         signal_all(&self.tasks, Signal::SIGCONT);
-        self.tell(Verdict::Thaw).await?;
-        self.wait().await?;
+        if let Err(error) = self.tell(Verdict::Thaw).await {
+            // CRIU takes the end of its script for the same verdict.
+            tracing::debug!(%error, "thawing");
+        }
+        let status = match self.wait().await {
+            Err(FreezeError::Stuck) => self.kill_criu().await?,
+            ended => ended?,
+        };
+        self.plan.rescue_after(status);
         Ok(())
+    }
+
+    async fn kill_criu(&mut self) -> Result<ExitStatus, FreezeError> {
+        self.child.start_kill().map_err(prepare("killing CRIU"))?;
+        self.wait().await
     }
 
     /// Kills the frozen original: the workload lives elsewhere.
@@ -230,7 +259,7 @@ impl Frozen {
         };
         // CRIU keeps the connections locked so that none is reset when its sockets die; that is done now, and a lock
         // left behind would silence the same connections should the workload ever come back here.
-        network_lock::remove(&self.plan.log());
+        network_lock::remove(&self.plan.log(), None);
         match ended {
             Ok(status) if status.success() => Ok(()),
             ended => {
@@ -248,7 +277,7 @@ impl Frozen {
             .map_err(FreezeError::HookLost)
     }
 
-    async fn wait(&mut self) -> Result<std::process::ExitStatus, FreezeError> {
+    async fn wait(&mut self) -> Result<ExitStatus, FreezeError> {
         timeout(RELEASE_TIMEOUT, self.child.wait())
             .await
             .map_err(|_| FreezeError::Stuck)?

@@ -16,7 +16,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
-use crate::workload;
+use crate::workload::{signal_all, tree_pids};
 
 /// Names the socket of the waiting `page-server`; set for CRIU and inherited by its scripts.
 pub const SOCKET_VARIABLE: &str = "POSTCOPY_HOOK_SOCKET";
@@ -122,7 +122,7 @@ fn thaw_alone() -> u8 {
     let root = env::var(ROOT_VARIABLE).ok();
     if let Some(root) = root.and_then(|root| root.parse().ok()) {
         // `page-server` may have stopped them, against CRIU's death; that stop would outlive the freeze.
-        workload::signal_tree(Pid::from_raw(root), Signal::SIGCONT);
+        signal_all(&tree_pids(Pid::from_raw(root)), Signal::SIGCONT);
     }
     1
 }

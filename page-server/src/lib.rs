@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`session`] | the phases in order |
 //! | [`workload`], [`freeze`], [`frozen`], [`hook`], [`network_lock`] | who is moved, and CRIU's hold on them |
+//! | [`guard`], [`rescue`] | what is done when we or CRIU are killed |
 //! | [`listen`], [`destination`] | the two ports, and the one destination that was let in |
 //! | [`skeleton`] | CRIU's images on their way |
 //! | [`pending`], [`push_order`], [`book`] | what is owed, and in which order it is pushed |
@@ -17,6 +18,7 @@ pub mod destination;
 pub mod frame;
 pub mod freeze;
 pub mod frozen;
+pub mod guard;
 pub mod hook;
 pub mod identity_command;
 pub mod listen;
@@ -26,8 +28,10 @@ pub mod pending;
 pub mod push;
 pub mod push_order;
 pub mod report;
+pub mod rescue;
 pub mod serve;
 pub mod session;
 pub mod skeleton;
+mod sockets;
 pub mod transfer;
 pub mod workload;

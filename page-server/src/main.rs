@@ -5,9 +5,10 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::exit::{Failure, SessionError};
 use common::{host, logging};
+use nix::unistd::Pid;
 use page_server::cli::{Cli, Command, Serve};
 use page_server::report::Record;
-use page_server::{hook, identity_command, session};
+use page_server::{guard, hook, identity_command, session};
 
 fn main() -> ExitCode {
     if let Some(code) = hook::run_if_called() {
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
                 Failure::Identity.into()
             }
         },
+        Command::Guard { pid, directory } => guard::run(Pid::from_raw(pid), &directory),
         Command::Serve(serve) => match run(&serve) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

@@ -6,17 +6,21 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use nix::unistd::Pid;
+
 /// What CRIU writes into its log before the identifier of its run.
 const RUN_ID: &str = "CRIU run id = ";
 /// How the names of its tables begin; a part of the identifier follows (`criu/netfilter.c`).
 const TABLE_PREFIX: &str = "CRIU-";
 
-/// Removes the table of the CRIU that wrote `log`, if there is one.
-pub fn remove(log: &Path) {
+/// Removes the table of the CRIU that wrote `log`, if there is one, from the network namespace of `inhabitant` or ours.
+pub fn remove(log: &Path, inhabitant: Option<Pid>) {
+    let nft = |arguments: &[&str]| nft(inhabitant, arguments);
     let Some(run) = fs::read_to_string(log).ok().as_deref().and_then(run_id) else {
         return;
     };
-    for table in tables().iter().filter(|table| belongs(table, &run)) {
+    let listed = nft(&["list", "tables", "inet"]).unwrap_or_default();
+    for table in tables(&listed).filter(|table| belongs(table, &run)) {
         let removed = nft(&["delete", "table", "inet", table]);
         if removed.is_none() {
             tracing::warn!(
@@ -39,17 +43,25 @@ fn belongs(table: &str, run: &str) -> bool {
     !part.is_empty() && run.starts_with(part)
 }
 
-fn tables() -> Vec<String> {
-    let listed = nft(&["list", "tables", "inet"]).unwrap_or_default();
-    let names = listed
+/// The names of the tables `nft` listed.
+fn tables(listed: &str) -> impl Iterator<Item = &str> {
+    listed
         .lines()
-        .filter_map(|line| line.split_whitespace().nth(2));
-    names.map(str::to_owned).collect()
+        .filter_map(|line| line.split_whitespace().nth(2))
 }
 
 /// What `nft` says; `None` when it fails or is not there.
-fn nft(arguments: &[&str]) -> Option<String> {
-    let output = Command::new("nft")
+fn nft(inhabitant: Option<Pid>, arguments: &[&str]) -> Option<String> {
+    let mut command = match inhabitant {
+        Some(pid) => {
+            let mut command = Command::new("nsenter");
+            command.arg(format!("--net=/proc/{pid}/ns/net"));
+            command.args(["--", "nft"]);
+            command
+        }
+        None => Command::new("nft"),
+    };
+    let output = command
         .args(arguments)
         .stdin(Stdio::null())
         .stderr(Stdio::null())

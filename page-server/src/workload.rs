@@ -143,11 +143,10 @@ fn tree(root: Pid) -> Vec<Process> {
         .collect()
 }
 
-/// Sends a signal to a process and all its descendants.
-pub fn signal_tree(root: Pid, signal: Signal) {
-    for process in tree(root) {
-        signal_all(&[Pid::from_raw(process.pid)], signal);
-    }
+/// The PIDs of a process and all its descendants, as this host numbers them.
+pub fn tree_pids(root: Pid) -> Vec<Pid> {
+    let processes = tree(root);
+    processes.iter().map(|p| Pid::from_raw(p.pid)).collect()
 }
 
 /// Sends a signal to processes; those that are gone do not matter.

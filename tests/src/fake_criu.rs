@@ -1,4 +1,4 @@
-//! A CRIU that fails at one thing and otherwise is the real one.
+//! A CRIU that fails, waits or dies at one thing and otherwise is the real one.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use crate::binaries;
+use crate::gate::Gate;
 use crate::rig::Rig;
 
 /// What it says before it fails, in CRIU's own form.
@@ -36,6 +37,43 @@ exit 1
 "#,
         criu = criu.display()
     );
+    make_program(path, &script)
+}
+
+/// Makes a CRIU that waits at `gate` before it does what `word` on its command line says.
+pub fn waiting_at(rig: &Rig, word: &str, gate: &Gate) -> Result<PathBuf> {
+    let script = format!(
+        r#"#!/bin/sh
+case " $* " in *" {word} "*) {wait} ;; esac
+exec {criu} "$@"
+"#,
+        criu = binaries::criu()?.display(),
+        wait = gate.after(":"),
+    );
+    make_program(
+        rig.folder().join(format!("criu-waiting-at-{word}")),
+        &script,
+    )
+}
+
+/// Makes a CRIU whose dump is killed once its log says `words`, and with it what page-server takes for CRIU.
+pub fn dump_killed_at(rig: &Rig, words: &str) -> Result<PathBuf> {
+    let script = format!(
+        r#"#!/bin/bash
+case " $* " in *" dump "*) ;; *) exec {criu} "$@" ;; esac
+log=$(printf '%s\n' "$@" | grep -m1 '/dump\.log$')
+{criu} "$@" &
+while kill -0 $! 2>/dev/null; do
+  if grep -qs '{words}' "$log"; then kill -9 $!; wait $!; kill -9 $$; fi
+done
+wait $!
+"#,
+        criu = binaries::criu()?.display(),
+    );
+    make_program(rig.folder().join("criu-killed"), &script)
+}
+
+fn make_program(path: PathBuf, script: &str) -> Result<PathBuf> {
     std::fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
     std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755))
         .context("cannot make it a program")?;

@@ -22,6 +22,7 @@ pub struct Snapshot {
     destination: HostState,
     mounts: Vec<String>,
     run: BTreeSet<String>,
+    staging: BTreeSet<String>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -60,6 +61,10 @@ impl Snapshot {
                 .flatten()
                 .map(|entry| entry.file_name().to_string_lossy().into_owned())
                 .filter(|name| name != "criu.kdat" && name != "xtables.lock")
+                .collect(),
+            staging: ["/dev/shm", "/tmp"]
+                .into_iter()
+                .flat_map(staging_directories)
                 .collect(),
         })
     }
@@ -119,6 +124,15 @@ fn assert_nothing_frozen(rig: &Rig) -> Result<()> {
         ensure!(frozen.is_empty(), "frozen on {host}: {}", names(&frozen));
     }
     Ok(())
+}
+
+/// What the programs may have made in a place that is not the rig's own.
+fn staging_directories(folder: &str) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path().display().to_string())
+        .filter(|path| path.contains("/postcopy-") && !path.contains("/postcopy-rig-"))
+        .collect()
 }
 
 fn assert_no_files(rig: &Rig) -> Result<()> {

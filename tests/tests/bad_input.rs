@@ -18,18 +18,20 @@ use tests::{binaries, identity, task};
 const NO_PID: i32 = 99_999_999;
 
 fn main() -> ExitCode {
-    let alone: [(&'static str, Body); 5] = [
+    let alone: [(&'static str, Body); 6] = [
         ("an_unknown_pid", an_unknown_pid),
         ("a_kernel_thread", a_kernel_thread),
         ("its_own_pid", its_own_pid),
         ("a_missing_identity", a_missing_identity),
         ("a_damaged_identity", a_damaged_identity),
+        ("userfaultfd_is_not_permitted", userfaultfd_is_not_permitted),
     ];
-    let with_redis: [(&'static str, Body); 4] = [
+    let with_redis: [(&'static str, Body); 5] = [
         ("not_root_on_the_source", not_root_on_the_source),
         ("not_root_on_the_destination", not_root_on_the_destination),
         ("an_expired_certificate", an_expired_certificate),
         ("a_version_from_the_future", a_version_from_the_future),
+        ("a_wrong_token", a_wrong_token),
     ];
     let alone = alone.map(|(name, body)| Test {
         name,
@@ -108,13 +110,20 @@ fn its_own_pid(rig: &Rig) -> Result<()> {
     Ok(())
 }
 
+/// A process that could be moved if all else were well.
+fn sleeper(rig: &Rig) -> Result<Process> {
+    let mut command = rig.source.command("sleep");
+    Process::start("sleeper", &rig.make_folder("logs")?, command.arg("1000"))
+}
+
 fn a_missing_identity(rig: &Rig) -> Result<()> {
+    let sleeper = sleeper(rig)?;
     let mut plan = PairPlan::new(rig)?;
     plan.identities.source = rig.folder().join("nowhere");
     server_refuses(
         rig,
         &plan,
-        Pid::this(),
+        sleeper.pid(),
         IDENTITY,
         &["nowhere", "identity init"],
     )?;
@@ -128,12 +137,13 @@ fn a_missing_identity(rig: &Rig) -> Result<()> {
 }
 
 fn a_damaged_identity(rig: &Rig) -> Result<()> {
+    let sleeper = sleeper(rig)?;
     let plan = PairPlan::new(rig)?;
     for file in ["host.pem", "host.key", "ca.pem"] {
         let path = plan.identities.source.join(file);
         let before = fs::read(&path).with_context(|| format!("no {}", path.display()))?;
         fs::write(&path, "no certificate and no key")?;
-        server_refuses(rig, &plan, Pid::this(), IDENTITY, &[file])?;
+        server_refuses(rig, &plan, sleeper.pid(), IDENTITY, &[file])?;
         fs::write(&path, before)?;
     }
     Ok(())
@@ -145,6 +155,13 @@ fn an_expired_certificate(rig: &Rig) -> Result<()> {
     plan.identities.source = rig.folder().join("expired");
     identity::init(&plan.identities.source, &["--valid-days", "-1"])?;
     server_refuses(rig, &plan, bystander.redis.pid(), IDENTITY, &["expired"])?;
+    plan.identities.destination = plan.identities.source.clone();
+    let mut restorer = plan.start_restorer(rig)?;
+    expect_failure(
+        &mut restorer,
+        IDENTITY,
+        &["lazy-restorer: error:", "expired"],
+    )?;
     bystander.assert_unharmed(rig)
 }
 
@@ -168,6 +185,67 @@ fn a_version_from_the_future(rig: &Rig) -> Result<()> {
     );
     server.terminate()?;
     bystander.assert_unharmed(rig)
+}
+
+/// The token protects the workload from every other destination with a good certificate, and lets the right one in.
+fn a_wrong_token(rig: &Rig) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let (right, wrong) = (rig.folder().join("token"), rig.folder().join("wrong-token"));
+    let mut plan = PairPlan::new(rig)?;
+    plan.server
+        .extend(["--token-file".into(), right.clone().into()]);
+    let mut server = plan.start_server(rig, bystander.redis.pid())?;
+    let token = fs::read_to_string(&right).context("page-server wrote no token")?;
+    let last = if token.trim().ends_with('0') {
+        '1'
+    } else {
+        '0'
+    };
+    let trimmed = &token.trim()[..token.trim().len() - 1];
+    fs::write(&wrong, format!("{trimmed}{last}\n"))?;
+    for offered in [None, Some(&wrong)] {
+        let mut stranger = plan.clone();
+        if let Some(file) = offered {
+            stranger
+                .restorer
+                .extend(["--token-file".into(), file.into()]);
+        }
+        let mut restorer = stranger.start_restorer(rig)?;
+        expect_failure(&mut restorer, REFUSED, &["lazy-restorer: error:", "token"])?;
+    }
+    bystander.redis.assert_alive()?;
+    plan.restorer.extend(["--token-file".into(), right.into()]);
+    plan.start_restorer(rig)?.expect_success()?;
+    server.expect_success()?;
+    bystander.redis.assert_alive()?;
+    bystander.redis.client.end()?;
+    Ok(())
+}
+
+/// Root without `CAP_SYS_PTRACE` may not use userfaultfd, unless the administrator lets everyone.
+fn userfaultfd_is_not_permitted(rig: &Rig) -> Result<()> {
+    let everyone = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    if everyone.is_ok_and(|everyone| everyone.trim() == "1") {
+        eprintln!("nothing to refuse: vm.unprivileged_userfaultfd lets everyone use it");
+        return Ok(());
+    }
+    let plan = PairPlan::new(rig)?;
+    let mut command = rig.destination.command("setpriv");
+    command
+        .args(["--bounding-set", "-sys_ptrace", "--"])
+        .arg(binaries::program("lazy-restorer")?)
+        .args(["restore", "--pidns", "--from"])
+        .arg(format!("{}:{PORT}", rig.source.address()))
+        .arg("--identity")
+        .arg(&plan.identities.destination)
+        .arg("--criu")
+        .arg(&plan.destination_criu);
+    let mut side = Side::start_program(rig, "lazy-restorer", &mut command)?;
+    expect_failure(
+        &mut side,
+        NOT_PERMITTED,
+        &["lazy-restorer: error:", "userfaultfd", "CAP_SYS_PTRACE"],
+    )
 }
 
 fn not_root_on_the_source(rig: &Rig) -> Result<()> {

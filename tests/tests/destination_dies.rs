@@ -10,9 +10,11 @@ use tests::gate::Gate;
 use tests::harness::{self, Body, REDIS_MIGRATION, Test};
 use tests::pair::{PATIENCE, PairPlan, Side};
 use tests::rig::Rig;
+use tests::wait::wait_until;
+use tests::{fake_criu, namespace, task};
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 5] = [
+    let tests: [(&'static str, Body); 7] = [
         (
             "killed_while_the_source_freezes",
             killed_while_the_source_freezes,
@@ -23,6 +25,11 @@ fn main() -> ExitCode {
             terminated_while_the_source_freezes,
         ),
         ("terminated_before_restore", terminated_before_restore),
+        ("killed_when_criu_starts", killed_when_criu_starts),
+        (
+            "killed_while_tasks_are_rebuilt",
+            killed_while_tasks_are_rebuilt,
+        ),
         (
             "the_source_is_terminated_while_frozen",
             the_source_is_terminated_while_frozen,
@@ -72,13 +79,56 @@ fn dies_while_the_source_freezes(rig: &Rig, signal: Signal) -> Result<()> {
     bystander.assert_movable(rig, &plan)
 }
 
+/// CRIU is about to restore, in a PID namespace that nobody will tell any more that its work is in vain.
+fn killed_when_criu_starts(rig: &Rig) -> Result<()> {
+    dies_in_restore(rig, |_| Ok(()))
+}
+
+/// Tasks are rebuilt but do not run yet: some may stand in page faults that nobody will answer any more.
+fn killed_while_tasks_are_rebuilt(rig: &Rig) -> Result<()> {
+    dies_in_restore(rig, |rig| {
+        let destination = namespace::path(rig.destination.namespace());
+        wait_until(PATIENCE, "a rebuilt task", || {
+            let there = task::in_network_namespace(&destination);
+            there
+                .into_iter()
+                .any(|pid| task::name(pid) == "redis-server")
+        })
+    })
+}
+
+/// The source stands still meanwhile: it neither answers page faults nor lets the workload go.
+fn dies_in_restore(rig: &Rig, until: fn(&Rig) -> Result<()>) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let plan = PairPlan::new(rig)?;
+    let gate = Gate::new(rig, "restore")?;
+    let mut held = plan.clone();
+    held.destination_criu = fake_criu::waiting_at(rig, "restore", &gate)?;
+    let mut server = held.start_server(rig, bystander.redis.pid())?;
+    let mut restorer = held.start_restorer(rig)?;
+    gate.wait(PATIENCE)?;
+    kill(server.process.pid(), Signal::SIGSTOP)?;
+    gate.open()?;
+    until(rig)?;
+    end(&mut restorer, Signal::SIGKILL)?;
+    wait_until(PATIENCE, "the destination to be empty", || {
+        task::in_network_namespace(&namespace::path(rig.destination.namespace())).is_empty()
+    })?;
+    kill(server.process.pid(), Signal::SIGCONT)?;
+    expect_failure(
+        &mut server,
+        CONNECTION,
+        &["page-server: error:", "destination"],
+    )?;
+    bystander.assert_movable(rig, &plan)
+}
+
 fn dies_before_restore(rig: &Rig, signal: Signal) -> Result<()> {
     let bystander = Bystander::start(rig)?;
     let plan = PairPlan::new(rig)?;
     let gate = Gate::new(rig, "before-restore")?;
-    // The address is not put on the destination: nobody would be left to take it away.
     let held = PairPlan {
-        before_restore: gate.after("true"),
+        before_restore: gate.after(&plan.before_restore),
         ..plan.clone()
     };
     let mut server = held.start_server(rig, bystander.redis.pid())?;

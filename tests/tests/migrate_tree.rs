@@ -6,11 +6,12 @@ use anyhow::{Result, ensure};
 use nix::unistd::Pid;
 use tests::harness::{self, MIGRATION, Test};
 use tests::leftovers::assert_moved;
-use tests::pair::PairPlan;
+use tests::pair::{PATIENCE, PairPlan};
 use tests::random::seed_of_this_run;
 use tests::rig::Rig;
 use tests::task;
 use tests::torture::{Torture, TorturePlan};
+use tests::wait::wait_until;
 
 /// VMAs the tree's root has at least: "a few hundred".
 const MIN_VMAS: usize = 300;
@@ -45,7 +46,7 @@ fn a_tree_with_a_zombie(rig: &Rig) -> Result<()> {
             ..plan
         },
     )?;
-    ensure!(zombies(torture.pid()) == 1, "the workload has no zombie");
+    wait_until(PATIENCE, "the zombie", || zombies(torture.pid()) == 1)?;
     let migration = PairPlan::new(rig)?.migrate(rig, torture.pid())?;
     torture.wait_for_rounds(200)?;
     ensure!(

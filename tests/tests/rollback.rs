@@ -4,7 +4,10 @@ use std::net::{SocketAddrV4, UdpSocket};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, REFUSED, RESTORE};
+use nix::sys::signal::{Signal, kill};
+use tests::exit_code::{
+    ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, INTERRUPTED, REFUSED, RESTORE,
+};
 use tests::failure::{Bystander, expect_failure};
 use tests::harness::{self, Body, REDIS_MIGRATION, Test};
 use tests::pair::{PORT, PairPlan};
@@ -15,10 +18,12 @@ use tests::{fake_criu, identity, namespace, small_disk};
 const FULL_DISK_KIB: u32 = 64;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 9] = [
+    let tests: [(&'static str, Body); 12] = [
         ("no_destination_comes", no_destination_comes),
+        ("it_is_stopped_while_it_waits", it_is_stopped_while_it_waits),
         ("a_stranger_comes_first", a_stranger_comes_first),
         ("the_port_is_in_use", the_port_is_in_use),
+        ("the_bulk_port_is_in_use", the_bulk_port_is_in_use),
         ("criu_fails_to_dump", criu_fails_to_dump),
         ("criu_fails_to_restore", criu_fails_to_restore),
         ("the_sources_disk_is_full", the_sources_disk_is_full),
@@ -28,6 +33,10 @@ fn main() -> ExitCode {
         ),
         ("the_pid_is_taken", the_pid_is_taken),
         ("a_hook_fails_on_the_source", a_hook_fails_on_the_source),
+        (
+            "a_hook_fails_on_the_destination",
+            a_hook_fails_on_the_destination,
+        ),
     ];
     harness::main(tests.map(|(name, body)| Test {
         name,
@@ -45,6 +54,19 @@ fn no_destination_comes(rig: &Rig) -> Result<()> {
         &mut server,
         CONNECTION,
         &["page-server: error:", "hello", "destination"],
+    )?;
+    bystander.assert_unharmed(rig)
+}
+
+/// Without a limit it waits until it is told to end, and the workload never notices.
+fn it_is_stopped_while_it_waits(rig: &Rig) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let mut server = PairPlan::new(rig)?.start_server(rig, bystander.redis.pid())?;
+    kill(server.process.pid(), Signal::SIGTERM)?;
+    expect_failure(
+        &mut server,
+        INTERRUPTED,
+        &["page-server: error:", "hello", "SIGTERM"],
     )?;
     bystander.assert_unharmed(rig)
 }
@@ -73,8 +95,16 @@ fn a_stranger_comes_first(rig: &Rig) -> Result<()> {
 }
 
 fn the_port_is_in_use(rig: &Rig) -> Result<()> {
+    is_in_use(rig, PORT)
+}
+
+fn the_bulk_port_is_in_use(rig: &Rig) -> Result<()> {
+    is_in_use(rig, PORT + 1)
+}
+
+fn is_in_use(rig: &Rig, port: u16) -> Result<()> {
     let bystander = Bystander::start(rig)?;
-    let occupied = SocketAddrV4::new(rig.source.address(), PORT);
+    let occupied = SocketAddrV4::new(rig.source.address(), port);
     let source = rig.source.namespace().to_owned();
     let socket = std::thread::spawn(move || {
         namespace::enter(&source)?;
@@ -82,10 +112,11 @@ fn the_port_is_in_use(rig: &Rig) -> Result<()> {
     });
     let _socket = socket.join().expect("no panic while binding")?;
     let mut server = PairPlan::new(rig)?.spawn_server(rig, bystander.redis.pid())?;
+    let (address, port) = (occupied.ip().to_string(), port.to_string());
     expect_failure(
         &mut server,
         BAD_INPUT,
-        &["page-server: error:", &PORT.to_string(), "in use"],
+        &["page-server: error:", &address, &port, "in use"],
     )?;
     bystander.assert_unharmed(rig)
 }
@@ -197,6 +228,30 @@ fn a_hook_fails_on_the_source(rig: &Rig) -> Result<()> {
         ABORTED_BY_PEER,
     )?;
     bystander.assert_unharmed(rig)
+}
+
+fn a_hook_fails_on_the_destination(rig: &Rig) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let plan = PairPlan::new(rig)?;
+    let mut failing = plan.clone();
+    failing.before_restore = format!("{}; echo the hook says no >&2; exit 3", plan.before_restore);
+    let mut server = failing.start_server(rig, bystander.redis.pid())?;
+    let mut restorer = failing.start_restorer(rig)?;
+    expect_failure(
+        &mut restorer,
+        RESTORE,
+        &[
+            "lazy-restorer: error:",
+            "before-restore",
+            "the hook says no",
+        ],
+    )?;
+    expect_failure(
+        &mut server,
+        ABORTED_BY_PEER,
+        &["page-server: error:", "destination", "the hook says no"],
+    )?;
+    bystander.assert_movable(rig, &plan)
 }
 
 /// Runs a migration the source gives up with the given exit code and words, and the destination with `destination`.
