@@ -290,7 +290,11 @@ impl Migration<'_> {
         source: &mut Source,
         error: skeleton::SkeletonError,
     ) -> SessionError {
+        let of_link = matches!(error, skeleton::SkeletonError::Stream(_));
         let error = self.fail(Failure::Restore, error);
+        if !of_link {
+            return error;
+        }
         let said = timeout(FINAL_WORD, self.next(source)).await;
         match said {
             Ok(Err(reason)) => reason,
