@@ -123,23 +123,32 @@ impl Workload {
     }
 }
 
-/// A process and all its descendants at this moment.
+/// A process and all its descendants at this moment. It is asked while they are frozen, so it looks at nobody else.
 fn tree(root: Pid) -> Vec<Process> {
-    let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
-    let all = procfs::process::all_processes().into_iter().flatten();
-    for process in all.flatten() {
-        if let Ok(stat) = process.stat() {
-            children.entry(stat.ppid).or_default().push(stat.pid);
-        }
-    }
     let mut tree = vec![root.as_raw()];
     let mut next = 0;
-    while let Some(pid) = tree.get(next) {
-        tree.extend(children.get(pid).into_iter().flatten().copied());
+    while let Some(pid) = tree.get(next).copied() {
+        tree.extend(children(pid));
         next += 1;
     }
     tree.into_iter()
         .filter_map(|pid| Process::new(pid).ok())
+        .collect()
+}
+
+/// Children of all threads of a process (`/proc/PID/task/TID/children`, which CRIU needs too).
+fn children(pid: i32) -> Vec<i32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let lists = tasks
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    lists
+        .flat_map(|list| {
+            let pids = list.split_whitespace().filter_map(|pid| pid.parse().ok());
+            pids.collect::<Vec<i32>>()
+        })
         .collect()
 }
 
