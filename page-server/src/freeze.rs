@@ -232,7 +232,11 @@ impl Frozen {
 
     /// Lets the workload run on as if nothing had happened.
     pub async fn thaw(mut self) -> Result<(), FreezeError> {
-        signal_all(&self.tasks, Signal::SIGCONT);
+        let has_ended = self.child.try_wait();
+        // Tasks that nobody holds any more are not to run before their connections are put right.
+        if let Ok(None) = has_ended {
+            signal_all(&self.tasks, Signal::SIGCONT);
+        }
         if let Err(error) = self.tell(Verdict::Thaw).await {
             // CRIU takes the end of its script for the same verdict.
             tracing::debug!(%error, "thawing");
@@ -242,6 +246,8 @@ impl Frozen {
             ended => ended?,
         };
         self.plan.rescue_after(status);
+        // CRIU may also have ended by itself before.
+        signal_all(&self.tasks, Signal::SIGCONT);
         Ok(())
     }
 
