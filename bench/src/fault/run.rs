@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use serde::Serialize;
 use tests::latency::{Latencies, Percentiles};
 use tests::path::{Path, PathSpec};
+use tests::record::Latency;
 use tests::rig::Rig;
 use tests::touch::{Pattern, TouchPlan, Touched, Toucher};
 
@@ -37,6 +38,9 @@ pub struct Run {
     pub waits: Percentiles,
     /// Waits by powers of two of nanoseconds.
     pub waits_log2: Vec<u64>,
+    /// From reading a fault to its page being in place, as lazy-restorer counts it; what the workload waited beyond
+    /// is the time until it got a CPU again.
+    pub served: Option<Latency>,
     /// Pages touched until the last wait.
     pub touches: u64,
     /// Of these, waited for.
@@ -127,6 +131,9 @@ impl Run {
             cutover_ms: touched.cutover.as_secs_f64() * 1e3,
             waits: touched.waits.percentiles(),
             waits_log2: touched.waits.by_power_of_two(),
+            served: moved
+                .and_then(|moved| moved.ours.as_ref())
+                .map(|ours| ours.destination.faults.latency_us),
             touches: touched.touches_while_missing,
             faults: touched.faults,
             touches_per_s: touched.touches_while_missing as f64 / missing_for.max(1e-9),
