@@ -198,10 +198,15 @@ impl fmt::Display for Report {
             0 => "one after the other".to_owned(),
             rate => format!("{rate} per second"),
         };
+        let others = self.runs.iter().map(|run| run.used_by_others);
         writeln!(
             f,
-            "\n{} MiB, {} touches, {touches}; median (smallest to largest of the runs)\n{}",
-            self.memory_mib, self.pattern, self.memory
+            "\n{} MiB, {} touches, {touches}; median (smallest to largest of the runs)\n{}\n\
+             others used up to {:.0} % of the machine's CPUs during a run",
+            self.memory_mib,
+            self.pattern,
+            self.memory,
+            others.fold(0.0, f64::max) * 100.0
         )?;
         for path in &self.paths {
             write!(f, "\n{}\n{}", path.path, table(&path.rows))?;
