@@ -69,7 +69,7 @@ impl Case {
 
 /// Measures, prints and writes.
 pub fn run(options: &FaultOptions) -> Result<()> {
-    let mut runs = Vec::new();
+    let (mut runs, mut failures) = (Vec::new(), Vec::new());
     for spec in &options.path {
         let rig = Rig::new()?;
         let _path = Path::lay(&rig, *spec)?;
@@ -78,13 +78,20 @@ pub fn run(options: &FaultOptions) -> Result<()> {
         for round in 0..options.repeat {
             for case in cases(options, round) {
                 let run = run::measure(case, spec, options, round as u64)
-                    .with_context(|| format!("{} over {spec}, {}", case.peer, case.title()))?;
-                eprintln!("{spec}, {run}");
-                runs.push(run);
+                    .with_context(|| format!("{} over {spec}, {}", case.peer, case.title()));
+                match run {
+                    Ok(run) => {
+                        eprintln!("{spec}, {run}");
+                        runs.push(run);
+                    }
+                    Err(error) if case.peer == Peer::Ours => return Err(error),
+                    // A rival that gives up is a result.
+                    Err(error) => failures.push(format!("{error:#}")),
+                }
             }
         }
     }
-    let report = report::Report::new(options, runs);
+    let report = report::Report::new(options, runs, failures);
     print!("{report}");
     options
         .json

@@ -8,6 +8,7 @@ mod memory;
 mod path;
 mod peer;
 mod programs;
+mod quiet;
 mod scale;
 mod skew;
 mod stats;

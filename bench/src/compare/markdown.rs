@@ -40,6 +40,11 @@ pub fn conditions(report: &Report) -> Vec<String> {
          size, and headers count once for each batch"
             .to_owned(),
     ];
+    let others = report.runs.iter().map(|run| run.used_by_others);
+    lines.push(format!(
+        "others used up to {:.0} % of the machine's CPUs during a move",
+        others.fold(0.0, f64::max) * 100.0
+    ));
     let late: Vec<u64> = report
         .runs
         .iter()

@@ -11,6 +11,7 @@ use tests::rig::Rig;
 use crate::memory;
 use crate::peer::{Mover, Peer};
 use crate::programs::{self, Side};
+use crate::quiet::{self, Use};
 use crate::watch::{Cost, Watch};
 use crate::workload::{Felt, Kind, Plan, Workload};
 
@@ -57,6 +58,8 @@ pub struct Run {
     pub destination: Cost,
     /// Seconds of CPU of both sides, exact.
     pub cpu_s: f64,
+    /// The part of the machine's CPUs that others used meanwhile.
+    pub used_by_others: f64,
     /// Programs that ended unseen, so that some of their CPU time is missing.
     pub unseen_ends: usize,
     /// Waits for pages, felt by the workload.
@@ -72,8 +75,13 @@ pub struct Run {
 }
 
 impl Order {
-    /// Makes the move on a rig of its own.
+    /// Makes the move, again if others disturb it.
     pub fn carry_out(&self) -> Result<Run> {
+        quiet::measure(|| self.make(), |run| run.used_by_others)
+    }
+
+    /// Makes the move on a rig of its own.
+    fn make(&self) -> Result<Run> {
         let rig = Rig::new()?;
         let path = Path::lay(&rig, self.path)?;
         let workload = Workload::start(&rig, self.plan())?;
@@ -82,9 +90,11 @@ impl Order {
         mover.set_udp_payload(self.udp_payload);
         workload.settle()?;
         let resident = programs::resident_bytes(workload.pid()) as f64;
+        let before = Use::now(&rig);
         let watch = Watch::start(&rig)?;
         let moved = mover.go(&rig, workload.pid())?;
         let watched = watch.end()?;
+        let used_by_others = Use::now(&rig).by_others_since(before);
         let felt = workload.end()?;
         let bytes = watched.bytes();
         let rate = watched.rate(felt.moved_ns, 0);
@@ -99,6 +109,7 @@ impl Order {
             source: watched.cost(Side::Source),
             destination: watched.cost(Side::Destination),
             cpu_s: watched.cpu_s,
+            used_by_others,
             unseen_ends: watched.unseen_ends(),
             late_packets: path.late_packets(),
             records: moved.ours.map(|ours| [ours.source, ours.destination]),
@@ -134,6 +145,7 @@ impl Order {
             source: Cost::default(),
             destination: Cost::default(),
             cpu_s: 0.0,
+            used_by_others: 0.0,
             unseen_ends: 0,
             waits: felt.waits,
             waits_log2: felt.waits_log2.clone(),

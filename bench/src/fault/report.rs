@@ -21,6 +21,8 @@ pub struct Report {
     pattern: &'static str,
     memory: &'static str,
     paths: Vec<OnePath>,
+    /// Moves by others that did not succeed.
+    failures: Vec<String>,
     runs: Vec<Run>,
 }
 
@@ -43,6 +45,8 @@ struct Row {
     /// The median of each run's, and their spread.
     p50_us: Option<Summary>,
     p99_us: Option<Summary>,
+    /// The same from reading the fault to installing the page, without the wake-up of the workload.
+    served_p99_us: Option<Summary>,
     network_faults_percent: Option<Summary>,
     touches_per_s: Option<Summary>,
     bulk_mib_s: Option<Summary>,
@@ -52,7 +56,7 @@ struct Row {
 
 impl Report {
     /// Puts the runs together.
-    pub fn new(options: &FaultOptions, runs: Vec<Run>) -> Self {
+    pub fn new(options: &FaultOptions, runs: Vec<Run>, failures: Vec<String>) -> Self {
         let paths = options
             .path
             .iter()
@@ -64,6 +68,7 @@ impl Report {
             pattern: if options.scan { "scan" } else { "random" },
             memory: crate::memory::STATEMENT,
             paths,
+            failures,
             runs,
         }
     }
@@ -109,6 +114,11 @@ impl Row {
             waits_log2: all.by_power_of_two(),
             p50_us: summary(&|run| touches.then_some(run.waits.p50_us)),
             p99_us: summary(&|run| touches.then_some(run.waits.p99_us)),
+            served_p99_us: summary(&|run| {
+                run.served
+                    .filter(|_| touches)
+                    .map(|served| served.p99 as f64)
+            }),
             network_faults_percent: summary(&|run| run.network_faults().filter(|_| case.push)),
             touches_per_s: summary(&|run| touches.then_some(run.touches_per_s)),
             bulk_mib_s: summary(&|run| run.bulk_mib_s),
@@ -188,10 +198,15 @@ impl fmt::Display for Report {
             0 => "one after the other".to_owned(),
             rate => format!("{rate} per second"),
         };
+        let others = self.runs.iter().map(|run| run.used_by_others);
         writeln!(
             f,
-            "\n{} MiB, {} touches, {touches}; median (smallest to largest of the runs)\n{}",
-            self.memory_mib, self.pattern, self.memory
+            "\n{} MiB, {} touches, {touches}; median (smallest to largest of the runs)\n{}\n\
+             others used up to {:.0} % of the machine's CPUs during a run",
+            self.memory_mib,
+            self.pattern,
+            self.memory,
+            others.fold(0.0, f64::max) * 100.0
         )?;
         for path in &self.paths {
             write!(f, "\n{}\n{}", path.path, table(&path.rows))?;
@@ -199,7 +214,9 @@ impl fmt::Display for Report {
                 writeln!(f, "{target}")?;
             }
         }
-        Ok(())
+        self.failures
+            .iter()
+            .try_for_each(|failure| writeln!(f, "failed: {failure}"))
     }
 }
 
@@ -213,6 +230,7 @@ fn table(rows: &[Row]) -> String {
         "p90",
         "p99 us",
         "p99.9",
+        "served p99",
         "waits %",
         "bulk MiB/s",
         "touches/s",
@@ -238,6 +256,7 @@ fn table(rows: &[Row]) -> String {
             &shown(row.waits.p90_us),
             &spread(row.p99_us),
             &shown(row.waits.p999_us),
+            &spread(row.served_p99_us),
             &spread(row.network_faults_percent),
             &spread(row.bulk_mib_s),
             &spread(row.touches_per_s),

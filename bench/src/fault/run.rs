@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use serde::Serialize;
 use tests::latency::{Latencies, Percentiles};
 use tests::path::{Path, PathSpec};
+use tests::record::Latency;
 use tests::rig::Rig;
 use tests::touch::{Pattern, TouchPlan, Touched, Toucher};
 
@@ -15,6 +16,7 @@ use super::{Case, FaultOptions};
 use crate::memory;
 use crate::peer::{Moved, Mover};
 use crate::programs::Side;
+use crate::quiet::{self, Use};
 use crate::watch::{Cost, Watch};
 
 /// A page of the workload.
@@ -29,7 +31,7 @@ pub struct Run {
     pub case: Case,
     /// The path.
     pub path: String,
-    /// What was left undone: the seed that gives the same contents and order again.
+    /// The seed that gives the same contents and order again.
     pub seed: u64,
     /// The longest time without an instruction of the workload.
     pub cutover_ms: f64,
@@ -37,6 +39,9 @@ pub struct Run {
     pub waits: Percentiles,
     /// Waits by powers of two of nanoseconds.
     pub waits_log2: Vec<u64>,
+    /// From reading a fault to its page being in place, as lazy-restorer counts it; what the workload waited beyond
+    /// is the time until it got a CPU again.
+    pub served: Option<Latency>,
     /// Pages touched until the last wait.
     pub touches: u64,
     /// Of these, waited for.
@@ -49,6 +54,8 @@ pub struct Run {
     pub total_ms: Option<f64>,
     /// Bytes the source sent over bytes of memory.
     pub wire_over_memory: f64,
+    /// The part of the machine's CPUs that others used meanwhile.
+    pub used_by_others: f64,
     /// What the source spent.
     pub source: Cost,
     /// What the destination spent.
@@ -58,8 +65,12 @@ pub struct Run {
     pub latencies: Latencies,
 }
 
-/// Moves a toucher as `case` tells.
+/// Moves a toucher as `case` tells, again if others disturb it.
 pub fn measure(case: Case, spec: &PathSpec, options: &FaultOptions, seed: u64) -> Result<Run> {
+    quiet::measure(|| make(case, spec, options, seed), |run| run.used_by_others)
+}
+
+fn make(case: Case, spec: &PathSpec, options: &FaultOptions, seed: u64) -> Result<Run> {
     let rig = Rig::new()?;
     let path = Path::lay(&rig, *spec)?;
     let plan = TouchPlan {
@@ -72,6 +83,7 @@ pub fn measure(case: Case, spec: &PathSpec, options: &FaultOptions, seed: u64) -
     memory::warm(options.memory + options.memory / 4)?;
     let mut mover = Mover::prepare(case.peer, &rig)?;
     mover.set_udp_payload(options.udp_payload);
+    let before = Use::now(&rig);
     let watch = Watch::start(&rig)?;
     let moved = if case.push {
         Some(mover.go(&rig, toucher.pid())?)
@@ -80,6 +92,7 @@ pub fn measure(case: Case, spec: &PathSpec, options: &FaultOptions, seed: u64) -
         None
     };
     let watched = watch.end()?;
+    let used_by_others = Use::now(&rig).by_others_since(before);
     let touched = toucher.report()?;
     let moved_at = toucher.board.moved_ns.load(Ordering::Relaxed);
     let demanded = touched.faults * PAGE_BYTES;
@@ -89,6 +102,7 @@ pub fn measure(case: Case, spec: &PathSpec, options: &FaultOptions, seed: u64) -
             .and_then(|_| watched.rate(moved_at, demanded))
             .map(mib),
         wire_over_memory: watched.bytes().sent as f64 / (options.memory << 20) as f64,
+        used_by_others,
         source: watched.cost(Side::Source),
         destination: watched.cost(Side::Destination),
         ..Run::of(case, path.spec, seed, moved.as_ref(), touched)
@@ -127,12 +141,16 @@ impl Run {
             cutover_ms: touched.cutover.as_secs_f64() * 1e3,
             waits: touched.waits.percentiles(),
             waits_log2: touched.waits.by_power_of_two(),
+            served: moved
+                .and_then(|moved| moved.ours.as_ref())
+                .map(|ours| ours.destination.faults.latency_us),
             touches: touched.touches_while_missing,
             faults: touched.faults,
             touches_per_s: touched.touches_while_missing as f64 / missing_for.max(1e-9),
             bulk_mib_s: None,
             total_ms: moved.map(|moved| moved.total.as_secs_f64() * 1e3),
             wire_over_memory: 0.0,
+            used_by_others: 0.0,
             source: Cost::default(),
             destination: Cost::default(),
             latencies: touched.waits,

@@ -2,6 +2,8 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -27,6 +29,8 @@ const RATE_TIME: Duration = Duration::from_millis(600);
 /// Slower than any path measured, so a burst of small packets fills no queue.
 const PAUSE_EVERY: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(1);
+/// How long a first packet may take on a busy machine.
+const FIRST: Duration = Duration::from_secs(5);
 /// A path is believed when the median round trip is over by no more than this, for waking threads takes time.
 const RTT_SLACK: Duration = Duration::from_millis(1);
 /// ... and the rate is off by no more than this part.
@@ -167,12 +171,16 @@ impl Ends {
 
     fn round_trips(&self, spec: &PathSpec) -> Result<Vec<Duration>> {
         let patience = 2 * (spec.rtt + spec.jitter) + Duration::from_millis(100);
-        let (far, port) = self.far_socket(3 * patience)?;
+        let (far, port) = self.far_socket(patience)?;
+        let is_over = Arc::new(AtomicBool::new(false));
+        let until = Arc::clone(&is_over);
         let echo = thread::spawn(move || {
             let mut buffer = [0; SMALL];
-            while let Ok((bytes, from)) = far.recv_from(&mut buffer) {
-                // A lost echo is a lost ping.
-                let _ = far.send_to(&buffer[..bytes], from);
+            while !until.load(Ordering::Relaxed) {
+                if let Ok((bytes, from)) = far.recv_from(&mut buffer) {
+                    // A lost echo is a lost ping.
+                    let _ = far.send_to(&buffer[..bytes], from);
+                }
             }
         });
         let trips = self.here(|| {
@@ -181,6 +189,7 @@ impl Ends {
                 .filter_map(|number| ping(&socket, number).ok())
                 .collect::<Vec<_>>())
         })?;
+        is_over.store(true, Ordering::Relaxed);
         ensure!(trips.len() > PINGS / 2, "most pings were lost");
         echo.join().map_err(|_| anyhow!("the echo panicked"))?;
         Ok(trips)
@@ -277,12 +286,20 @@ fn ping(socket: &UdpSocket, number: u64) -> Result<Duration> {
     }
 }
 
-/// Counts packets until none comes any more.
+/// Counts packets until none comes any more. The first may take its time: its sender has yet to start.
 fn count(socket: &UdpSocket, mut each: impl FnMut(usize, Instant)) -> u64 {
     let (mut buffer, mut packets) = ([0; 2048], 0);
-    while let Ok(bytes) = socket.recv(&mut buffer) {
+    let patience = socket.read_timeout().unwrap_or_default();
+    let mut next = socket
+        .set_read_timeout(Some(FIRST))
+        .and_then(|()| socket.recv(&mut buffer));
+    if socket.set_read_timeout(patience).is_err() {
+        return 0;
+    }
+    while let Ok(bytes) = next {
         packets += 1;
         each(bytes, Instant::now());
+        next = socket.recv(&mut buffer);
     }
     packets
 }
