@@ -2,7 +2,7 @@
 //!
 //! Up to [`State::Listen`] whatever fails leaves nothing behind here, and the source lets the workload run on. From
 //! [`State::Cutover`] on the workload is ours: nothing but its end, or every page being here, ends the session
-//! ([`postcopy`]).
+//! (`session/postcopy.rs`).
 
 mod postcopy;
 
