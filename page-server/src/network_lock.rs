@@ -21,7 +21,9 @@ pub fn remove(log: &Path, inhabitant: Option<Pid>) {
     };
     let listed = nft(&["list", "tables", "inet"]).unwrap_or_default();
     for table in tables(&listed).filter(|table| belongs(table, &run)) {
-        let removed = nft(&["delete", "table", "inet", table]);
+        let delete = ["delete", "table", "inet", table];
+        // An inhabitant that has died meanwhile was most likely one of our own namespace.
+        let removed = nft(&delete).or_else(|| self::nft(None, &delete));
         if removed.is_none() {
             tracing::warn!(
                 table,

@@ -1,4 +1,4 @@
-//! A CRIU that fails, waits or dies at one thing and otherwise is the real one.
+//! A CRIU that fails or waits at one thing and otherwise is the real one.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -54,23 +54,6 @@ exec {criu} "$@"
         rig.folder().join(format!("criu-waiting-at-{word}")),
         &script,
     )
-}
-
-/// Makes a CRIU whose dump is killed once its log says `words`, and with it what page-server takes for CRIU.
-pub fn dump_killed_at(rig: &Rig, words: &str) -> Result<PathBuf> {
-    let script = format!(
-        r#"#!/bin/bash
-case " $* " in *" dump "*) ;; *) exec {criu} "$@" ;; esac
-log=$(printf '%s\n' "$@" | grep -m1 '/dump\.log$')
-{criu} "$@" &
-while kill -0 $! 2>/dev/null; do
-  if grep -qs '{words}' "$log"; then kill -9 $!; wait $!; kill -9 $$; fi
-done
-wait $!
-"#,
-        criu = binaries::criu()?.display(),
-    );
-    make_program(rig.folder().join("criu-killed"), &script)
 }
 
 fn make_program(path: PathBuf, script: &str) -> Result<PathBuf> {
