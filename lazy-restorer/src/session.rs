@@ -141,16 +141,12 @@ impl Migration<'_> {
         self.advance(Event::Ready)?;
         self.expect(source, ToDestination::Freezing).await?;
         let staged = self.skeleton(source, directory).await?;
-        let operator_facts = self.facts(source, None);
-        let before = self.plan.before_restore.as_deref();
         keeper
             .prepared()
             .map_err(|error| self.fail(Failure::Internal, error))?;
-        let address_taken =
-            operator::run("--before-restore", before, self.state(), &operator_facts).await;
-        let restored = match address_taken {
+        let restored = match self.before_restore(source).await {
             Ok(()) => self.restore(source, prepared, staged, keeper).await,
-            Err(error) => Err(self.fail(Failure::Restore, error)),
+            Err(error) => Err(error),
         };
         match restored {
             Ok(resident) => self.postcopy(source, resident).await,
@@ -299,6 +295,19 @@ impl Migration<'_> {
         match said {
             Ok(Err(reason)) => reason,
             _ => error,
+        }
+    }
+
+    /// Runs the operator's command, unless the source or the operator gives up meanwhile: the workload is frozen.
+    async fn before_restore(&mut self, source: &mut Source) -> Result<(), SessionError> {
+        let state = self.state();
+        let facts = self.facts(source, None);
+        let command = self.plan.before_restore.as_deref();
+        tokio::select! {
+            done = operator::run("--before-restore", command, state, &facts) => {
+                done.map_err(|error| self.fail(Failure::Restore, error))
+            }
+            message = self.next(source) => Err(unexpected(state, &message?)),
         }
     }
 

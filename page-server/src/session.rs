@@ -259,8 +259,14 @@ impl Migration<'_> {
             push.eager().await
         });
         let facts = self.facts(destination);
-        let on_frozen = operator::run("--on-frozen", self.plan.on_frozen.as_deref(), state, &facts);
-        on_frozen.await.map_err(|error| failed(&error))?;
+        let command = self.plan.on_frozen.as_deref();
+        tokio::select! {
+            done = operator::run("--on-frozen", command, state, &facts) => {
+                done.map_err(|error| failed(&error))?;
+            }
+            // The workload is frozen: whoever wants it back is not to wait for the command.
+            name = self.stop.wait() => return Err(interrupted(state, name)),
+        }
         destination.send(state, &ToDestination::Frozen).await?;
         match sending.await {
             Ok(Ok(push)) => Ok(push),

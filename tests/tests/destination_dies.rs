@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use nix::sys::signal::{Signal, kill};
-use tests::exit_code::CONNECTION;
+use tests::exit_code::{CONNECTION, INTERRUPTED};
 use tests::failure::{Bystander, expect_failure};
 use tests::gate::Gate;
 use tests::harness::{self, Body, REDIS_MIGRATION, Test};
@@ -171,8 +171,11 @@ fn the_source_is_terminated_while_frozen(rig: &Rig) -> Result<()> {
     let mut restorer = held.start_restorer(rig)?;
     gate.wait(PATIENCE)?;
     kill(server.process.pid(), Signal::SIGTERM)?;
-    gate.open()?;
-    server.end()?;
+    expect_failure(
+        &mut server,
+        INTERRUPTED,
+        &["page-server: error:", "SIGTERM"],
+    )?;
     expect_failure(
         &mut restorer,
         tests::exit_code::ABORTED_BY_PEER,
