@@ -30,6 +30,9 @@ use clap::{Args, Parser, Subcommand};
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// Do not wait for a quiet machine, nor repeat runs that others disturbed
+    #[arg(long, global = true)]
+    as_it_comes: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -64,7 +67,11 @@ struct DemoOptions {
 }
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
+    let cli = Cli::parse();
+    if cli.as_it_comes {
+        quiet::take_runs_as_they_come();
+    }
+    let outcome = match cli.command {
         Command::Demo(options) => demo::run(&options),
         Command::Compare(options) => compare::run(&options),
         Command::Fault(options) => fault::run(&options),

@@ -50,16 +50,22 @@ impl Timeline {
         Duration::from_nanos(self.longest_ns)
     }
 
-    /// From `moved_from`, when the workload stopped, until its throughput was back; `None` when it never was.
-    pub fn brownout(&self, moved_from: u64) -> Option<Duration> {
-        let stop = self.bucket(moved_from);
+    /// From the first bad moment after `began`, when the move did, until throughput was back; `None` when it never was.
+    ///
+    /// The freeze is not taken from the heartbeat: its longest gap may be a wait for a page long after the freeze.
+    pub fn brownout(&self, began: u64) -> Option<Duration> {
+        let stop = self.bucket(began);
         let wanted = self.usual(stop)? * BACK;
+        let is_bad = |count: &u32| f64::from(*count) < wanted / 2.0;
+        let after = self.buckets.get(stop..)?;
+        let Some(first_bad) = after.iter().position(is_bad) else {
+            return Some(Duration::ZERO);
+        };
         let sum = |window: &[u32]| f64::from(window.iter().sum::<u32>());
-        let mut windows = self.buckets.get(stop..)?.windows(WINDOW).enumerate();
+        let mut windows = after[first_bad..].windows(WINDOW).enumerate();
         let (start, window) = windows.find(|(_, window)| sum(window) >= wanted * WINDOW as f64)?;
         // A window that is good on average may begin with a rest of the bad time.
-        let bad = |count: &u32| f64::from(*count) < wanted / 2.0;
-        let rest = window.iter().rposition(bad).map_or(0, |last| last + 1);
+        let rest = window.iter().rposition(is_bad).map_or(0, |last| last + 1);
         Some(BUCKET * u32::try_from(start + rest).ok()?)
     }
 
@@ -103,6 +109,12 @@ mod test {
     fn a_gap_is_a_brownout_of_its_length() {
         let brownout = with_after(&[0; 5]).brownout(AT_20);
         assert_eq!(brownout, Some(Duration::from_millis(100)));
+    }
+
+    #[test]
+    fn it_begins_with_the_first_bad_moment() {
+        let brownout = with_after(&[100, 100, 100, 0, 0]).brownout(AT_20);
+        assert_eq!(brownout, Some(Duration::from_millis(40)));
     }
 
     #[test]

@@ -88,7 +88,7 @@ pub struct Felt {
     pub cutover: Duration,
     /// The longest time the client waited for an answer.
     pub client_gap: Option<Duration>,
-    /// From the freeze until the work gets on as before.
+    /// From the first bad moment until the work gets on as before.
     pub brownout: Option<Duration>,
     /// When the workload ran again (`CLOCK_MONOTONIC`).
     pub moved_ns: u64,
@@ -162,16 +162,16 @@ impl Workload {
         wait_until(PATIENCE, "the heartbeat", forgot)
     }
 
-    /// Sees it through after the move; everything it held must be as it was.
-    pub fn end(self) -> Result<Felt> {
+    /// Sees it through after the move, which began at `began` (`CLOCK_MONOTONIC`); everything it held must be as it was.
+    pub fn end(self, began: u64) -> Result<Felt> {
         match self {
-            Self::Redis { pulse, load, .. } => redis_felt(pulse, load),
+            Self::Redis { pulse, load, .. } => redis_felt(pulse, load, began),
             Self::Touch(toucher) => toucher_felt(&toucher),
         }
     }
 }
 
-fn redis_felt(pulse: &Pulse, load: Load) -> Result<Felt> {
+fn redis_felt(pulse: &Pulse, load: Load, began: u64) -> Result<Felt> {
     let now = monotonic_ns();
     let beats = || pulse.last_ns.load(Ordering::Relaxed) > now;
     wait_until(PATIENCE, "the heartbeat after the move", beats)?;
@@ -184,7 +184,7 @@ fn redis_felt(pulse: &Pulse, load: Load) -> Result<Felt> {
     Ok(Felt {
         cutover: Duration::from_nanos(cutover),
         client_gap: Some(timeline.longest()),
-        brownout: timeline.brownout(frozen),
+        brownout: timeline.brownout(began),
         moved_ns: frozen + cutover,
         ..Felt::default()
     })

@@ -6,6 +6,7 @@ use anyhow::Result;
 use serde::Serialize;
 use tests::latency::Percentiles;
 use tests::path::{Bytes, Path, PathSpec};
+use tests::pulse::monotonic_ns;
 use tests::rig::Rig;
 
 use crate::memory;
@@ -38,11 +39,13 @@ pub struct Run {
     pub path: String,
     pub memory_mib: u64,
     pub seed: u64,
-    /// The longest time without an instruction of the workload, measured inside it.
+    /// The longest time without an instruction of the workload, measured inside it. Where pages come slowly that may be
+    /// a wait for one.
     pub cutover_ms: f64,
     /// The longest time the client waited for an answer.
     pub client_gap_ms: Option<f64>,
-    /// From the freeze until throughput is back to 90 % of before; a toucher's ends with its last wait.
+    /// From the first bad moment of a client until its throughput is back to 90 % of before; of a toucher, from the
+    /// freeze until its last wait.
     pub brownout_ms: Option<f64>,
     /// From the first command until the last page has arrived and both ends are gone.
     pub total_ms: f64,
@@ -91,11 +94,12 @@ impl Order {
         workload.settle()?;
         let resident = programs::resident_bytes(workload.pid()) as f64;
         let before = Use::now(&rig);
+        let began = monotonic_ns();
         let watch = Watch::start(&rig)?;
         let moved = mover.go(&rig, workload.pid())?;
         let watched = watch.end()?;
         let used_by_others = Use::now(&rig).by_others_since(before);
-        let felt = workload.end()?;
+        let felt = workload.end(began)?;
         let bytes = watched.bytes();
         let rate = watched.rate(felt.moved_ns, 0);
         // Nothing is moved after the workload runs again when it was stopped for all of it.
