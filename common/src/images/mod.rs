@@ -5,12 +5,14 @@
 
 mod core;
 mod framing;
+mod inventory;
 mod mm;
 mod pagemap;
 mod process;
 mod pstree;
 
 pub use self::core::{ThreadRegisters, parse_core};
+pub use self::inventory::without_network_lock;
 pub use self::mm::{AddressSpaceLayout, DumpedVma, parse_mm};
 pub use self::pagemap::{Pagemap, parse_pagemap};
 pub use self::process::{DumpedProcess, ReadImagesError, read_processes};
