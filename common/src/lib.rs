@@ -7,6 +7,7 @@
 //! | [`images`] | the CRIU image files both ends read |
 //! | [`proto`] | messages and their bytes |
 //! | [`control`], [`mod@record`] | the control stream, and what a program reports of its migration |
+//! | [`compression`], [`recent`] | how pushed pages are made shorter |
 //! | [`digest`] | what both ends compare before the original is released |
 //! | [`session`] | the states of a migration and the only ways between them |
 //! | [`criu`], [`host`], [`operator`] | the CRIU program, this host, the operator's commands |
@@ -17,6 +18,7 @@
 //! | [`token`] | the one-time token of a migration |
 //! | [`limits`] | every bound, with its reason |
 
+pub mod compression;
 pub mod control;
 pub mod criu;
 pub mod digest;
@@ -33,6 +35,7 @@ pub mod page;
 pub mod page_set;
 pub mod proto;
 pub mod quic;
+pub mod recent;
 pub mod record;
 pub mod session;
 pub mod stop;

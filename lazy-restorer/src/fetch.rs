@@ -34,6 +34,9 @@ pub enum TransferError {
     /// Memory cannot be changed.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// No memory for a decompressor.
+    #[error("cannot decompress: {0}")]
+    Decompressor(std::io::Error),
     /// The keeper is gone.
     #[error("the process that holds the page fault descriptors is gone: {0}")]
     Keeper(std::io::Error),

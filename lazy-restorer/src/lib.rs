@@ -10,6 +10,7 @@
 //! | [`resolver`] | what happens to every page: pure |
 //! | [`memory`], [`uffd`] | carrying that out under one lock |
 //! | [`fetch`], [`push`], [`pacing`] | demand, pushed pages, and the credit for them |
+//! | [`unpacker`] | pushed pages that were made shorter, as they were |
 //! | [`blocktime`], [`progress`], [`report`], [`cli`] | what is measured, and what the operator says and is told |
 
 pub mod advise;
@@ -33,3 +34,4 @@ pub mod restore;
 pub mod session;
 pub mod skeleton;
 pub mod uffd;
+pub mod unpacker;

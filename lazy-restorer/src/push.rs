@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use crate::fetch::TransferError;
 use crate::memory::{Arrival, Memory};
 use crate::pacing::Pacing;
+use crate::unpacker::Unpacker;
 
 /// Credit is renewed when this part of the window has been used: often enough that the source never waits for it.
 const RENEWALS_PER_WINDOW: u64 = 8;
@@ -25,19 +26,32 @@ pub async fn take_in(
 ) -> Result<(), TransferError> {
     let mut header = [0; BULK_HEADER_BYTES];
     let mut payload = vec![0; page_in_buffer(MAX_FRAME_PAGES).start];
+    let mut unpacker = Unpacker::new().map_err(TransferError::Decompressor)?;
     loop {
         match stream.read_exact(&mut header).await {
             Ok(()) => {}
             Err(ReadExactError::FinishedEarly(0)) => return Ok(()),
             Err(error) => return Err(error.into()),
         }
-        let BulkHeader::Data(data) = BulkHeader::decode(&header)? else {
-            return Err(ProtoError::Field("frame after the skeleton").into());
+        let length = match BulkHeader::decode(&header)? {
+            BulkHeader::Data(data) => {
+                let payload = &mut payload[..data.payload as usize];
+                stream.read_exact(payload).await?;
+                memory.receive(&data, payload, Arrival::Pushed)?;
+                payload.len()
+            }
+            BulkHeader::Packed(packed) => {
+                let payload = &mut payload[..packed.payload as usize];
+                stream.read_exact(payload).await?;
+                let pages = unpacker.unpack(&packed, payload)?;
+                memory.receive(&packed.unpacked(), pages, Arrival::Pushed)?;
+                payload.len()
+            }
+            BulkHeader::File { .. } | BulkHeader::SkeletonEnd { .. } => {
+                return Err(ProtoError::Field("frame after the skeleton").into());
+            }
         };
-        let payload = &mut payload[..data.payload as usize];
-        stream.read_exact(payload).await?;
-        memory.receive(&data, payload, Arrival::Pushed)?;
-        installed.send_modify(|bytes| *bytes += (BULK_HEADER_BYTES + payload.len()) as u64);
+        installed.send_modify(|bytes| *bytes += (BULK_HEADER_BYTES + length) as u64);
     }
 }
 

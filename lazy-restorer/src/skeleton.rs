@@ -86,7 +86,7 @@ pub async fn stage(
                 staging.forget_network_lock()?;
                 return Ok(stream);
             }
-            BulkHeader::Data(_) => {
+            BulkHeader::Data(_) | BulkHeader::Packed(_) => {
                 return Err(SkeletonError::Order("pages before the skeleton's end"));
             }
         }
@@ -231,7 +231,7 @@ mod tests {
         staging.write(name("files.img"), 2, b"cd").expect("written");
         staging.write(name("fs-1.img"), 0, b"").expect("written");
         staging.finish(2, 4).expect("complete");
-        let content = std::fs::read(dir.path().join("files.img")).expect("there");
+        let content = fs::read(dir.path().join("files.img")).expect("there");
         assert_eq!(content, b"abcd");
     }
 

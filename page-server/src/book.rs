@@ -6,6 +6,7 @@ use common::images::ImagePid;
 use common::page::PageRange;
 use common::proto::control::Tally;
 
+use crate::framer::PushedFrame;
 use crate::pending::{Pending, PendingError, Run};
 use crate::push_order::PushOrder;
 
@@ -20,6 +21,7 @@ struct Pages {
     pending: Pending,
     order: PushOrder,
     counts: SentCounts,
+    saved: Saved,
 }
 
 /// Pages sent, each counted where it was sent first.
@@ -39,6 +41,21 @@ pub struct SentCounts {
     pub resent: u64,
 }
 
+/// What pushed pages were and what their frames were.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Saved {
+    /// Bytes of the pages.
+    pub page_bytes: u64,
+    /// Bytes of the frames that carried them, before encryption.
+    pub frame_bytes: u64,
+    /// Frames with compressed pages.
+    pub compressed_runs: u64,
+    /// Frames in all.
+    pub runs: u64,
+    /// Pages that were only referred to, because they equal one pushed before.
+    pub referred: u64,
+}
+
 impl Book {
     /// Opens the book on everything owed; `eager` pages are pushed first.
     pub fn new(pending: Pending, eager: &[Run]) -> Self {
@@ -51,6 +68,7 @@ impl Book {
                 order: PushOrder::new(eager, &pending),
                 pending,
                 counts,
+                saved: Saved::default(),
             }),
         }
     }
@@ -66,6 +84,7 @@ impl Book {
             pending,
             order,
             counts,
+            ..
         } = &mut *book;
         let new = pending.demand(pid, pages)?;
         let first_time = u64::from(new.count_ones());
@@ -87,6 +106,7 @@ impl Book {
             pending,
             order,
             counts,
+            ..
         } = &mut *book;
         let run = order.next(pending)?;
         counts.pushed += run.pages.count;
@@ -100,6 +120,7 @@ impl Book {
             pending,
             order,
             counts,
+            ..
         } = &mut *book;
         let run = order.next_eager(pending)?;
         counts.pushed += run.pages.count;
@@ -123,6 +144,27 @@ impl Book {
         let mut book = self.lock();
         book.pending.add_digest(digest);
         book.counts.zero += zero_pages;
+    }
+
+    /// Pages were framed for the push.
+    pub fn pushed(&self, pushed: &PushedFrame) {
+        self.sent(pushed.frame.digest, pushed.frame.zero_pages);
+        let saved = &mut self.lock().saved;
+        saved.page_bytes += pushed.page_bytes;
+        saved.frame_bytes += pushed.frame.bytes.len() as u64;
+        saved.compressed_runs += u64::from(pushed.compressed);
+        saved.runs += 1;
+        saved.referred += pushed.referred;
+    }
+
+    /// What the form of pushed pages has saved so far.
+    pub fn saved(&self) -> Saved {
+        self.lock().saved
+    }
+
+    /// Whether several processes are moved, which may share pages.
+    pub fn is_of_many(&self) -> bool {
+        self.lock().pending.pids().len() > 1
     }
 
     /// Pages neither sent nor withheld.

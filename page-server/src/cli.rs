@@ -15,6 +15,7 @@ use common::session::State;
 use common::token;
 use nix::unistd::Pid;
 
+use crate::compression::Mode;
 use crate::identity_command::IdentityCommand;
 use crate::listen::ListenPlan;
 use crate::session::ServePlan;
@@ -112,6 +113,9 @@ pub struct Serve {
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
+    /// Compress pushed pages: when it makes the push faster, always, or never
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
+    compress: Mode,
     /// Write a record of the migration to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -146,6 +150,7 @@ impl Serve {
             shell_job: self.shell_job,
             wait: self.wait.map(Duration::from_secs),
             token,
+            compress: self.compress,
             work_dir: self.work_dir.clone(),
             on_frozen: self.on_frozen.clone(),
             on_thawed: self.on_thawed.clone(),

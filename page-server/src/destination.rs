@@ -30,6 +30,8 @@ pub struct Destination {
     pub host: String,
     /// Proves that a new connection is its.
     secret: Secret,
+    /// The version it speaks with us.
+    pub version: u16,
     /// Its bulk connection.
     pub bulk: Connection,
     push: Option<SendStream>,
@@ -85,7 +87,12 @@ async fn welcome(
         .send(&welcome)
         .await
         .map_err(|error| error.to_string())?;
-    take_bulk(listen, control, session, secret, hello.host).await
+    let known = Known {
+        host: hello.host,
+        secret,
+        version,
+    };
+    take_bulk(listen, control, session, known).await
 }
 
 /// Takes a destination back that proves to be the one of this session; turns everybody else away.
@@ -117,14 +124,19 @@ pub async fn readmit(
         .send(&welcome)
         .await
         .map_err(|error| error.to_string())?;
-    take_bulk(
-        listen,
-        control,
-        session,
-        old.secret.clone(),
-        old.host.clone(),
-    )
-    .await
+    let known = Known {
+        host: old.host.clone(),
+        secret: old.secret.clone(),
+        version: old.version,
+    };
+    take_bulk(listen, control, session, known).await
+}
+
+/// What a session knows of its destination whatever the link.
+struct Known {
+    host: String,
+    secret: Secret,
+    version: u16,
 }
 
 /// Completes a destination by its bulk connection.
@@ -132,12 +144,11 @@ async fn take_bulk(
     listen: &mut Listen,
     control: Control<ToSource>,
     session: SessionId,
-    secret: Secret,
-    host: String,
+    known: Known,
 ) -> Result<Destination, String> {
     let bulk = timeout(
         HANDSHAKE_TIMEOUT,
-        accept_bulk(&mut listen.bulk, session, &secret),
+        accept_bulk(&mut listen.bulk, session, &known.secret),
     );
     let Ok(Some((bulk, push, credits))) = bulk.await else {
         let text = String::from("its bulk connection did not come; is that UDP port open?");
@@ -146,8 +157,9 @@ async fn take_bulk(
     };
     Ok(Destination {
         control,
-        host,
-        secret,
+        host: known.host,
+        secret: known.secret,
+        version: known.version,
         bulk,
         push: Some(push),
         credits: Some(credits),

@@ -9,13 +9,16 @@
 //! | [`skeleton`] | CRIU's images on their way |
 //! | [`pending`], [`push_order`], [`book`] | what is owed, and in which order it is pushed |
 //! | [`memory`], [`frame`] | frozen pages, and the frames that carry them |
+//! | [`framer`], [`compression`], [`repeats`] | frames of pushed pages: whether to compress, and which pages are repeats |
 //! | [`serve`], [`push`], [`transfer`] | demand, background push, and the tasks that do them |
 //! | [`cli`], [`identity_command`], [`report`] | what the operator says and is told |
 
 pub mod book;
 pub mod cli;
+pub mod compression;
 pub mod destination;
 pub mod frame;
+pub mod framer;
 pub mod freeze;
 pub mod frozen;
 pub mod guard;
@@ -27,6 +30,7 @@ pub mod network_lock;
 pub mod pending;
 pub mod push;
 pub mod push_order;
+pub mod repeats;
 pub mod report;
 pub mod rescue;
 pub mod serve;

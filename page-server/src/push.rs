@@ -7,7 +7,7 @@ use common::proto::bulk::CREDIT_BYTES;
 use quinn::{ReadExactError, RecvStream, SendStream};
 
 use crate::book::Book;
-use crate::frame;
+use crate::framer::{Form, Framer};
 use crate::memory::PageSource;
 use crate::pending::Run;
 use crate::skeleton;
@@ -19,6 +19,7 @@ pub struct Push {
     stream: SendStream,
     source: Arc<dyn PageSource>,
     book: Arc<Book>,
+    framer: Framer,
 }
 
 impl std::fmt::Debug for dyn PageSource {
@@ -28,13 +29,19 @@ impl std::fmt::Debug for dyn PageSource {
 }
 
 impl Push {
-    /// Pushes on `stream`.
-    pub fn new(stream: SendStream, source: Arc<dyn PageSource>, book: Arc<Book>) -> Self {
-        Push {
+    /// Pushes on a new `stream`.
+    pub fn new(
+        stream: SendStream,
+        source: Arc<dyn PageSource>,
+        book: Arc<Book>,
+        form: Form,
+    ) -> Result<Self, TransferError> {
+        Ok(Push {
             stream,
             source,
             book,
-        }
+            framer: Framer::new(form).map_err(TransferError::Compressor)?,
+        })
     }
 
     /// Sends the skeleton.
@@ -56,6 +63,7 @@ impl Push {
         let Some(mut credits) = credits else {
             return Ok(());
         };
+        self.framer.paused();
         let mut allowed = 0;
         let mut sent = 0;
         while self.book.owed() > 0 {
@@ -72,11 +80,12 @@ impl Push {
     }
 
     async fn send(&mut self, run: Run) -> Result<u64, TransferError> {
-        let new = (1 << run.pages.count) - 1;
-        let frame = frame::read(self.source.as_ref(), run, new)?;
-        self.book.sent(frame.digest, frame.zero_pages);
-        let length = frame.bytes.len() as u64;
-        self.stream.write_chunk(frame.bytes).await?;
+        let mut pushed = self.framer.frame(self.source.as_ref(), run)?;
+        self.book.pushed(&pushed);
+        let length = pushed.frame.bytes.len() as u64;
+        let bytes = std::mem::take(&mut pushed.frame.bytes);
+        self.stream.write_chunk(bytes).await?;
+        self.framer.sent(&pushed);
         Ok(length)
     }
 }

@@ -16,8 +16,10 @@ use common::session::{Event, Session, State};
 use common::stop::StopSignal;
 use tokio::time::sleep;
 
+use crate::compression::Mode;
 use crate::destination::{self, Destination, abort, unexpected};
 use crate::frame;
+use crate::framer::Form;
 use crate::freeze::FreezePlan;
 use crate::frozen::FrozenWorkload;
 use crate::listen::{Listen, ListenPlan};
@@ -45,6 +47,8 @@ pub struct ServePlan {
     pub wait: Option<Duration>,
     /// One-time token that the destination must know.
     pub token: Option<Secret>,
+    /// Whether to compress pushed pages.
+    pub compress: Mode,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Command for when the workload is frozen and its skeleton complete.
@@ -252,7 +256,9 @@ impl Migration<'_> {
         let stream = destination
             .take_push()
             .ok_or_else(|| failed(&"the bulk stream is in use"))?;
-        let push = Push::new(stream, workload.source.clone(), workload.book.clone());
+        let (source, book) = (workload.source.clone(), workload.book.clone());
+        let form = self.form(destination, workload);
+        let push = Push::new(stream, source, book, form).map_err(|error| failed(&error))?;
         let images = workload.images();
         let sending = listen.bulk.thread.handle().spawn(async move {
             let push = push.skeleton(&images).await?;
@@ -275,6 +281,14 @@ impl Migration<'_> {
             }
             Ok(Err(error)) => Err(failed(&error)),
             Err(error) => Err(failed(&error)),
+        }
+    }
+
+    fn form(&self, destination: &Destination, workload: &FrozenWorkload) -> Form {
+        Form {
+            compress: self.plan.compress,
+            version: destination.version,
+            related: workload.book.is_of_many(),
         }
     }
 
@@ -459,11 +473,11 @@ impl Migration<'_> {
             destination.serve(source.clone(), book.clone()),
         );
         if let Some(stream) = destination.take_push() {
-            let push = Push::new(stream, source, book);
-            transfer.spawn(
-                listen.bulk.thread.handle(),
-                push.all(destination.take_credits()),
-            );
+            let form = self.form(destination, workload);
+            let credits = destination.take_credits();
+            transfer.spawn(listen.bulk.thread.handle(), async move {
+                Push::new(stream, source, book, form)?.all(credits).await
+            });
         }
         transfer
     }
@@ -510,6 +524,7 @@ impl Migration<'_> {
         self.advance(Event::AllPresent)?;
         let ours = workload.book.tally();
         self.record.pages = workload.book.counts();
+        self.record.push = workload.book.saved();
         if ours != theirs || workload.book.owed() > 0 {
             let text = format!(
                 "the ends disagree (source {ours:?}, destination {theirs:?}); the frozen original is kept"
