@@ -57,15 +57,15 @@ pub struct Saved {
 }
 
 impl Book {
-    /// Opens the book on everything owed; `eager` pages are pushed first.
-    pub fn new(pending: Pending, eager: &[Run]) -> Self {
+    /// Opens the book on everything owed; `eager` pages are pushed first, `hot` ones before most.
+    pub fn new(pending: Pending, eager: &[Run], hot: &[Run]) -> Self {
         let counts = SentCounts {
             lazy: pending.lazy_pages(),
             ..SentCounts::default()
         };
         Book {
             pages: Mutex::new(Pages {
-                order: PushOrder::new(eager, &pending),
+                order: PushOrder::new(eager, hot, &pending),
                 pending,
                 counts,
                 saved: Saved::default(),
@@ -97,6 +97,13 @@ impl Book {
     /// The destination does not need `pages`; returns those that will not be sent.
     pub fn discard(&self, pid: ImagePid, pages: PageRange) -> Result<Vec<PageRange>, PendingError> {
         self.lock().pending.discard(pid, pages)
+    }
+
+    /// The destination wants `runs` to be pushed before others, in this order.
+    pub fn want(&self, runs: &[Run]) {
+        let mut book = self.lock();
+        let Pages { pending, order, .. } = &mut *book;
+        order.want(pending, runs);
     }
 
     /// The next run to push.
@@ -135,8 +142,9 @@ impl Book {
     /// Pages with these hashes were lost; the walk over what is owed begins anew.
     pub fn begin_anew(&self, lost: u64) {
         let mut book = self.lock();
-        book.pending.take_digest(lost);
-        book.order = PushOrder::new(&[], &book.pending);
+        let Pages { pending, order, .. } = &mut *book;
+        pending.take_digest(lost);
+        order.rewind(pending);
     }
 
     /// Pages were read for sending.

@@ -13,7 +13,7 @@ use crate::book::Book;
 use crate::freeze::{FreezeError, FreezePlan, Frozen};
 use crate::memory::{FrozenProcesses, MemoryError, PageSource};
 use crate::pending::{Pending, Run};
-use crate::skeleton::eager_runs;
+use crate::skeleton::{eager_runs, hot_runs};
 
 /// A frozen workload that can be served.
 #[derive(Debug)]
@@ -96,12 +96,13 @@ fn open(frozen: &Frozen) -> Result<(FrozenProcesses, Book), TakeError> {
         .flat_map(eager_runs)
         .take_while(within_limit)
         .collect();
+    let hot = hot_runs(&dumped);
     let pending = Pending::new(
         dumped
             .into_iter()
             .map(|process| (process.pid, process.lazy)),
     );
-    Ok((source, Book::new(pending, &eager)))
+    Ok((source, Book::new(pending, &eager, &hot)))
 }
 
 fn located(

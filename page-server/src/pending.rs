@@ -9,7 +9,7 @@ use std::ops::Range;
 use common::images::ImagePid;
 use common::lazy_map::LazyMap;
 use common::limits::MAX_FRAME_PAGES;
-use common::page::PageRange;
+use common::page::{PageIndex, PageRange};
 use common::page_set::PageSet;
 use common::proto::control::Tally;
 
@@ -157,6 +157,14 @@ impl Pending {
         Some(Run { pid, pages })
     }
 
+    /// The first owed page of `pid` at or behind slot `from`, and its slot.
+    pub fn next_owed(&self, pid: ImagePid, from: usize) -> Option<(PageIndex, usize)> {
+        let process = self.processes.get(&pid)?;
+        let slots = process.lazy.slots();
+        let slot = process.next_owed(from).filter(|slot| *slot < slots)?;
+        Some((process.lazy.page(slot), slot))
+    }
+
     /// Slots of `pid`.
     pub fn slots(&self, pid: ImagePid) -> usize {
         self.processes.get(&pid).map_or(0, |p| p.lazy.slots())
@@ -244,8 +252,6 @@ impl Process {
 
 #[cfg(test)]
 mod tests {
-    use common::page::PageIndex;
-
     use super::*;
 
     const PID: ImagePid = ImagePid(7);
