@@ -15,6 +15,9 @@ pub const MAX_FRAME_BYTES: usize = MAX_FRAME_PAGES * PAGE_SIZE;
 /// pushed side by side, so equal pages of theirs are never far apart.
 pub const RECENT_PAGES: usize = 4096;
 
+/// Runs of pages the destination may want first, and that a record of touches may hold: 12 MiB where they are kept.
+pub const MAX_WANTED_RUNS: usize = 1 << 19;
+
 /// Bytes of one control message. The largest is a piece of the destination's present map.
 pub const MAX_CONTROL_BYTES: usize = 1 << 20;
 

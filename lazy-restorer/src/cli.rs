@@ -4,6 +4,7 @@ use std::env;
 use std::ffi::OsString;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use common::criu::{CRIU_VARIABLE, Criu};
@@ -16,7 +17,9 @@ use common::token;
 
 use crate::advise;
 use crate::connect::ConnectPlan;
+use crate::rehearsal::RehearsalPlan;
 use crate::session::MigratePlan;
+use crate::touches::Touches;
 
 /// For tests of the negotiation only: versions to offer instead of our own, separated by commas.
 const VERSIONS_VARIABLE: &str = "POSTCOPY_OFFER_VERSIONS";
@@ -111,6 +114,21 @@ pub struct Restore {
     /// For measurements: fetch nothing but what the workload touches
     #[arg(long, hide = true)]
     no_push: bool,
+    /// Record the order in which the workload first touches its memory to this file, for --replay; for a while nothing
+    /// is pushed then, so the workload is slower
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+    /// How long --record keeps the source from pushing, from the moment the workload runs here
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 10,
+        requires = "record"
+    )]
+    record_for: u64,
+    /// Have pages pushed in the order that an earlier migration of the same workload recorded with --record
+    #[arg(long, value_name = "FILE")]
+    replay: Option<PathBuf>,
     /// Write the PID of the restored root process, as this host numbers it, to this file
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
@@ -157,11 +175,25 @@ impl Restore {
             pid_namespace: self.pidns,
             ignore_cpu_features: self.ignore_cpu_features,
             push: !self.no_push,
+            rehearsal: self
+                .rehearsal()
+                .map_err(|error| fail(Failure::BadInput, &error))?,
             work_dir: self.work_dir.clone(),
             pidfile: self.pidfile.clone(),
             before_restore: self.before_restore.clone(),
             on_resumed: self.on_resumed.clone(),
             on_aborted: self.on_aborted.clone(),
+        })
+    }
+
+    fn rehearsal(&self) -> Result<RehearsalPlan, String> {
+        let read = |file: &PathBuf| {
+            Touches::read(file).map_err(|error| format!("--replay {}: {error}", file.display()))
+        };
+        Ok(RehearsalPlan {
+            record: self.record.clone(),
+            hold: Duration::from_secs(self.record_for),
+            replay: self.replay.as_ref().map(read).transpose()?,
         })
     }
 

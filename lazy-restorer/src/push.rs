@@ -7,12 +7,15 @@ use common::limits::MAX_FRAME_PAGES;
 use common::page::page_in_buffer;
 use common::proto::ProtoError;
 use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader};
+use common::proto::credit::{CreditFrame, MAX_WANTED_PIECE, WantedRun};
 use quinn::{Connection, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::sync::watch;
+use tokio::time::sleep_until;
 
 use crate::fetch::TransferError;
 use crate::memory::{Arrival, Memory};
 use crate::pacing::Pacing;
+use crate::rehearsal::Prelude;
 use crate::unpacker::Unpacker;
 
 /// Credit is renewed when this part of the window has been used: often enough that the source never waits for it.
@@ -55,6 +58,17 @@ pub async fn take_in(
     }
 }
 
+/// Says which pages are wanted first, when it is time to.
+pub async fn begin(mut stream: SendStream, prelude: Prelude) -> Result<SendStream, TransferError> {
+    sleep_until(prelude.push_at).await;
+    for piece in prelude.wanted.chunks(MAX_WANTED_PIECE) {
+        let mut bytes = CreditFrame::Wanted(piece.len()).encode().to_vec();
+        bytes.extend(piece.iter().flat_map(WantedRun::encode));
+        stream.write_all(&bytes).await?;
+    }
+    Ok(stream)
+}
+
 /// Gives credit as bytes are installed. Eager pages come without; the rest waits for the first of it.
 pub async fn give_credit(
     mut stream: SendStream,
@@ -63,11 +77,13 @@ pub async fn give_credit(
 ) -> Result<(), TransferError> {
     let bytes = *installed.borrow_and_update();
     let mut credit = Credit::new(bytes);
-    stream.write_all(&credit.granted.to_le_bytes()).await?;
+    stream
+        .write_all(&CreditFrame::Total(credit.granted).encode())
+        .await?;
     while installed.changed().await.is_ok() {
         let bytes = *installed.borrow_and_update();
         if let Some(total) = credit.renew(bytes, connection.rtt()) {
-            match stream.write_all(&total.to_le_bytes()).await {
+            match stream.write_all(&CreditFrame::Total(total).encode()).await {
                 Ok(()) => {}
                 // The source has pushed everything and needs no more credit.
                 Err(WriteError::Stopped(_)) => return Ok(()),

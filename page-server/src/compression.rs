@@ -21,12 +21,15 @@ pub enum Mode {
 /// Bytes of pages over which a rate means something: several times what credit and buffers let through at once on a
 /// short path.
 const SLICE_BYTES: u64 = 2 << 20;
+/// Time over which it does: several turns of whoever else wants this processor.
+const SLICE_TIME: Duration = Duration::from_millis(20);
 /// Bytes of pages after which a trial may be given up because compressing alone takes too long.
-const EARLY_BYTES: u64 = 256 << 10;
+const EARLY_BYTES: u64 = 1 << 20;
 /// Slices until the slower way is tried again, at first and at most.
 const PAUSE_SLICES: (u32, u32) = (8, 128);
-/// The other way must be faster by this factor to be taken.
-const CLEARLY: f64 = 0.95;
+/// Compressing must take less than this part of the time to be begun: rates are noisy, it costs the processor of both
+/// ends, and where it pays it pays more.
+const CLEARLY: f64 = 0.8;
 
 /// One run that was sent.
 #[derive(Clone, Copy, Debug)]
@@ -116,7 +119,9 @@ impl Compression {
             let compressing = per_byte(self.slice.compressing, self.slice.page_bytes);
             self.packed = Some(compressing);
             self.lose();
-        } else if self.slice.page_bytes >= SLICE_BYTES {
+        } else if self.slice.page_bytes >= SLICE_BYTES
+            && (self.slice.elapsed >= SLICE_TIME || !self.is_warm)
+        {
             self.conclude();
         }
     }
@@ -137,21 +142,33 @@ impl Compression {
             self.is_warm = true;
             return;
         }
-        *self.estimate(self.way) = Some(measured);
-        let other = *self.estimate(self.way.other());
-        match other {
-            Some(other) if self.on_trial && measured >= other * CLEARLY => self.lose(),
-            // The other way has become faster without a trial: this one has become slower.
-            Some(other) if !self.on_trial && other < measured * CLEARLY => self.begin_trial(),
-            Some(_) if self.on_trial => self.win(),
-            _ => self.wait_for_trial(),
+        let estimate = match self.way {
+            Way::Raw => &mut self.raw,
+            Way::Packed => &mut self.packed,
+        };
+        // A way's estimate remembers a little: one slice may have been disturbed.
+        let measured = estimate.map_or(measured, |before| (before + measured) / 2.0);
+        *estimate = Some(measured);
+        match self.is_better() {
+            None => self.begin_trial(),
+            Some(packed) => self.judge(packed),
         }
     }
 
-    fn estimate(&mut self, way: Way) -> &mut Option<f64> {
-        match way {
-            Way::Raw => &mut self.raw,
-            Way::Packed => &mut self.packed,
+    /// Whether compressing is better, if both ways are known.
+    fn is_better(&self) -> Option<bool> {
+        let (raw, packed) = (self.raw?, self.packed?);
+        Some(packed < raw * CLEARLY)
+    }
+
+    fn judge(&mut self, packed: bool) {
+        let is_on_better_way = packed == (self.way == Way::Packed);
+        match (self.on_trial, is_on_better_way) {
+            (true, true) => self.win(),
+            (true, false) => self.lose(),
+            (false, true) => self.wait_for_trial(),
+            // What is known of the other way is old, so it has to prove itself.
+            (false, false) => self.begin_trial(),
         }
     }
 

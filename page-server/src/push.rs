@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use common::proto::bulk::CREDIT_BYTES;
+use common::limits::MAX_WANTED_RUNS;
+use common::proto::ProtoError;
+use common::proto::credit::{CREDIT_BYTES, CreditFrame, WANTED_BYTES, WantedRun};
 use quinn::{ReadExactError, RecvStream, SendStream};
 
 use crate::book::Book;
@@ -58,7 +60,8 @@ impl Push {
         Ok(self)
     }
 
-    /// Pushes until nothing is owed. `credits` carries the total of payload bytes allowed so far, again and again.
+    /// Pushes until nothing is owed. `credits` carries what the destination wants first, and then the total of bytes
+    /// allowed so far, again and again.
     pub async fn all(mut self, credits: Option<RecvStream>) -> Result<(), TransferError> {
         let Some(mut credits) = credits else {
             return Ok(());
@@ -66,10 +69,18 @@ impl Push {
         self.framer.paused();
         let mut allowed = 0;
         let mut sent = 0;
+        let mut wanted_runs = 0;
         while self.book.owed() > 0 {
             while sent >= allowed {
                 match next_credit(&mut credits).await? {
-                    Some(credit) => allowed = credit,
+                    Some(CreditFrame::Total(credit)) => allowed = credit,
+                    Some(CreditFrame::Wanted(count)) => {
+                        wanted_runs += count;
+                        if wanted_runs > MAX_WANTED_RUNS {
+                            return Err(ProtoError::Field("number of wanted runs").into());
+                        }
+                        self.book.want(&wanted(&mut credits, count).await?);
+                    }
                     None => return Ok(()),
                 }
             }
@@ -90,12 +101,26 @@ impl Push {
     }
 }
 
-/// The next total, or `None` when the destination has finished the stream.
-async fn next_credit(credits: &mut RecvStream) -> Result<Option<u64>, TransferError> {
+/// The next frame, or `None` when the destination has finished the stream.
+async fn next_credit(credits: &mut RecvStream) -> Result<Option<CreditFrame>, TransferError> {
     let mut credit = [0; CREDIT_BYTES];
     match credits.read_exact(&mut credit).await {
-        Ok(()) => Ok(Some(u64::from_le_bytes(credit))),
+        Ok(()) => Ok(Some(CreditFrame::decode(credit)?)),
         Err(ReadExactError::FinishedEarly(_)) => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Reads a piece of the order the destination wants.
+async fn wanted(credits: &mut RecvStream, count: usize) -> Result<Vec<Run>, TransferError> {
+    let mut bytes = vec![0; count * WANTED_BYTES];
+    credits.read_exact(&mut bytes).await?;
+    let runs = bytes.as_chunks().0.iter().map(|bytes| {
+        let wanted = WantedRun::decode(bytes)?;
+        Ok(Run {
+            pid: wanted.pid,
+            pages: wanted.pages(),
+        })
+    });
+    runs.collect()
 }

@@ -12,7 +12,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::ops::Range;
 
 use common::images::ImagePid;
-use common::limits::MAX_FRAME_PAGES;
+use common::limits::{MAX_FRAME_PAGES, MAX_WANTED_RUNS};
 use common::page::{PageIndex, PageRange};
 
 use crate::pending::{Pending, Run};
@@ -66,9 +66,11 @@ impl PushOrder {
         self.walk = Walk::new(pending);
     }
 
-    /// The destination wants these pages before others, in this order. What is not lazy is passed over.
+    /// The destination wants these pages before others, in this order. What is not lazy is passed over, and
+    /// what is too much.
     pub fn want(&mut self, pending: &Pending, runs: &[Run]) {
-        self.wanted.extend(stretches(runs, pending));
+        let room = MAX_WANTED_RUNS - self.wanted.len();
+        self.wanted.extend(stretches(runs, pending).take(room));
     }
 
     /// The next eager run that is owed.

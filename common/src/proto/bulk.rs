@@ -1,4 +1,4 @@
-//! Frames of the bulk stream besides pages: the skeleton's files, and the destination's credit.
+//! Frames of the bulk stream, source to destination: the skeleton's files, then pages.
 
 use super::ProtoError;
 use super::demand::{split_u32, split_u64};
@@ -8,9 +8,6 @@ use crate::limits::{MAX_SKELETON_CHUNK_BYTES, MAX_SKELETON_FILE_BYTES, MAX_SKELE
 
 /// Every header on the bulk stream from the source has this size, so a reader always knows how much to read.
 pub const BULK_HEADER_BYTES: usize = DATA_HEADER_BYTES;
-
-/// Bytes of a credit frame.
-pub const CREDIT_BYTES: usize = 8;
 
 const TAG_FILE: u8 = 0x41;
 const TAG_SKELETON_END: u8 = 0x42;
