@@ -9,6 +9,7 @@
 //! | [`control`], [`mod@record`] | the control stream, and what a program reports of its migration |
 //! | [`digest`] | what both ends compare before the original is released |
 //! | [`session`] | the states of a migration and the only ways between them |
+//! | [`session_file`] | what a restarted program must know to go on with a session |
 //! | [`criu`], [`host`], [`operator`] | the CRIU program, this host, the operator's commands |
 //! | [`io_thread`] | threads with a network runtime of their own |
 //! | [`exit`], [`logging`], [`stop`] | how a program fails, what it logs, and how it is asked to stop |
@@ -35,5 +36,6 @@ pub mod proto;
 pub mod quic;
 pub mod record;
 pub mod session;
+pub mod session_file;
 pub mod stop;
 pub mod token;
