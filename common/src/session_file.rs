@@ -4,6 +4,8 @@
 //! session's secret: the directory and the files are for their owner alone.
 
 mod codec;
+mod kept;
+mod listing;
 mod store;
 mod task;
 
@@ -12,6 +14,8 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 
 pub use self::codec::{DecodeError, decode, encode};
+pub use self::kept::Kept;
+pub use self::listing::Listed;
 pub use self::store::{DEFAULT_DIRECTORY, Entry, Store, StoreError};
 pub use self::task::{Task, boot_id};
 use crate::proto::control::{Secret, SessionId};

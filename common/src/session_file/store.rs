@@ -93,7 +93,8 @@ impl Store {
         &self.directory
     }
 
-    fn path(&self, id: &SessionId) -> PathBuf {
+    /// Where a session's file is.
+    pub fn path(&self, id: &SessionId) -> PathBuf {
         self.directory.join(format!("{}-{id}{SUFFIX}", self.role))
     }
 
