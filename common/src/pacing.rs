@@ -7,6 +7,11 @@
 //!
 //! Once a round trip: `window = window * (shortest round trip + wanted queue) / this round trip`, which is where a
 //! window settles that keeps exactly the wanted queue (the law of FAST TCP, without its smoothing constants).
+//!
+//! On a short path the scheduler adds more to a round trip than the queue that is wanted, and by that law alone the
+//! window would melt away. So most of the best rate of the last second is kept: a window of `rate * round trip` carries
+//! that rate whatever the round trip is made of, and as long as the rate is below what the path can do, none of it is
+//! our queue. What the path can do is tried again twice a second.
 
 use std::time::Duration;
 
@@ -40,6 +45,17 @@ const EMPTY_ROUNDS: u32 = 3;
 /// namely half way to this multiple each round.
 const EMPTY_GROW: f64 = 1.125;
 
+/// This part of the best rate is kept however long round trips seem.
+const RATE_KEPT: f64 = 0.88;
+/// A path that is tried out gets this multiple of the best rate so far,
+const RATE_TRIED: f64 = 1.1;
+/// for this long, or four round trips,
+const TRIAL: Duration = Duration::from_millis(8);
+/// so often. The best rate is that of the last two such times.
+const TRIAL_INTERVAL: Duration = Duration::from_millis(500);
+/// The shortest time over which a rate means anything.
+const RATE_INTERVAL: Duration = Duration::from_millis(2);
+
 /// More than this part of a round's bytes lost: the path cannot take this much, whatever its delay says.
 const LOSS_MAX: f64 = 0.03;
 /// The window after such a round.
@@ -72,6 +88,7 @@ pub struct BulkWindow {
     shortest: Shortest,
     round: Round,
     queue: QueueTarget,
+    rate: Rate,
 }
 
 /// From the first packet sent until it is acknowledged.
@@ -81,6 +98,8 @@ struct Round {
     acked: u64,
     lost: u64,
     shortest: Option<Duration>,
+    /// Of all acknowledged bytes, the sum of their round trips in byte seconds.
+    byte_seconds: f64,
     /// Whether there was more to send than the window allowed.
     filled: bool,
 }
@@ -91,6 +110,20 @@ struct Shortest {
     before: Duration,
     now: Duration,
     since: Duration,
+}
+
+/// What the path was seen to carry, in bytes per second.
+#[derive(Clone, Copy, Debug, Default)]
+struct Rate {
+    best_before: f64,
+    best_now: f64,
+    /// When the last trial began.
+    tried: Duration,
+    began: Duration,
+    acked: u64,
+    filled: bool,
+    /// What round trips are like, in seconds.
+    round_trip: f64,
 }
 
 /// The queue worth having.
@@ -121,6 +154,7 @@ impl BulkWindow {
                 changed: Duration::ZERO,
                 seen: 0,
             },
+            rate: Rate::default(),
         }
     }
 
@@ -151,6 +185,7 @@ impl BulkWindow {
         self.shortest.now = self.shortest.now.min(round_trip);
         let round = &mut self.round;
         round.acked += bytes;
+        round.byte_seconds += bytes as f64 * round_trip.as_secs_f64();
         round.filled |= filled;
         round.shortest = Some(
             round
@@ -202,6 +237,7 @@ impl BulkWindow {
         let Some(round_trip) = round.shortest else {
             return;
         };
+        self.rate.note(now, &round, round_trip);
         if self.draining > 0 {
             self.draining -= 1;
             if self.draining == 0 {
@@ -249,6 +285,11 @@ impl BulkWindow {
         }
         let most = if filled { 2.0 } else { 1.0 };
         self.window *= f64::midpoint(1.0, factor.clamp(0.5, most));
+        let carried = self.rate.best() * self.rate.kept() * self.rate.round_trip;
+        let limit = self.rate.best() * (shortest + 2 * QUEUE_MAX).as_secs_f64();
+        if filled {
+            self.window = self.window.max(carried.min(limit));
+        }
         self.bound();
     }
 
@@ -284,6 +325,43 @@ impl BulkWindow {
     fn bound(&mut self) {
         let least = (PACKETS_MIN * self.packet) as f64;
         self.window = self.window.clamp(least, WINDOW_MAX as f64);
+    }
+}
+
+impl Rate {
+    fn note(&mut self, now: Duration, round: &Round, shortest: Duration) {
+        let mean = round.byte_seconds / round.acked.max(1) as f64;
+        self.round_trip = match self.round_trip {
+            0.0 => mean,
+            before => before + (mean - before) / 8.0,
+        };
+        self.acked += round.acked;
+        self.filled |= round.filled;
+        let time = now.saturating_sub(self.began);
+        if time < RATE_INTERVAL.max(shortest) {
+            return;
+        }
+        if self.filled {
+            self.best_now = self.best_now.max(self.acked as f64 / time.as_secs_f64());
+        }
+        (self.began, self.acked, self.filled) = (now, 0, false);
+        if now.saturating_sub(self.tried) > TRIAL_INTERVAL.max(16 * shortest) {
+            self.best_before = std::mem::take(&mut self.best_now);
+            self.tried = now;
+        }
+    }
+
+    fn best(&self) -> f64 {
+        self.best_before.max(self.best_now)
+    }
+
+    /// The part of the best rate that is kept at present.
+    fn kept(&self) -> f64 {
+        let trial = TRIAL.as_secs_f64().max(4.0 * self.round_trip);
+        match self.began.saturating_sub(self.tried).as_secs_f64() < trial {
+            true => RATE_TRIED,
+            false => RATE_KEPT,
+        }
     }
 }
 
