@@ -132,6 +132,15 @@ impl Memory {
         Some(family.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Every page that is touched is asked for by itself, so that touches can be recorded.
+    pub fn fetch_singly(&self) {
+        for pid in self.families.keys() {
+            if let Some(mut family) = self.family(*pid) {
+                family.fetch_singly();
+            }
+        }
+    }
+
     /// A process being restored handed its descriptor over. Until [`restored`](Self::restored) only faults are answered.
     pub fn attach(&self, pid: ImagePid, uffd: UserFault) -> Result<MemberKey, MemoryError> {
         let mut family = self.family(pid).ok_or(MemoryError::UnknownProcess(pid))?;

@@ -110,6 +110,9 @@ impl Resident {
         let pids: Vec<ImagePid> = processes.iter().map(|process| process.pid).collect();
         let rehearsal = Rehearsal::new(rehearsal, &pids);
         let (memory, orders) = Memory::new(processes);
+        if rehearsal.recorder().is_some() {
+            memory.fetch_singly();
+        }
         let handovers = handover::listen(&plan.work())?;
         let gate = Gate::bind(&plan.gate())?;
         let (report, failures) = mpsc::channel(FAILURES);

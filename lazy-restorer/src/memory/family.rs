@@ -116,6 +116,10 @@ impl LiveFamily {
         }
     }
 
+    pub(super) fn fetch_singly(&mut self) {
+        self.family.fetch_singly();
+    }
+
     pub(super) fn blocktime(&self) -> &Blocktime {
         &self.blocktime
     }

@@ -75,7 +75,8 @@ pub struct Family {
     /// Told to the source as not needed, not yet confirmed.
     discarding: PageSet,
     members: Vec<Option<AddressSpace>>,
-    prefetch: Prefetch,
+    /// `None`: neighbours are not asked for.
+    prefetch: Option<Prefetch>,
 }
 
 impl Family {
@@ -89,9 +90,14 @@ impl Family {
             requested: PageSet::empty(slots),
             discarding: PageSet::empty(slots),
             members: Vec::new(),
-            prefetch: Prefetch::default(),
+            prefetch: Some(Prefetch::default()),
             lazy,
         }
+    }
+
+    /// From now on every page is asked for by itself: a touch of a page that came along would not be seen.
+    pub fn fetch_singly(&mut self) {
+        self.prefetch = None;
     }
 
     /// The dumped process.
@@ -179,7 +185,7 @@ impl Family {
 
     /// Pages next to a faulting slot that nobody asked for yet, marked as requested.
     fn neighbours(&mut self, slot: usize) -> Option<PageRange> {
-        let window = self.prefetch.window(slot, self.lazy.slots());
+        let window = self.prefetch.as_mut()?.window(slot, self.lazy.slots());
         let run = self.wanted_run(window)?;
         self.requested.insert_range(run.clone());
         Some(self.lazy.contiguous(run))
