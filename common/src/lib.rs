@@ -16,6 +16,7 @@
 //! | [`exit`], [`logging`], [`stop`] | how a program fails, what it logs, and how it is asked to stop |
 //! | [`identity`] | who a host is: keys, certificates, and whom it trusts |
 //! | [`quic`] | the two QUIC connections: sockets, settings, and what their errors mean |
+//! | [`pacing`] | how many bulk bytes may be on the path |
 //! | [`token`] | the one-time token of a migration |
 //! | [`limits`] | every bound, with its reason |
 
@@ -32,6 +33,7 @@ pub mod limits;
 pub mod logging;
 pub mod lost;
 pub mod operator;
+pub mod pacing;
 pub mod page;
 pub mod page_set;
 pub mod proto;

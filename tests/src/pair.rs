@@ -1,6 +1,7 @@
 //! Both programs, started as an operator starts them: one on each host, with hooks that move the service address.
 
 use std::ffi::OsString;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub struct PairPlan {
     pub server: Vec<OsString>,
     /// Options of `lazy-restorer restore` besides the necessary ones.
     pub restorer: Vec<OsString>,
+    /// Where the destination finds the source, when that is not the source's own address.
+    pub source_seen_at: Option<Ipv4Addr>,
     /// The environment of `lazy-restorer`.
     pub restorer_env: Vec<(String, String)>,
     /// CRIU on the source.
@@ -56,6 +59,7 @@ impl PairPlan {
         Ok(Self {
             server: vec!["--tcp-established".into()],
             restorer: vec!["--pidns".into()],
+            source_seen_at: None,
             restorer_env: Vec::new(),
             source_criu: criu.clone(),
             destination_criu: criu,
@@ -114,11 +118,8 @@ impl PairPlan {
     pub fn start_restorer(&self, rig: &Rig) -> Result<Side> {
         let files = SideFiles::make(rig, "lazy-restorer")?;
         let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
-        command.args([
-            "restore",
-            "--from",
-            &format!("{}:{PORT}", rig.source.address()),
-        ]);
+        let source = self.source_seen_at.unwrap_or(rig.source.address());
+        command.args(["restore", "--from", &format!("{source}:{PORT}")]);
         command.arg("--identity").arg(&self.identities.destination);
         command.arg("--criu").arg(&self.destination_criu);
         command.args([
