@@ -137,14 +137,15 @@ impl Migration<'_> {
         let result = self.migrate(listen, &mut destination).await;
         self.record.wire_bytes = WireBytes::of(destination.control.connection(), &destination.bulk);
         match &result {
-            Err(error) if error.failure != Failure::Peer => {
+            // Also to a destination that broke the protocol: its operator is to learn why.
+            Err(error) => {
                 let abort = abort(error.state, &error.text);
                 destination
                     .control
                     .farewell(&ToDestination::Abort(abort))
                     .await;
             }
-            _ => destination.control.close().await,
+            Ok(()) => destination.control.close().await,
         }
         result
     }
