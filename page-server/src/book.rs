@@ -2,12 +2,14 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use common::images::ImagePid;
+use common::images::{DumpedProcess, ImagePid};
+use common::limits::MAX_EAGER_PAGES;
 use common::page::PageRange;
 use common::proto::control::Tally;
 
 use crate::pending::{Pending, PendingError, Run};
 use crate::push_order::PushOrder;
+use crate::skeleton::eager_runs;
 
 /// The one lock between the fault thread and the bulk thread. It is never held while memory is read.
 #[derive(Debug)]
@@ -40,6 +42,24 @@ pub struct SentCounts {
 }
 
 impl Book {
+    /// Opens the book on the lazy pages of `dumped`; what their threads touch first is pushed first.
+    pub fn of(dumped: &[DumpedProcess]) -> Self {
+        let mut pages = 0;
+        let within_limit = |run: &Run| {
+            pages += run.pages.count;
+            pages <= MAX_EAGER_PAGES
+        };
+        let eager: Vec<_> = dumped
+            .iter()
+            .flat_map(eager_runs)
+            .take_while(within_limit)
+            .collect();
+        let lazy = dumped
+            .iter()
+            .map(|process| (process.pid, process.lazy.clone()));
+        Book::new(Pending::new(lazy), &eager)
+    }
+
     /// Opens the book on everything owed; `eager` pages are pushed first.
     pub fn new(pending: Pending, eager: &[Run]) -> Self {
         let counts = SentCounts {

@@ -5,15 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use common::images::{DumpedProcess, ImagePid, ReadImagesError, read_processes};
-use common::limits::MAX_EAGER_PAGES;
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::book::Book;
 use crate::freeze::{FreezeError, FreezePlan, Frozen};
 use crate::memory::{FrozenProcesses, MemoryError, PageSource};
-use crate::pending::{Pending, Run};
-use crate::skeleton::eager_runs;
 
 /// A frozen workload that can be served.
 #[derive(Debug)]
@@ -86,25 +83,10 @@ fn open(frozen: &Frozen) -> Result<(FrozenProcesses, Book), TakeError> {
     let dumped = read_processes(&plan.images())?;
     let pids = plan.workload.by_image_pid();
     let source = FrozenProcesses::open(located(&dumped, &pids)?)?;
-    let mut pages = 0;
-    let within_limit = |run: &Run| {
-        pages += run.pages.count;
-        pages <= MAX_EAGER_PAGES
-    };
-    let eager: Vec<_> = dumped
-        .iter()
-        .flat_map(eager_runs)
-        .take_while(within_limit)
-        .collect();
-    let pending = Pending::new(
-        dumped
-            .into_iter()
-            .map(|process| (process.pid, process.lazy)),
-    );
-    Ok((source, Book::new(pending, &eager)))
+    Ok((source, Book::of(&dumped)))
 }
 
-fn located(
+pub(crate) fn located(
     dumped: &[DumpedProcess],
     pids: &HashMap<ImagePid, Pid>,
 ) -> Result<Vec<(ImagePid, Pid)>, TakeError> {

@@ -16,11 +16,13 @@ use common::session::{Event, Session, State};
 use common::stop::StopSignal;
 use tokio::time::sleep;
 
+use crate::book::Book;
 use crate::destination::{self, Destination, abort, unexpected};
 use crate::frame;
 use crate::freeze::FreezePlan;
 use crate::frozen::FrozenWorkload;
 use crate::listen::{Listen, ListenPlan};
+use crate::memory::PageSource;
 use crate::push::Push;
 use crate::report::{Record, WireBytes};
 use crate::transfer::Transfer;
@@ -431,7 +433,7 @@ impl Migration<'_> {
                 }
             }
             self.advance(Event::Reconnected)?;
-            match settle(destination, workload).await {
+            match settle(destination, &workload.book, workload.source.as_ref()).await {
                 Ok(()) => break,
                 Err(reason) => {
                     tracing::warn!(reason, "the destination is lost again");
@@ -539,8 +541,11 @@ enum Served {
 }
 
 /// Learns what the destination has, and owes it the rest.
-async fn settle(destination: &mut Destination, workload: &FrozenWorkload) -> Result<(), String> {
-    let book = &workload.book;
+pub(crate) async fn settle(
+    destination: &mut Destination,
+    book: &Book,
+    source: &dyn PageSource,
+) -> Result<(), String> {
     let mut lost_digest = 0_u64;
     for (pid, words) in destination.present().await? {
         let lost = book
@@ -548,7 +553,7 @@ async fn settle(destination: &mut Destination, workload: &FrozenWorkload) -> Res
             .ok_or("it claims pages that it cannot have")?;
         for run in lost {
             let all = (1 << run.pages.count) - 1;
-            let frame = frame::read(workload.source.as_ref(), run, all);
+            let frame = frame::read(source, run, all);
             let frame = frame.map_err(|error| error.to_string())?;
             lost_digest = lost_digest.wrapping_add(frame.digest);
         }
@@ -558,7 +563,7 @@ async fn settle(destination: &mut Destination, workload: &FrozenWorkload) -> Res
 }
 
 /// The error for a destination that does not come in time; without a limit it never comes to that.
-async fn too_late(limit: Option<Duration>) -> SessionError {
+pub(crate) async fn too_late(limit: Option<Duration>) -> SessionError {
     let Some(limit) = limit else {
         return std::future::pending().await;
     };
@@ -570,6 +575,6 @@ async fn too_late(limit: Option<Duration>) -> SessionError {
     SessionError::new(Failure::Connection, State::Hello, text)
 }
 
-fn interrupted(state: State, signal: &str) -> SessionError {
+pub(crate) fn interrupted(state: State, signal: &str) -> SessionError {
     SessionError::new(Failure::Interrupted, state, format!("stopped by {signal}"))
 }

@@ -73,6 +73,11 @@ impl Workload {
         Ok(Workload { root })
     }
 
+    /// The tree of a root that somebody else has frozen.
+    pub fn of_frozen(root: Pid) -> Self {
+        Workload { root }
+    }
+
     /// The root's PID on this host.
     pub fn root(&self) -> Pid {
         self.root
