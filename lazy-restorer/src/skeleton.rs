@@ -231,8 +231,23 @@ mod tests {
         staging.write(name("files.img"), 2, b"cd").expect("written");
         staging.write(name("fs-1.img"), 0, b"").expect("written");
         staging.finish(2, 4).expect("complete");
-        let content = std::fs::read(dir.path().join("files.img")).expect("there");
+        let content = fs::read(dir.path().join("files.img")).expect("there");
         assert_eq!(content, b"abcd");
+    }
+
+    #[test]
+    fn the_lock_of_a_dumped_network_namespace_is_kept() {
+        let inventory = [&0x5831_3116_u32.to_le_bytes()[..], &[2, 0, 0, 0, 8, 1]].concat();
+        for (netns, changed) in [(None, true), (Some("netns-9.img"), false)] {
+            let dir = tempfile::tempdir().expect("a directory");
+            let mut staging = staging(dir.path());
+            for file in [Some("inventory.img"), netns].into_iter().flatten() {
+                staging.write(name(file), 0, &inventory).expect("written");
+            }
+            staging.forget_network_lock().expect("an inventory");
+            let staged = fs::read(dir.path().join("inventory.img")).expect("there");
+            assert_eq!(staged != inventory, changed, "{netns:?}");
+        }
     }
 
     #[test]
