@@ -16,9 +16,9 @@ use common::control::ControlError;
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::images::{ImagesDigest, images_digest, read_processes};
-use common::limits::{MAX_PRESENT_WORDS, RECONNECT_PAUSE};
+use common::limits::RECONNECT_PAUSE;
 use common::operator::Facts;
-use common::proto::control::{Abort, Present, ToDestination, ToSource};
+use common::proto::control::{Abort, ToDestination, ToSource};
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
 use common::stop::StopSignal;
@@ -40,6 +40,7 @@ use crate::progress::Progress;
 use crate::ready::Ready;
 use crate::report::Record;
 use crate::resident::{Credits, FAILURES, Link, reported};
+use crate::session::parts;
 use crate::{advise, push, skeleton};
 
 /// Time between two looks at how far the memory has come.
@@ -588,14 +589,12 @@ impl External<'_> {
 
     /// Tells the source which pages have come.
     async fn tell_present(&mut self, memory: &Memory) -> Result<(), SessionError> {
-        for (pid, words) in memory.received() {
-            for (index, words) in words.chunks(MAX_PRESENT_WORDS).enumerate() {
-                let present = Present {
-                    pid,
-                    first_word: (index * MAX_PRESENT_WORDS) as u64,
-                    words: words.to_vec(),
-                };
-                self.send(ToSource::Present(present)).await?;
+        for (pid, map) in memory.present_map() {
+            for part in parts(pid, &map.received) {
+                self.send(ToSource::Present(part)).await?;
+            }
+            for part in parts(pid, &map.withheld) {
+                self.send(ToSource::Withheld(part)).await?;
             }
         }
         self.send(ToSource::PresentEnd).await

@@ -10,7 +10,7 @@ use common::host;
 use common::images::ImagePid;
 use common::limits::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, MAX_LAZY_PAGES, MAX_PROCESSES};
 use common::proto::control::{
-    Abort, Hello, Resume, Secret, SessionId, ToDestination, ToSource, Welcome,
+    Abort, Hello, Present, Resume, Secret, SessionId, ToDestination, ToSource, Welcome,
 };
 use common::proto::version;
 use common::session::State;
@@ -110,8 +110,10 @@ async fn welcome_hello(
 /// What a destination is known by when it comes again.
 #[derive(Clone, Debug)]
 pub struct Acquaintance {
-    secret: Secret,
-    host: String,
+    /// Proves that it is the same.
+    pub secret: Secret,
+    /// Its host's name.
+    pub host: String,
 }
 
 /// Takes a destination back that proves to be the one of this session; turns everybody else away.
@@ -119,7 +121,7 @@ pub async fn readmit(
     listen: &mut Listen,
     connection: Connection,
     session: SessionId,
-    old: &Destination,
+    old: &Acquaintance,
 ) -> Result<Destination, String> {
     let (control, message) = first_message(&connection).await?;
     let ToSource::Resume(resume) = message else {
@@ -127,7 +129,7 @@ pub async fn readmit(
         refuse(control, &text).await;
         return Err(text);
     };
-    let known = HashMap::from([(session, old.acquaintance())]);
+    let known = HashMap::from([(session, old.clone())]);
     let (_, destination) = take_back(listen, control, &resume, &known).await?;
     Ok(destination)
 }
@@ -255,26 +257,53 @@ async fn refuse(control: Control<ToSource>, text: &str) {
 
 impl Destination {
     /// Reads what the destination has received, until it has told everything.
-    pub async fn present(&mut self) -> Result<HashMap<ImagePid, Vec<u64>>, String> {
-        let mut maps: HashMap<ImagePid, Vec<u64>> = HashMap::new();
+    pub async fn present(&mut self) -> Result<PresentMap, Unsettled> {
+        let silent = || Unsettled::Lost(String::from("it does not say what it has"));
+        let mut map = PresentMap::default();
         loop {
             let message = timeout(HANDSHAKE_TIMEOUT, self.control.next()).await;
-            match message.map_err(|_| String::from("it does not say what it has"))? {
-                Ok(ToSource::Present(present)) => {
-                    let map = maps.entry(present.pid).or_default();
-                    let in_order = present.first_word == map.len() as u64;
-                    let fits = map.len() + present.words.len() <= MAX_MAP_WORDS;
-                    if !in_order || !fits || maps.len() > MAX_PROCESSES {
-                        return Err(String::from("its present map makes no sense"));
-                    }
-                    maps.entry(present.pid).or_default().extend(present.words);
+            match message.map_err(|_| silent())? {
+                Ok(ToSource::Present(present)) => append(&mut map.received, present)?,
+                Ok(ToSource::Withheld(withheld)) => append(&mut map.withheld, withheld)?,
+                Ok(ToSource::PresentEnd) => return Ok(map),
+                Ok(ToSource::Abort(abort)) if abort.copy_is_dead => {
+                    return Err(Unsettled::CopyDead(abort));
                 }
-                Ok(ToSource::PresentEnd) => return Ok(maps),
-                Ok(_) => return Err(String::from("it does not say what it has")),
-                Err(error) => return Err(error.to_string()),
+                Ok(_) => return Err(silent()),
+                Err(error) => return Err(Unsettled::Lost(error.to_string())),
             }
         }
     }
+}
+
+/// What a destination that came again has: words of bitmaps.
+#[derive(Debug, Default)]
+pub struct PresentMap {
+    /// Pages that came.
+    pub received: HashMap<ImagePid, Vec<u64>>,
+    /// Pages that it was promised never to get.
+    pub withheld: HashMap<ImagePid, Vec<u64>>,
+}
+
+/// Why a destination that came again was not served again.
+#[derive(Debug)]
+pub enum Unsettled {
+    /// It is lost again, or makes no sense.
+    Lost(String),
+    /// Its copy is dead.
+    CopyDead(Abort),
+}
+
+fn append(maps: &mut HashMap<ImagePid, Vec<u64>>, part: Present) -> Result<(), Unsettled> {
+    let map = maps.entry(part.pid).or_default();
+    let in_order = part.first_word == map.len() as u64;
+    let fits = map.len() + part.words.len() <= MAX_MAP_WORDS;
+    map.extend(part.words);
+    if !in_order || !fits || maps.len() > MAX_PROCESSES {
+        let text = String::from("its present map makes no sense");
+        return Err(Unsettled::Lost(text));
+    }
+    Ok(())
 }
 
 /// Time a destination whose stream broke has to say why; a lost link shows within it.

@@ -7,6 +7,7 @@
 //! | [`guard`], [`rescue`] | what is done when we or CRIU are killed |
 //! | [`external`], [`visit`] | the phases when somebody else made the dump, for one or several destinations |
 //! | [`offer`], [`thin`], [`image_pages`], [`attach`] | that dump: its images, its pages, and the CRIU that may hold it |
+//! | [`adopt`], [`session_command`] | taking over what a killed `page-server` left frozen |
 //! | [`listen`], [`destination`] | the two ports, and the one destination that was let in |
 //! | [`skeleton`] | CRIU's images on their way |
 //! | [`pending`], [`push_order`], [`book`] | what is owed, and in which order it is pushed |
@@ -14,6 +15,7 @@
 //! | [`serve`], [`push`], [`transfer`] | demand, background push, and the tasks that do them |
 //! | [`cli`], [`identity_command`], [`report`] | what the operator says and is told |
 
+pub mod adopt;
 pub mod attach;
 pub mod book;
 pub mod cli;
@@ -38,6 +40,7 @@ pub mod report;
 pub mod rescue;
 pub mod serve;
 pub mod session;
+pub mod session_command;
 pub mod skeleton;
 mod sockets;
 pub mod thin;

@@ -7,9 +7,9 @@ use clap::Parser;
 use common::exit::{Failure, SessionError};
 use common::{host, logging};
 use nix::unistd::Pid;
-use page_server::cli::{Cli, Command, Serve};
+use page_server::cli::{Attach, Cli, Command, Resume, Serve, Thaw};
 use page_server::report::Record;
-use page_server::{external, guard, hook, identity_command, session};
+use page_server::{external, guard, hook, identity_command, session, session_command};
 
 fn main() -> ExitCode {
     if let Some(code) = hook::run_if_called() {
@@ -26,16 +26,15 @@ fn main() -> ExitCode {
             }
         },
         Command::Guard { pid, directory } => guard::run(Pid::from_raw(pid), &directory),
-        Command::Serve(serve) => report(run(&serve)),
-        Command::Attach(attach) => report(attach.plan().and_then(|plan| {
-            let (records, result) = block_on(external::run(&plan))?;
-            write(&records, attach.json.as_deref());
-            result
-        })),
+        Command::Serve(command) => concluded(serve(&command)),
+        Command::Attach(command) => concluded(attach(&command)),
+        Command::Resume(command) => concluded(resume(&command)),
+        Command::Sessions(command) => concluded(session_command::list(&command)),
+        Command::Thaw(command) => concluded(thaw(&command)),
     }
 }
 
-fn report(result: Result<(), SessionError>) -> ExitCode {
+fn concluded(result: Result<(), SessionError>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -45,29 +44,46 @@ fn report(result: Result<(), SessionError>) -> ExitCode {
     }
 }
 
-fn run(serve: &Serve) -> Result<(), SessionError> {
-    let json = serve.json.as_deref();
-    if let Some(plan) = serve.images_plan()? {
-        let (records, result) = block_on(external::run(&plan))?;
-        write(&records, json);
+fn serve(command: &Serve) -> Result<(), SessionError> {
+    if let Some(plan) = command.images_plan()? {
+        let (records, result) = runtime()?.block_on(external::run(&plan));
+        write(&records, command.json.as_deref());
         return result;
     }
-    let plan = serve.plan()?;
+    let plan = command.plan()?;
     let mut record = Record::default();
-    let result = block_on(session::run(&plan, &mut record))?;
-    write(&[record], json);
+    let result = runtime()?.block_on(session::run(&plan, &mut record));
+    write(&[record], command.json.as_deref());
     result
 }
 
-fn block_on<T>(future: impl Future<Output = T>) -> Result<T, SessionError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+fn attach(command: &Attach) -> Result<(), SessionError> {
+    let plan = command.plan()?;
+    let (records, result) = runtime()?.block_on(external::run(&plan));
+    write(&records, command.json.as_deref());
+    result
+}
+
+fn resume(command: &Resume) -> Result<(), SessionError> {
+    let (plan, file) = command.plan()?;
+    let mut record = Record::default();
+    let result = runtime()?.block_on(session::resume(&plan, file, &mut record));
+    write(&[record], command.json.as_deref());
+    result
+}
+
+fn thaw(command: &Thaw) -> Result<(), SessionError> {
+    runtime()?.block_on(session_command::thaw(command))
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, SessionError> {
+    let built = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build()
-        .map_err(|error| {
-            let state = common::session::State::Hello;
-            SessionError::new(Failure::Internal, state, error)
-        })?;
-    Ok(runtime.block_on(future))
+        .build();
+    built.map_err(|error| {
+        let state = common::session::State::Hello;
+        SessionError::new(Failure::Internal, state, error)
+    })
 }
 
 fn write(records: &[Record], path: Option<&Path>) {

@@ -93,7 +93,7 @@ impl Offer {
             error,
         };
         let processes = read_processes(images).map_err(failed)?;
-        let pids: HashMap<ImagePid, Pid> = Workload::of_frozen(root).by_image_pid();
+        let pids: HashMap<ImagePid, Pid> = Workload::frozen(root).by_image_pid();
         let located = located(&processes, &pids)?;
         let source = FrozenProcesses::open(located).map_err(TakeError::from)?;
         let offer = Self::new(images, processes, Arc::new(source), dumped, work_dir)?;

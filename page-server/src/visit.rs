@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::attach::{AttachError, ForeignDump};
 use crate::book::Book;
-use crate::destination::{Destination, abort, unexpected};
+use crate::destination::{Destination, Unsettled, abort, unexpected};
 use crate::offer::Offer;
 use crate::push::Push;
 use crate::report::{Record, WireBytes};
@@ -270,18 +270,25 @@ impl Visit {
             if let Err(text) = link {
                 // Nothing of the old link may be sent while it is settled what has come.
                 transfer.stop().await;
-                transfer = self.recover(&text).await?;
+                transfer = match self.recover(&text).await? {
+                    Ok(transfer) => transfer,
+                    Err(dead) => return Err(self.copy_died(hold, dead).await),
+                };
             }
             link = match self.until_drained(&hold, &mut transfer).await {
                 Ok(Served::Drained(tally)) => return self.complete(hold, tally).await,
-                Ok(Served::CopyDead(error)) => {
-                    hold.thaw().await;
-                    self.advance(Event::CopyDead)?;
-                    return Err(error);
-                }
+                Ok(Served::CopyDead(dead)) => return Err(self.copy_died(hold, dead).await),
                 Ok(Served::LinkLost(text)) => Err(text),
                 Err(error) => return Err(keep(&hold, error).await),
             };
+        }
+    }
+
+    async fn copy_died(&mut self, hold: Hold, error: SessionError) -> SessionError {
+        hold.thaw().await;
+        match self.advance(Event::CopyDead) {
+            Ok(()) => error,
+            Err(invalid) => invalid,
         }
     }
 
@@ -327,7 +334,12 @@ impl Visit {
     }
 
     /// The link is lost. Waits for the destination to come again, and settles what is owed.
-    async fn recover(&mut self, text: &str) -> Result<Transfer, SessionError> {
+    ///
+    /// The inner error is a copy that is dead.
+    async fn recover(
+        &mut self,
+        text: &str,
+    ) -> Result<Result<Transfer, SessionError>, SessionError> {
         eprintln!(
             "page-server: link lost ({text}); the memory is kept until the destination comes again"
         );
@@ -343,7 +355,10 @@ impl Visit {
             let source = self.offer.source.clone();
             match settle(&mut self.destination, &self.book, source.as_ref()).await {
                 Ok(()) => break,
-                Err(reason) => {
+                Err(Unsettled::CopyDead(abort)) => {
+                    return Ok(Err(self.destination.gave_up(self.state(), &abort)));
+                }
+                Err(Unsettled::Lost(reason)) => {
                     tracing::warn!(reason, "the destination is lost again");
                     self.destination.take_push();
                     self.advance(Event::LinkLost)?;
@@ -352,7 +367,7 @@ impl Visit {
         }
         eprintln!("page-server: the destination is back");
         self.advance(Event::Settled)?;
-        Ok(self.serve_again())
+        Ok(Ok(self.serve_again()))
     }
 
     fn serve_again(&mut self) -> Transfer {
@@ -376,12 +391,13 @@ impl Visit {
             let error = self.fail(Failure::Lost, text);
             return Err(keep(&hold, error).await);
         }
-        self.send(ToDestination::Complete).await?;
         self.advance(Event::Agreed)?;
+        // A destination that misses this word has all pages nevertheless.
+        let told = self.send(ToDestination::Complete).await;
         if let Err(error) = hold.release().await {
             tracing::warn!(%error, "the frozen original is killed nevertheless");
         }
-        Ok(())
+        told
     }
 }
 

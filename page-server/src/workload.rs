@@ -73,8 +73,8 @@ impl Workload {
         Ok(Workload { root })
     }
 
-    /// The tree of a root that somebody else has frozen.
-    pub fn of_frozen(root: Pid) -> Self {
+    /// A workload that is frozen already.
+    pub fn frozen(root: Pid) -> Self {
         Workload { root }
     }
 

@@ -93,6 +93,8 @@ pub enum ToSource {
     Present(Present),
     /// The whole present map was sent.
     PresentEnd,
+    /// Part of what of one process was confirmed never to come, after [`Resume`]; the words of a bitmap too.
+    Withheld(Present),
     /// All checks passed, and the images of this dump are here already: only memory is needed. In place of `Ready`.
     ReadyWithImages(ImagesDigest),
 }
