@@ -6,6 +6,8 @@
 
 mod postcopy;
 
+pub(crate) use self::postcopy::parts;
+
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;

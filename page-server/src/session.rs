@@ -106,6 +106,7 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
     migration.conclude(result)
 }
 
+pub(crate) use self::postcopy::settle;
 pub use self::resume::resume;
 
 struct Migration<'a> {
@@ -408,7 +409,7 @@ async fn lost(workload: &mut FrozenWorkload) -> FreezeError {
 }
 
 /// The error for a destination that does not come in time; without a limit it never comes to that.
-async fn too_late(limit: Option<Duration>) -> SessionError {
+pub(crate) async fn too_late(limit: Option<Duration>) -> SessionError {
     let Some(limit) = limit else {
         return std::future::pending().await;
     };
@@ -420,6 +421,6 @@ async fn too_late(limit: Option<Duration>) -> SessionError {
     SessionError::new(Failure::Connection, State::Hello, text)
 }
 
-fn interrupted(state: State, signal: &str) -> SessionError {
+pub(crate) fn interrupted(state: State, signal: &str) -> SessionError {
     SessionError::new(Failure::Interrupted, state, format!("stopped by {signal}"))
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
-use crate::images::ImagePid;
+use crate::images::{ImagePid, ImagesDigest};
 use crate::session::State;
 
 /// Identifies one migration in logs, session files and when reconnecting.
@@ -95,6 +95,8 @@ pub enum ToSource {
     PresentEnd,
     /// Part of what of one process was confirmed never to come, after [`Resume`]; the words of a bitmap too.
     Withheld(Present),
+    /// All checks passed, and the images of this dump are here already: only memory is needed. In place of `Ready`.
+    ReadyWithImages(ImagesDigest),
 }
 
 /// Messages of the source to the destination.
