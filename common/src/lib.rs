@@ -10,6 +10,7 @@
 //! | [`digest`] | what both ends compare before the original is released |
 //! | [`session`] | the states of a migration and the only ways between them |
 //! | [`criu`], [`host`], [`operator`] | the CRIU program, this host, the operator's commands |
+//! | [`container`], [`program_file`] | OCI containers and bundles; the programs both hosts must have |
 //! | [`io_thread`] | threads with a network runtime of their own |
 //! | [`exit`], [`logging`], [`stop`] | how a program fails, what it logs, and how it is asked to stop |
 //! | [`identity`] | who a host is: keys, certificates, and whom it trusts |
@@ -17,6 +18,7 @@
 //! | [`token`] | the one-time token of a migration |
 //! | [`limits`] | every bound, with its reason |
 
+pub mod container;
 pub mod control;
 pub mod criu;
 pub mod digest;
@@ -31,6 +33,7 @@ pub mod logging;
 pub mod operator;
 pub mod page;
 pub mod page_set;
+pub mod program_file;
 pub mod proto;
 pub mod quic;
 pub mod record;

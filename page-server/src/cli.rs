@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::host::{self, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
@@ -15,6 +16,7 @@ use common::session::State;
 use common::token;
 use nix::unistd::Pid;
 
+use crate::engine::{Container, Engine};
 use crate::identity_command::IdentityCommand;
 use crate::listen::ListenPlan;
 use crate::session::ServePlan;
@@ -68,8 +70,25 @@ Example: move redis and its service address
 #[derive(Debug, Args)]
 pub struct Serve {
     /// PID of the workload's root process; its descendants move along
-    #[arg(long)]
-    pid: i32,
+    #[arg(long, required_unless_present = "runc")]
+    pid: Option<i32>,
+    /// Move the running container with this name instead
+    #[arg(long, value_name = "ID", conflicts_with = "pid")]
+    runc: Option<String>,
+    /// Directory of the container runtime's state [default: the runtime's own]
+    #[arg(long, value_name = "DIR", requires = "runc")]
+    runc_root: Option<PathBuf>,
+    /// The container runtime to use [default: runc from the search path]
+    #[arg(long, value_name = "PATH", requires = "runc")]
+    runtime: Option<PathBuf>,
+    /// One more argument for `runc checkpoint`; may be given several times
+    #[arg(
+        long,
+        value_name = "ARG",
+        requires = "runc",
+        allow_hyphen_values = true
+    )]
+    runc_arg: Vec<String>,
     /// Address and UDP port to wait for the destination on
     #[arg(long, value_name = "ADDR:PORT")]
     listen: SocketAddr,
@@ -126,12 +145,19 @@ impl Serve {
         check_privileges()?;
         let identity =
             Identity::load(&self.identity).map_err(|error| fail(Failure::Identity, &error))?;
-        let workload = Workload::find(Pid::from_raw(self.pid))
+        let engine = self
+            .engine()
             .map_err(|error| fail(Failure::BadInput, &error))?;
+        let root = match &engine {
+            Engine::Runc(container) => container.init(),
+            Engine::Criu => Pid::from_raw(self.pid.unwrap_or_default()),
+        };
+        let workload = Workload::find(root).map_err(|error| fail(Failure::BadInput, &error))?;
         let criu =
             Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
         let token = self.token_file.as_deref().map(new_token).transpose()?;
         Ok(ServePlan {
+            engine,
             workload,
             listen: ListenPlan {
                 fault: self.listen,
@@ -150,6 +176,14 @@ impl Serve {
             on_frozen: self.on_frozen.clone(),
             on_thawed: self.on_thawed.clone(),
         })
+    }
+
+    fn engine(&self) -> Result<Engine, ContainerError> {
+        let Some(id) = &self.runc else {
+            return Ok(Engine::Criu);
+        };
+        let runtime = Runtime::find(self.runtime.as_deref(), self.runc_root.as_deref())?;
+        Container::find(runtime, id, self.runc_arg.clone()).map(Engine::Runc)
     }
 
     fn bulk_port(&self) -> u16 {

@@ -3,7 +3,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`session`] | the phases in order |
-//! | [`workload`], [`freeze`], [`frozen`], [`hook`], [`network_lock`] | who is moved, and CRIU's hold on them |
+//! | [`workload`], [`engine`], [`freeze`], [`frozen`], [`hook`], [`freezer`], [`network_lock`] | who is moved, and CRIU's hold on them |
 //! | [`guard`], [`rescue`] | what is done when we or CRIU are killed |
 //! | [`listen`], [`destination`] | the two ports, and the one destination that was let in |
 //! | [`skeleton`] | CRIU's images on their way |
@@ -15,8 +15,10 @@
 pub mod book;
 pub mod cli;
 pub mod destination;
+pub mod engine;
 pub mod frame;
 pub mod freeze;
+pub mod freezer;
 pub mod frozen;
 pub mod guard;
 pub mod hook;

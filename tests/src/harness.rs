@@ -32,6 +32,14 @@ pub const MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu];
 /// What a migration of redis needs.
 pub const REDIS_MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu, Need::Program("redis-server")];
 
+/// What a migration of a container with redis needs.
+pub const CONTAINER_MIGRATION: &[Need] = &[
+    Need::Namespaces,
+    Need::Criu,
+    Need::Program("runc"),
+    Need::Program("redis-server"),
+];
+
 impl Need {
     /// Why the machine does not meet the need.
     fn is_missing(self) -> Option<String> {
