@@ -65,3 +65,6 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause between two attempts to reach a lost peer, at first and at most.
 pub const RECONNECT_PAUSE: (Duration, Duration) =
     (Duration::from_millis(100), Duration::from_secs(2));
+
+/// Bytes of a session file: some twenty for each process of the largest tree.
+pub const MAX_SESSION_FILE_BYTES: usize = 1 << 20;

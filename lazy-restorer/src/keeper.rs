@@ -17,6 +17,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
+use common::mounts;
 use common::operator::Facts;
 use common::session::State;
 use nix::cmsg_space;
@@ -180,6 +181,7 @@ pub fn run(directory: &Path) -> ExitCode {
         Ok(false) | Err(_) if held.committed => held.wait_for_ends(PollTimeout::NONE),
         Ok(false) | Err(_) => held.abort(),
     }
+    mounts::detach_below(directory);
     // Nobody reads what we say; a directory that stays is all that can go wrong.
     let _ = fs::remove_dir_all(directory);
     ExitCode::SUCCESS

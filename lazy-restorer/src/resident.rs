@@ -145,6 +145,11 @@ impl Resident {
         })
     }
 
+    /// Lets CRIU make tasks: addresses their sockets need are here.
+    pub fn begin_tasks(&self) {
+        self.gate.let_begin();
+    }
+
     /// What happens next to the restore. Descriptors are taken over on the way. May be cancelled without loss.
     pub async fn next(&mut self) -> Result<Step, ResidentError> {
         loop {

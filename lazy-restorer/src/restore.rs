@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use common::criu::Criu;
+use common::mounts;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::all_processes;
@@ -248,6 +249,7 @@ impl Restore {
         if let Err(error) = self.child.wait().await {
             tracing::warn!(%error, "waiting for CRIU");
         }
+        mounts::detach_below(&self.plan.directory);
         if let Some(mut nursery) = self.nursery {
             // The pipe ends when init and with it the whole namespace is gone.
             while let Ok(Some(_)) = nursery.reports.next_line().await {}

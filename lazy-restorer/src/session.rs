@@ -97,6 +97,8 @@ struct Migration<'a> {
 struct Staged {
     directory: TempDir,
     bulk: (SendStream, RecvStream),
+    /// The source has said `Frozen` already.
+    frozen: bool,
 }
 
 impl Migration<'_> {
@@ -145,10 +147,7 @@ impl Migration<'_> {
         keeper
             .prepared()
             .map_err(|error| self.fail(Failure::Internal, error))?;
-        let restored = match self.before_restore(source).await {
-            Ok(()) => self.restore(source, prepared, staged, keeper).await,
-            Err(error) => Err(error),
-        };
+        let restored = self.restore(source, prepared, staged, keeper).await;
         match restored {
             Ok(resident) => self.postcopy(source, resident).await,
             Err(error) => {
@@ -236,7 +235,7 @@ impl Migration<'_> {
         }
     }
 
-    /// Stages the skeleton while the source dumps, and waits until the service address is free.
+    /// Stages the skeleton as the source sends it.
     async fn skeleton(
         &mut self,
         source: &mut Source,
@@ -266,14 +265,10 @@ impl Migration<'_> {
                 },
             }
         };
-        if !frozen {
-            self.expect(source, ToDestination::Frozen).await?;
-        }
-        self.advance(Event::Dumped)?;
-        self.send(source, &ToSource::Staged).await?;
         Ok(Staged {
             directory,
             bulk: (credits, pages),
+            frozen,
         })
     }
 
@@ -293,6 +288,18 @@ impl Migration<'_> {
             Ok(Err(reason)) => reason,
             _ => error,
         }
+    }
+
+    /// Waits until the service address is free and the operator has made room for it here. CRIU, which has started
+    /// meanwhile, makes no process before.
+    async fn make_room(&mut self, source: &mut Source, frozen: bool) -> Result<(), SessionError> {
+        if !frozen {
+            self.expect(source, ToDestination::Frozen).await?;
+        }
+        self.advance(Event::Dumped)?;
+        self.send(source, &ToSource::Staged).await?;
+        self.before_restore(source).await?;
+        self.advance(Event::Staged)
     }
 
     /// Runs the operator's command, unless the source or the operator gives up meanwhile: the workload is frozen.
@@ -316,7 +323,6 @@ impl Migration<'_> {
         staged: Staged,
         keeper: Keeper,
     ) -> Result<Resident, SessionError> {
-        self.advance(Event::Staged)?;
         let started = Resident::start(
             prepared,
             staged.directory,
@@ -327,7 +333,11 @@ impl Migration<'_> {
         )
         .await;
         let mut resident = started.map_err(|error| self.fail(Failure::Restore, error))?;
-        let opened = match self.until_armed(source, &mut resident).await {
+        let armed = match self.make_room(source, staged.frozen).await {
+            Ok(()) => self.until_armed(source, &mut resident).await,
+            Err(error) => Err(error),
+        };
+        let opened = match armed {
             Ok(held) => self.cut_over(source, &mut resident, held).await,
             Err(error) => Err(error),
         };
@@ -341,12 +351,13 @@ impl Migration<'_> {
         }
     }
 
-    /// Waits until CRIU has rebuilt all tasks and waits at the gate.
+    /// Lets CRIU make the tasks and waits until all are rebuilt and it waits at the gate.
     async fn until_armed(
         &mut self,
         source: &mut Source,
         resident: &mut Resident,
     ) -> Result<Held, SessionError> {
+        resident.begin_tasks();
         let state = self.state();
         tokio::select! {
             step = resident.next() => match step {

@@ -6,7 +6,7 @@ use common::images::ImagePid;
 use common::page::PageRange;
 use common::proto::control::Tally;
 
-use crate::pending::{Pending, PendingError, Run};
+use crate::pending::{Pending, PendingError, Recovered, Run};
 use crate::push_order::PushOrder;
 
 /// The one lock between the fault thread and the bulk thread. It is never held while memory is read.
@@ -106,15 +106,23 @@ impl Book {
         Some(run)
     }
 
-    /// The destination says what of a process it has received; returns what was lost on the way and is owed again.
-    pub fn recover(&self, pid: ImagePid, words: Vec<u64>) -> Option<Vec<Run>> {
+    /// The destination says what of a process it has received.
+    pub fn recover(&self, pid: ImagePid, words: Vec<u64>) -> Option<Recovered> {
         self.lock().pending.recover(pid, words)
     }
 
-    /// Pages with these hashes were lost; the walk over what is owed begins anew.
-    pub fn begin_anew(&self, lost: u64) {
+    /// The destination says what of a process it was promised never to get. False when it cannot be so.
+    pub fn recover_withheld(&self, pid: ImagePid, words: Vec<u64>) -> bool {
+        self.lock().pending.recover_withheld(pid, words)
+    }
+
+    /// Pages with the hashes `lost` did not arrive, such with the hashes `known` did although we did not send them; the
+    /// walk over what is owed begins anew.
+    pub fn begin_anew(&self, lost: u64, known: u64) {
         let mut book = self.lock();
+        book.pending.settled();
         book.pending.take_digest(lost);
+        book.pending.add_digest(known);
         book.order = PushOrder::new(&[], &book.pending);
     }
 

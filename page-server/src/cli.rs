@@ -10,16 +10,18 @@ use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::host::{self, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
 use common::identity::{Fingerprint, Identity, Trust};
+use common::lost::{OnLost, parse_duration};
 use common::proto::control::Secret;
 use common::quic::PathProfile;
 use common::session::State;
+use common::session_file::{DEFAULT_DIRECTORY, SessionFile, Standing, Store};
 use common::token;
 use nix::unistd::Pid;
 
 use crate::engine::{Container, Engine};
 use crate::identity_command::IdentityCommand;
 use crate::listen::ListenPlan;
-use crate::session::ServePlan;
+use crate::session::{LostPlan, Remembered, ServePlan};
 use crate::workload::Workload;
 
 /// Source host of a post-copy migration: freezes a process tree and serves its memory to the host it moves to.
@@ -43,6 +45,12 @@ pub enum Command {
     /// Move a running process tree to the host that asks for it
     #[command(after_help = SERVE_HELP)]
     Serve(Box<Serve>),
+    /// Go on with a session whose page-server was killed after the cutover
+    Resume(Resume),
+    /// List the sessions of this host: served, orphaned (`resume` goes on with them) or stale
+    Sessions(Sessions),
+    /// Let the frozen original of a session run again
+    Thaw(Thaw),
     /// Used by page-server itself: cleans up should it be killed
     #[command(hide = true)]
     Guard {
@@ -128,12 +136,165 @@ pub struct Serve {
     /// Directory for images, best on a tmpfs [default: /run, /dev/shm or /tmp, the first that is a tmpfs]
     #[arg(long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
+    #[command(flatten)]
+    lost: Lost,
+    #[command(flatten)]
+    state: StateDirectory,
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
     /// Write a record of the migration to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+}
+
+/// What is done about a destination that does not come back.
+#[derive(Debug, Args)]
+struct Lost {
+    /// Give a lost destination up after this time, such as 90s, 5m or 2h [default: wait for ever]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    give_up_after: Option<Duration>,
+    /// What to do then: keep-paused (say so, and keep the original frozen), kill (the original), or thaw-source (let it
+    /// run as soon as the destination has said that its copy is dead; until then as keep-paused)
+    #[arg(long, value_name = "WHAT", default_value = "keep-paused")]
+    on_lost: OnLost,
+}
+
+impl Lost {
+    fn plan(&self) -> LostPlan {
+        LostPlan {
+            give_up_after: self.give_up_after,
+            on_lost: self.on_lost,
+        }
+    }
+}
+
+/// Where sessions are kept.
+#[derive(Debug, Args)]
+pub struct StateDirectory {
+    /// Directory of session files, for a restart after a program was killed
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_DIRECTORY)]
+    state_dir: PathBuf,
+}
+
+impl StateDirectory {
+    /// The source's sessions.
+    pub fn store(&self) -> Store {
+        Store::of_source(&self.state_dir)
+    }
+}
+
+/// Options of `sessions`.
+#[derive(Debug, Args)]
+pub struct Sessions {
+    /// Where they are.
+    #[command(flatten)]
+    pub state: StateDirectory,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `thaw`.
+#[derive(Debug, Args)]
+pub struct Thaw {
+    /// Where sessions are.
+    #[command(flatten)]
+    pub state: StateDirectory,
+    /// The session, or how its name begins
+    #[arg(long, value_name = "ID")]
+    pub session: String,
+    /// After the cutover: the destination's copy does not run any more, and never will. If it does, two copies of the
+    /// workload run, and what either does cannot be undone
+    #[arg(long)]
+    pub i_know_the_copy_is_dead: bool,
+}
+
+/// Options of `resume`.
+#[derive(Debug, Args)]
+pub struct Resume {
+    /// Where sessions are.
+    #[command(flatten)]
+    state: StateDirectory,
+    /// The session, or how its name begins
+    #[arg(long, value_name = "ID")]
+    session: String,
+    #[command(flatten)]
+    lost: Lost,
+    /// Write a record of the rest of the migration to this file, as one JSON object
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+impl Resume {
+    /// Finds the session and makes sure that it may be gone on with.
+    pub fn plan(&self) -> Result<(ServePlan, SessionFile), SessionError> {
+        let fail = |failure, error: &dyn std::fmt::Display| {
+            SessionError::new(failure, State::Paused, error)
+        };
+        check_privileges()?;
+        let store = self.state.store();
+        let file = store.find(&self.session);
+        let file = file.map_err(|error| fail(Failure::BadInput, &error))?;
+        match file.standing() {
+            Standing::Orphaned => {}
+            standing => {
+                let text = format!(
+                    "session {} cannot be gone on with: it is {standing}",
+                    file.id
+                );
+                return Err(fail(Failure::BadInput, &text));
+            }
+        }
+        let plan = self.plan_of(&file, store)?;
+        Ok((plan, file))
+    }
+
+    fn plan_of(&self, file: &SessionFile, store: Store) -> Result<ServePlan, SessionError> {
+        let fail = |failure, error: &dyn std::fmt::Display| {
+            SessionError::new(failure, State::Paused, error)
+        };
+        let source = file
+            .source()
+            .ok_or_else(|| fail(Failure::BadInput, &"this is no session of a source"))?;
+        let identity = Identity::load(Path::new(&file.identity))
+            .map_err(|error| fail(Failure::Identity, &error))?;
+        let accept: Vec<Fingerprint> = file
+            .accept
+            .iter()
+            .map(|text| text.parse())
+            .collect::<Result<_, _>>()
+            .map_err(|error| fail(Failure::Identity, &error))?;
+        let criu = Criu::find(Some(Path::new(&source.criu_program)))
+            .map_err(|error| fail(Failure::BadInput, &error))?;
+        Ok(ServePlan {
+            // Whoever called CRIU, it is CRIU's script that we talk to now.
+            engine: Engine::Criu,
+            workload: Workload::frozen(Pid::from_raw(source.root.pid)),
+            listen: ListenPlan {
+                fault: source.fault,
+                bulk: source.bulk,
+                identity,
+                trust: trust(&accept),
+                path: PathProfile { mtu: file.mtu },
+            },
+            criu,
+            criu_args: Vec::new(),
+            tcp_established: false,
+            shell_job: false,
+            wait: None,
+            token: None,
+            work_dir: None,
+            on_frozen: None,
+            on_thawed: source.on_thawed.clone(),
+            lost: self.lost.plan(),
+            remembered: Remembered {
+                store,
+                identity: PathBuf::from(&file.identity),
+                accept: file.accept.clone(),
+            },
+        })
+    }
 }
 
 impl Serve {
@@ -175,6 +336,12 @@ impl Serve {
             work_dir: self.work_dir.clone(),
             on_frozen: self.on_frozen.clone(),
             on_thawed: self.on_thawed.clone(),
+            lost: self.lost.plan(),
+            remembered: Remembered {
+                store: self.state.store(),
+                identity: absolute(&self.identity),
+                accept: self.accept.iter().map(ToString::to_string).collect(),
+            },
         })
     }
 
@@ -194,6 +361,11 @@ impl Serve {
         };
         self.bulk_port.unwrap_or(next)
     }
+}
+
+/// A restart may have another working directory.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 fn trust(fingerprints: &[Fingerprint]) -> Trust {

@@ -9,7 +9,9 @@ use common::exit::{Failure, SessionError};
 use common::host;
 use common::images::ImagePid;
 use common::limits::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, MAX_LAZY_PAGES, MAX_PROCESSES};
-use common::proto::control::{Abort, Hello, Secret, SessionId, ToDestination, ToSource, Welcome};
+use common::proto::control::{
+    Abort, Hello, Present, Secret, SessionId, ToDestination, ToSource, Welcome,
+};
 use common::proto::version;
 use common::session::State;
 use quinn::{Connection, RecvStream, SendStream};
@@ -88,12 +90,21 @@ async fn welcome(
     take_bulk(listen, control, session, secret, hello.host).await
 }
 
+/// What a destination is known by when it comes again.
+#[derive(Clone, Debug)]
+pub struct Acquaintance {
+    /// Proves that it is the same.
+    pub secret: Secret,
+    /// Its host's name.
+    pub host: String,
+}
+
 /// Takes a destination back that proves to be the one of this session; turns everybody else away.
 pub async fn readmit(
     listen: &mut Listen,
     connection: Connection,
     session: SessionId,
-    old: &Destination,
+    old: &Acquaintance,
 ) -> Result<Destination, String> {
     let mut control = open_control(&connection).await?;
     let resume = match timeout(HANDSHAKE_TIMEOUT, control.next()).await {
@@ -190,26 +201,53 @@ async fn refuse(control: Control<ToSource>, text: &str) {
 
 impl Destination {
     /// Reads what the destination has received, until it has told everything.
-    pub async fn present(&mut self) -> Result<HashMap<ImagePid, Vec<u64>>, String> {
-        let mut maps: HashMap<ImagePid, Vec<u64>> = HashMap::new();
+    pub async fn present(&mut self) -> Result<PresentMap, Unsettled> {
+        let silent = || Unsettled::Lost(String::from("it does not say what it has"));
+        let mut map = PresentMap::default();
         loop {
             let message = timeout(HANDSHAKE_TIMEOUT, self.control.next()).await;
-            match message.map_err(|_| String::from("it does not say what it has"))? {
-                Ok(ToSource::Present(present)) => {
-                    let map = maps.entry(present.pid).or_default();
-                    let in_order = present.first_word == map.len() as u64;
-                    let fits = map.len() + present.words.len() <= MAX_MAP_WORDS;
-                    if !in_order || !fits || maps.len() > MAX_PROCESSES {
-                        return Err(String::from("its present map makes no sense"));
-                    }
-                    maps.entry(present.pid).or_default().extend(present.words);
+            match message.map_err(|_| silent())? {
+                Ok(ToSource::Present(present)) => append(&mut map.received, present)?,
+                Ok(ToSource::Withheld(withheld)) => append(&mut map.withheld, withheld)?,
+                Ok(ToSource::PresentEnd) => return Ok(map),
+                Ok(ToSource::Abort(abort)) if abort.copy_is_dead => {
+                    return Err(Unsettled::CopyDead(abort));
                 }
-                Ok(ToSource::PresentEnd) => return Ok(maps),
-                Ok(_) => return Err(String::from("it does not say what it has")),
-                Err(error) => return Err(error.to_string()),
+                Ok(_) => return Err(silent()),
+                Err(error) => return Err(Unsettled::Lost(error.to_string())),
             }
         }
     }
+}
+
+/// What a destination that came again has: words of bitmaps.
+#[derive(Debug, Default)]
+pub struct PresentMap {
+    /// Pages that came.
+    pub received: HashMap<ImagePid, Vec<u64>>,
+    /// Pages that it was promised never to get.
+    pub withheld: HashMap<ImagePid, Vec<u64>>,
+}
+
+/// Why a destination that came again was not served again.
+#[derive(Debug)]
+pub enum Unsettled {
+    /// It is lost again, or makes no sense.
+    Lost(String),
+    /// Its copy is dead.
+    CopyDead(Abort),
+}
+
+fn append(maps: &mut HashMap<ImagePid, Vec<u64>>, part: Present) -> Result<(), Unsettled> {
+    let map = maps.entry(part.pid).or_default();
+    let in_order = part.first_word == map.len() as u64;
+    let fits = map.len() + part.words.len() <= MAX_MAP_WORDS;
+    map.extend(part.words);
+    if !in_order || !fits || maps.len() > MAX_PROCESSES {
+        let text = String::from("its present map makes no sense");
+        return Err(Unsettled::Lost(text));
+    }
+    Ok(())
 }
 
 /// Time a destination whose stream broke has to say why; a lost link shows within it.
@@ -234,9 +272,12 @@ impl Destination {
         self.push.take()
     }
 
-    /// Whether its streams have not been used yet.
-    pub fn is_new(&self) -> bool {
-        self.push.is_some()
+    /// What it is known by when it comes again.
+    pub fn acquaintance(&self) -> Acquaintance {
+        Acquaintance {
+            secret: self.secret.clone(),
+            host: self.host.clone(),
+        }
     }
 
     /// The destination's direction of the bulk stream, which carries its credit; once.

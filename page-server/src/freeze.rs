@@ -201,6 +201,16 @@ impl Frozen {
         self.frozen_at
     }
 
+    /// The frozen processes.
+    pub fn tasks(&self) -> &[Pid] {
+        &self.tasks
+    }
+
+    /// CRIU, as long as it holds them.
+    pub fn criu(&self) -> Option<Pid> {
+        self.criu
+    }
+
     /// The plan this came from.
     pub fn plan(&self) -> &FreezePlan {
         &self.plan

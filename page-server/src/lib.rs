@@ -5,6 +5,7 @@
 //! | [`session`] | the phases in order |
 //! | [`workload`], [`engine`], [`freeze`], [`frozen`], [`hook`], [`freezer`], [`network_lock`] | who is moved, and CRIU's hold on them |
 //! | [`guard`], [`rescue`] | what is done when we or CRIU are killed |
+//! | [`adopt`], [`session_command`] | taking over what a killed `page-server` left frozen |
 //! | [`listen`], [`destination`] | the two ports, and the one destination that was let in |
 //! | [`skeleton`] | CRIU's images on their way |
 //! | [`pending`], [`push_order`], [`book`] | what is owed, and in which order it is pushed |
@@ -12,6 +13,7 @@
 //! | [`serve`], [`push`], [`transfer`] | demand, background push, and the tasks that do them |
 //! | [`cli`], [`identity_command`], [`report`] | what the operator says and is told |
 
+pub mod adopt;
 pub mod book;
 pub mod cli;
 pub mod destination;
@@ -33,6 +35,7 @@ pub mod report;
 pub mod rescue;
 pub mod serve;
 pub mod session;
+pub mod session_command;
 pub mod skeleton;
 mod sockets;
 pub mod transfer;

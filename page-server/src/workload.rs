@@ -76,6 +76,11 @@ impl Workload {
         Ok(Workload { root })
     }
 
+    /// A workload that is frozen already.
+    pub fn frozen(root: Pid) -> Self {
+        Workload { root }
+    }
+
     /// The root's PID on this host.
     pub fn root(&self) -> Pid {
         self.root

@@ -29,6 +29,7 @@ pub mod random;
 pub mod record;
 pub mod redis;
 pub mod redis_client;
+pub mod relay;
 pub mod resp;
 pub mod rig;
 pub mod service;

@@ -117,6 +117,17 @@ impl Torture {
         self.assert_unharmed()
     }
 
+    /// The original runs again after its copy did: waits until every worker has done `more` steps. What the copy did in
+    /// between is no second workload at the same time.
+    pub fn wait_for_original(&self, more: u64) -> Result<()> {
+        let pulse = &self.board.pulse;
+        pulse.foreign_ticks.store(0, Ordering::Relaxed);
+        wait_until(PATIENCE, "the original's heart to beat", || {
+            pulse.foreign_ticks.swap(0, Ordering::Relaxed) != 0
+        })?;
+        self.wait_for_rounds(more)
+    }
+
     fn rounds(&self) -> Vec<u64> {
         self.board.workers[..self.workers]
             .iter()

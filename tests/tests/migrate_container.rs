@@ -13,6 +13,7 @@ use tests::failure::expect_failure;
 use tests::gate::Gate;
 use tests::harness::{self, Body, CONTAINER_MIGRATION, Test};
 use tests::leftovers::{Snapshot, assert_moved};
+use tests::namespace;
 use tests::pair::{PATIENCE, PairPlan, Side};
 use tests::random::seed_of_this_run;
 use tests::redis;
@@ -131,7 +132,9 @@ fn a_container_comes_back(rig: &Rig) -> Result<()> {
 
 fn the_server_dies_while_it_is_frozen(rig: &Rig) -> Result<()> {
     let boxed = Boxed::start(rig, 16)?;
-    let (gate, plan) = held_before_restore(rig, &boxed)?;
+    let gate = Gate::new(rig, "frozen")?;
+    let mut plan = boxed.plan.clone();
+    plan.on_frozen = gate.after(&plan.on_frozen);
     let (mut server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
     gate.wait(PATIENCE)?;
     kill(server.process.pid(), Signal::SIGKILL)?;
@@ -155,22 +158,29 @@ fn criu_dies_while_it_is_frozen(rig: &Rig) -> Result<()> {
     boxed.assert_movable(rig)
 }
 
-/// Killed when runc and CRIU have rebuilt the container and wait at the gate: nothing of it may stay.
+/// Killed while runc and CRIU rebuild the container: nothing of it may stay, in no list either. The source stands still
+/// meanwhile, so there is no cutover.
 fn the_restorer_dies_while_it_is_restored(rig: &Rig) -> Result<()> {
     let boxed = Boxed::start(rig, 16)?;
-    let plan = boxed.plan.clone();
-    let mut server = plan.start_server(rig, boxed.pid()?)?;
-    let restorer = plan.start_restorer(rig)?;
-    wait_until(PATIENCE, "the runtime to restore", || {
-        let below = task::descendants(restorer.process.pid());
-        below.into_iter().any(|pid| task::name(pid) == "criu")
+    let (gate, plan) = held_before_restore(rig, &boxed)?;
+    let (mut server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
+    gate.wait(PATIENCE)?;
+    kill(server.process.pid(), Signal::SIGSTOP)?;
+    gate.open()?;
+    let there = || task::in_network_namespace(&namespace::path(rig.destination.namespace()));
+    wait_until(PATIENCE, "a rebuilt task", || {
+        let there = there();
+        there
+            .into_iter()
+            .any(|pid| task::name(pid) == "redis-server")
     })?;
     kill(restorer.process.pid(), Signal::SIGKILL)?;
-    let status = server.end()?;
-    if status.success() {
-        eprintln!("nothing to see: it had become whole before it was killed");
-        return Ok(());
-    }
+    restorer.end()?;
+    wait_until(PATIENCE, "the destination to be empty", || {
+        there().is_empty()
+    })?;
+    kill(server.process.pid(), Signal::SIGCONT)?;
+    expect_failure(&mut server, CONNECTION, &["destination"])?;
     boxed.assert_movable(rig)
 }
 
@@ -196,7 +206,7 @@ fn what_does_not_run_is_refused(rig: &Rig) -> Result<()> {
     expect_failure(&mut server, BAD_INPUT, &["page-server", NAME, "paused"])?;
     boxed.container.source.runc(&["resume"], false)?;
     let mut nobody = plan.clone();
-    nobody.subject = Some(["--runc".into(), "nobody".into()].into());
+    nobody.subject.as_mut().context("no subject")?[1] = "nobody".into();
     let mut server = nobody.spawn_server(rig, pid)?;
     expect_failure(&mut server, BAD_INPUT, &["page-server", "nobody", "list"])?;
     boxed.assert_movable(rig)

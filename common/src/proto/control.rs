@@ -95,6 +95,8 @@ pub enum ToSource {
     Present(Present),
     /// The whole present map was sent.
     PresentEnd,
+    /// Part of what of one process was confirmed never to come, after [`Resume`]; the words of a bitmap too.
+    Withheld(Present),
 }
 
 /// Messages of the source to the destination.
