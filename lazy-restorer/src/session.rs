@@ -27,8 +27,9 @@ use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use crate::advise;
+use crate::advise::{self, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
+use crate::engine::Engine;
 use crate::gate::Held;
 use crate::keeper::Keeper;
 use crate::report::Record;
@@ -45,10 +46,10 @@ pub struct MigratePlan {
     pub criu: Criu,
     /// More arguments for `criu restore`.
     pub criu_args: Vec<String>,
-    /// Restore into a PID namespace of its own.
-    pub pid_namespace: bool,
-    /// Do not compare CPU features.
-    pub ignore_cpu_features: bool,
+    /// Who restores.
+    pub engine: Engine,
+    /// What is not compared.
+    pub leniency: Leniency,
     /// Let the source push; else only what is touched comes.
     pub push: bool,
     /// Where to put the migration's directory.
@@ -219,11 +220,7 @@ impl Migration<'_> {
             ToDestination::Advise(facts) => facts,
             message => return Err(unexpected(self.state(), &message)),
         };
-        let checked = advise::check_workload(
-            &facts,
-            self.plan.pid_namespace,
-            self.plan.ignore_cpu_features,
-        );
+        let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency);
         checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
         Ok(facts)
     }
@@ -235,7 +232,7 @@ impl Migration<'_> {
             criu_args: self.plan.criu_args.clone(),
             tcp_established: facts.tcp_established,
             shell_job: facts.shell_job,
-            pid_namespace: self.plan.pid_namespace,
+            engine: self.plan.engine.clone(),
         }
     }
 

@@ -23,6 +23,7 @@ use common::stop::StopSignal;
 use tokio::time::sleep;
 
 use crate::destination::{self, Destination, abort, unexpected};
+use crate::engine::Engine;
 use crate::freeze::{FreezeError, FreezePlan};
 use crate::frozen::FrozenWorkload;
 use crate::guard::note_session;
@@ -35,6 +36,8 @@ use crate::workload::Workload;
 /// Everything the operator decided.
 #[derive(Clone, Debug)]
 pub struct ServePlan {
+    /// Who freezes.
+    pub engine: Engine,
     /// Whom to move.
     pub workload: Workload,
     /// How to listen.
@@ -230,11 +233,16 @@ impl Migration<'_> {
     }
 
     async fn advise(&mut self, destination: &mut Destination) -> Result<(), SessionError> {
-        let facts = self.plan.workload.facts(
+        let mut facts = self.plan.workload.facts(
             self.plan.criu.version(),
             self.plan.tcp_established,
             self.plan.shell_job,
         );
+        if let Engine::Runc(container) = &self.plan.engine {
+            let checked = container.check();
+            checked.map_err(|error| self.fail(Failure::Freeze, error))?;
+            facts.container = Some(container.facts().clone());
+        }
         let advise = ToDestination::Advise(facts);
         destination.send(self.state(), &advise).await?;
         self.expect(destination, ToSource::Ready).await
@@ -250,6 +258,7 @@ impl Migration<'_> {
         let directory = host::staging_directory(self.plan.work_dir.as_deref())
             .map_err(|error| self.fail(Failure::Freeze, format!("no place for images: {error}")))?;
         let plan = FreezePlan {
+            engine: self.plan.engine.clone(),
             criu: self.plan.criu.clone(),
             workload: self.plan.workload.clone(),
             directory: directory.path().to_owned(),

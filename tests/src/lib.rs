@@ -8,6 +8,7 @@ pub mod beating_redis;
 pub mod binaries;
 pub mod board;
 pub mod client_times;
+pub mod container;
 pub mod criu_baseline;
 pub mod dataset;
 pub mod exit_code;
