@@ -3,10 +3,10 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::images::ImagePid;
-use common::page::PageRange;
+use common::page::{PageIndex, PageRange};
 use common::proto::control::Tally;
 
-use crate::pending::{Pending, PendingError, Run};
+use crate::pending::{PageState, Pending, PendingError, Run};
 use crate::push_order::PushOrder;
 
 /// The one lock between the fault thread and the bulk thread. It is never held while memory is read.
@@ -128,6 +128,11 @@ impl Book {
     /// Pages neither sent nor withheld.
     pub fn owed(&self) -> u64 {
         self.lock().pending.owed()
+    }
+
+    /// What became of one lazy page.
+    pub fn state_of(&self, pid: ImagePid, page: PageIndex) -> PageState {
+        self.lock().pending.state_of(pid, page)
     }
 
     /// What the destination must have counted too.
