@@ -25,12 +25,24 @@ pub enum Need {
     Criu,
     /// A program on `PATH`.
     Program(&'static str),
+    /// That somebody asked for tests that take minutes, with `POSTCOPY_SOAK`.
+    Time,
 }
 
 /// What every migration of a workload needs.
 pub const MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu];
+/// What a migration that takes minutes needs.
+pub const LONG_MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu, Need::Time];
 /// What a migration of redis needs.
 pub const REDIS_MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu, Need::Program("redis-server")];
+
+/// What a migration of a container with redis needs.
+pub const CONTAINER_MIGRATION: &[Need] = &[
+    Need::Namespaces,
+    Need::Criu,
+    Need::Program("runc"),
+    Need::Program("redis-server"),
+];
 
 impl Need {
     /// Why the machine does not meet the need.
@@ -42,6 +54,9 @@ impl Need {
                 .find_map(missing_program),
             Self::Criu => binaries::criu().err().map(|error| error.to_string()),
             Self::Program(program) => missing_program(program),
+            Self::Time => std::env::var_os("POSTCOPY_SOAK")
+                .is_none()
+                .then(|| "takes minutes; POSTCOPY_SOAK=1 runs it".to_owned()),
         }
     }
 }
