@@ -247,15 +247,17 @@ impl BulkWindow {
             }
             return;
         }
+        if !round.filled && round.lost == 0 {
+            // Lone packets, acknowledged late because nothing followed them: they say nothing of a window they never filled.
+            return;
+        }
         let queued = round_trip.saturating_sub(shortest);
         let lost = round.lost as f64 / (round.lost + round.acked) as f64;
         if lost > LOSS_MAX || (round.lost > 0 && queued > self.start_queue()) {
             self.starting = false;
             self.shrink(LOSS_SHRINK);
         } else if self.starting && queued <= self.start_queue() {
-            if round.filled {
-                self.window = (self.window * 2.0).min(WINDOW_MAX as f64);
-            }
+            self.window = (self.window * 2.0).min(WINDOW_MAX as f64);
         } else if self.starting {
             self.starting = false;
             // What was sent meanwhile overshot by far; what arrived in this round is what the path can carry.
@@ -265,7 +267,7 @@ impl BulkWindow {
             self.window = self.window.min(fits);
             self.bound();
         } else {
-            self.settle(round_trip, shortest, round.filled);
+            self.settle(round_trip, shortest);
         }
         self.drain(now, round_trip, shortest);
     }
@@ -275,24 +277,21 @@ impl BulkWindow {
     }
 
     /// Goes half of the way to the window that would keep the wanted queue.
-    fn settle(&mut self, round_trip: Duration, shortest: Duration, filled: bool) {
+    fn settle(&mut self, round_trip: Duration, shortest: Duration) {
         let queue = self.queue.time.max(shortest / QUEUE_PART);
         let wanted = (shortest + queue).as_secs_f64();
         let mut factor = wanted / round_trip.as_secs_f64().max(1e-9);
         // On a long path the wanted queue is next to nothing beside the round trip, and so is this factor: a path that
         // shows no queue round after round has become faster.
-        let empty = filled && round_trip.saturating_sub(shortest) < queue / 4;
+        let empty = round_trip.saturating_sub(shortest) < queue / 4;
         self.empty_rounds = if empty { self.empty_rounds + 1 } else { 0 };
         if self.empty_rounds > EMPTY_ROUNDS {
             factor = factor.max(EMPTY_GROW);
         }
-        let most = if filled { 2.0 } else { 1.0 };
-        self.window *= f64::midpoint(1.0, factor.clamp(0.5, most));
+        self.window *= f64::midpoint(1.0, factor.clamp(0.5, 2.0));
         let carried = self.rate.best() * self.rate.kept() * self.rate.round_trip;
         let limit = self.rate.best() * (shortest + QUEUE_MAX).as_secs_f64();
-        if filled {
-            self.window = self.window.max(carried.min(limit));
-        }
+        self.window = self.window.max(carried.min(limit));
         self.bound();
     }
 

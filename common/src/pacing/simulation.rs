@@ -287,6 +287,16 @@ fn a_queue_target_recovers_when_faults_are_fast_again() {
 }
 
 #[test]
+fn lone_packets_that_are_acknowledged_late_say_nothing() {
+    let mut window = BulkWindow::new(INITIAL, PACKET);
+    window.note_round_trip(30 * MS);
+    for n in 1..50 {
+        window.acknowledged(n * 60 * MS, n * 60 * MS - 55 * MS, PACKET, false);
+    }
+    assert_eq!(window.bytes(), INITIAL);
+}
+
+#[test]
 fn a_window_that_collapsed_starts_again() {
     let mut simulation = Simulation::new(GIGABIT, MS, 4 << 20);
     simulation.run(100 * MS);
