@@ -50,6 +50,7 @@ pub fn run(options: &DemoOptions) -> Result<()> {
     )?;
     client.wait_for_replies(REPLIES_BEFORE)?;
     memory::warm(options.memory + options.memory / 4)?;
+    client.forget_times()?;
     println!(
         "Redis is filled, its client is at work; now page-server and lazy-restorer are started."
     );

@@ -9,14 +9,19 @@
 //! | [`control`], [`mod@record`] | the control stream, and what a program reports of its migration |
 //! | [`digest`] | what both ends compare before the original is released |
 //! | [`session`] | the states of a migration and the only ways between them |
-//! | [`criu`], [`host`], [`operator`] | the CRIU program, this host, the operator's commands |
+//! | [`session_file`] | what a restarted program must know to go on with a session |
+//! | [`criu`], [`host`], [`mounts`], [`operator`] | the CRIU program, this host, the operator's commands |
+//! | [`container`], [`program_file`] | OCI containers and bundles; the programs both hosts must have |
+//! | [`lost`] | what is done about a link that stays lost |
 //! | [`io_thread`] | threads with a network runtime of their own |
 //! | [`exit`], [`logging`], [`stop`] | how a program fails, what it logs, and how it is asked to stop |
 //! | [`identity`] | who a host is: keys, certificates, and whom it trusts |
 //! | [`quic`] | the two QUIC connections: sockets, settings, and what their errors mean |
+//! | [`pacing`] | how many bulk bytes may be on the path |
 //! | [`token`] | the one-time token of a migration |
 //! | [`limits`] | every bound, with its reason |
 
+pub mod container;
 pub mod control;
 pub mod criu;
 pub mod digest;
@@ -28,12 +33,17 @@ pub mod io_thread;
 pub mod lazy_map;
 pub mod limits;
 pub mod logging;
+pub mod lost;
+pub mod mounts;
 pub mod operator;
+pub mod pacing;
 pub mod page;
 pub mod page_set;
+pub mod program_file;
 pub mod proto;
 pub mod quic;
 pub mod record;
 pub mod session;
+pub mod session_file;
 pub mod stop;
 pub mod token;

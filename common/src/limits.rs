@@ -14,6 +14,10 @@ pub const MAX_FRAME_BYTES: usize = MAX_FRAME_PAGES * PAGE_SIZE;
 /// Bytes of one control message. The largest is a piece of the destination's present map.
 pub const MAX_CONTROL_BYTES: usize = 1 << 20;
 
+/// Executable files compared before the freeze, each with a path of a few hundred bytes at most: far below
+/// [`MAX_CONTROL_BYTES`]. The rest is not compared.
+pub const MAX_PROGRAM_FILES: usize = 1024;
+
 /// Words of a present map in one message: ten bytes each at worst, well below [`MAX_CONTROL_BYTES`].
 pub const MAX_PRESENT_WORDS: usize = 8192;
 
@@ -61,3 +65,6 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause between two attempts to reach a lost peer, at first and at most.
 pub const RECONNECT_PAUSE: (Duration, Duration) =
     (Duration::from_millis(100), Duration::from_secs(2));
+
+/// Bytes of a session file: some twenty for each process of the largest tree.
+pub const MAX_SESSION_FILE_BYTES: usize = 1 << 20;

@@ -7,6 +7,7 @@
 //! 1.3). So a client that is refused sees [`connect`] succeed and the first read or write fail;
 //! [`QuicError::from_connection`] and [`refusal`] explain that error as well.
 
+mod congestion;
 mod error;
 mod socket;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use tokio::time::timeout;
 
 use crate::identity::{Fingerprint, Identity, SERVER_NAME, Trust, common_name};
 use crate::limits::HANDSHAKE_TIMEOUT;
+pub use congestion::FaultGauge;
 pub use error::{Cause, QuicError, Refusal, refusal};
 use transport::Mtu;
 pub use transport::{MAX_MTU, MIN_MTU, PathProfile};
@@ -60,7 +62,8 @@ pub struct Listener {
     loopback: Arc<ServerConfig>,
 }
 
-/// Binds a server for `role` to `addr`. It accepts peers whom `trust` names, never anybody without a certificate.
+/// Binds a server for `role` to `addr`. It accepts peers whom `trust` names, never anybody without a certificate. The
+/// servers of both roles share a `gauge`: it keeps what the bulk connection sends out of the way of faults.
 ///
 /// Must be called inside the tokio runtime that shall drive it.
 pub fn bind_server(
@@ -69,6 +72,7 @@ pub fn bind_server(
     trust: &Trust,
     role: Role,
     path: PathProfile,
+    gauge: &FaultGauge,
 ) -> Result<Listener, QuicError> {
     let tls = identity.server_config(trust, role.alpn())?;
     let crypto = QuicServerConfig::try_from(tls).map_err(|_| QuicError::NoInitialCipher)?;
@@ -76,7 +80,7 @@ pub fn bind_server(
     let config = |mtu| {
         let mut config = ServerConfig::with_crypto(crypto.clone());
         config
-            .transport_config(Arc::new(transport::config(role, mtu)))
+            .transport_config(Arc::new(transport::config(role, mtu, Some(gauge))))
             .max_incoming(MAX_PENDING_HANDSHAKES)
             .incoming_buffer_size(MAX_PENDING_BYTES);
         config
@@ -174,7 +178,7 @@ fn bind_client_with(
 ) -> Result<Endpoint, QuicError> {
     let crypto = QuicClientConfig::try_from(tls).map_err(|_| QuicError::NoInitialCipher)?;
     let mut config = ClientConfig::new(Arc::new(crypto));
-    config.transport_config(Arc::new(transport::config(role, mtu)));
+    config.transport_config(Arc::new(transport::config(role, mtu, None)));
     let local = local.unwrap_or_else(|| SocketAddr::new(any_address(peer), 0));
     let mut endpoint = socket::bind(local, None)?;
     endpoint.set_default_client_config(config);

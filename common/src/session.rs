@@ -92,6 +92,7 @@ pub const TRANSITIONS: &[Transition] = &[
     (State::Listen, Event::Failed, State::Aborted),
     (State::Cutover, Event::CopyDead, State::Aborted),
     (State::Postcopy, Event::CopyDead, State::Aborted),
+    (State::Recover, Event::CopyDead, State::Aborted),
     (State::Cutover, Event::LinkLost, State::Paused),
     (State::Postcopy, Event::LinkLost, State::Paused),
     (State::Drained, Event::LinkLost, State::Paused),
@@ -126,6 +127,13 @@ impl Default for Session {
 }
 
 impl Session {
+    /// A session that a restarted program goes on with: its link is lost.
+    pub fn orphaned() -> Self {
+        Session {
+            state: State::Paused,
+        }
+    }
+
     /// Where the migration stands.
     pub fn state(&self) -> State {
         self.state

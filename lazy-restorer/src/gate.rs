@@ -1,6 +1,7 @@
 //! CRIU's action script on the destination: this very program, in another role.
 //!
-//! At `post-restore` all tasks are rebuilt and none has run: the script asks `lazy-restorer` and holds CRIU until the
+//! At `pre-restore` no task exists: the script holds CRIU until the operator has made room for the workload, which takes
+//! about as long as CRIU needs to get there. At `post-restore` all tasks are rebuilt and none has run: the script asks `lazy-restorer` and holds CRIU until the
 //! source has given the workload away. A refusal, or `lazy-restorer`'s death, makes CRIU kill the tasks. At
 //! `post-resume` the tasks run, and the script says so.
 
@@ -12,18 +13,20 @@ use std::process::ExitCode;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// Names the socket of the waiting `lazy-restorer`; set for CRIU and inherited by its scripts.
 pub const SOCKET_VARIABLE: &str = "POSTCOPY_GATE_SOCKET";
 /// Set by CRIU: what the script is called for.
 const ACTION_VARIABLE: &str = "CRTOOLS_SCRIPT_ACTION";
 
+/// The script's word: no task is made yet.
+const READY: u8 = b'P';
 /// The script's word: the tasks wait.
 const ARMED: u8 = b'A';
 /// The script's word: the tasks run.
 const RESUMED: u8 = b'R';
-/// Our word: let them run.
+/// Our word: make them, or let them run.
 const GO: u8 = b'G';
 
 /// Runs as CRIU's script when called as one.
@@ -31,7 +34,8 @@ pub fn run_if_called() -> Option<ExitCode> {
     let action = env::var_os(ACTION_VARIABLE)?;
     let socket = PathBuf::from(env::var_os(SOCKET_VARIABLE)?);
     let passed = match action.to_str() {
-        Some("post-restore") => ask(&socket),
+        Some("pre-restore") => ask(&socket, READY),
+        Some("post-restore") => ask(&socket, ARMED),
         Some("post-resume") => tell_resumed(&socket).map(|()| true),
         _ => Ok(true),
     };
@@ -41,10 +45,10 @@ pub fn run_if_called() -> Option<ExitCode> {
     })
 }
 
-/// Waits until the tasks may run; false when they must not.
-fn ask(socket: &Path) -> io::Result<bool> {
+/// Waits until CRIU may go on; false when it must not.
+fn ask(socket: &Path, word: u8) -> io::Result<bool> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.write_all(&[ARMED])?;
+    stream.write_all(&[word])?;
     let mut answer = [0];
     let length = stream.read(&mut answer)?;
     Ok(length == 1 && answer[0] == GO)
@@ -58,6 +62,7 @@ fn tell_resumed(socket: &Path) -> io::Result<()> {
 #[derive(Debug)]
 pub struct Gate {
     calls: mpsc::Receiver<Call>,
+    begin: watch::Sender<bool>,
 }
 
 /// What CRIU's script says.
@@ -80,16 +85,22 @@ impl Gate {
     pub fn bind(socket: &Path) -> io::Result<Self> {
         let listener = UnixListener::bind(socket)?;
         let (send, calls) = mpsc::channel(1);
+        let (begin, begun) = watch::channel(false);
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                if let Some(call) = understand(stream).await
+                if let Some(call) = understand(stream, begun.clone()).await
                     && send.send(call).await.is_err()
                 {
                     return;
                 }
             }
         });
-        Ok(Gate { calls })
+        Ok(Gate { calls, begin })
+    }
+
+    /// CRIU may make tasks.
+    pub fn let_begin(&self) {
+        self.begin.send_replace(true);
     }
 
     /// The script's next call. May be cancelled without loss.
@@ -98,8 +109,19 @@ impl Gate {
     }
 }
 
-async fn understand(mut stream: tokio::net::UnixStream) -> Option<Call> {
+async fn understand(
+    mut stream: tokio::net::UnixStream,
+    mut begun: watch::Receiver<bool>,
+) -> Option<Call> {
     match stream.read_u8().await {
+        Ok(READY) => {
+            // Without a gate there is no migration any more: the script sees the end of the stream.
+            begun.wait_for(|begun| *begun).await.ok()?;
+            if let Err(error) = stream.write_all(&[GO]).await {
+                tracing::warn!(%error, "CRIU's script is gone");
+            }
+            None
+        }
         Ok(ARMED) => Some(Call::Armed(Held { stream })),
         Ok(RESUMED) => Some(Call::Resumed),
         said => {
@@ -118,11 +140,10 @@ impl Held {
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
-
     use super::*;
 
-    fn with_gate<T>(script: fn(&Path) -> T, ours: impl AsyncFnOnce(Gate)) -> T
+    /// Runs `script` beside `ours`; what `ours` returns is kept until the script ends.
+    fn with_gate<T, K>(script: fn(&Path) -> T, ours: impl AsyncFnOnce(Gate) -> K) -> T
     where
         T: Send + 'static,
     {
@@ -134,28 +155,46 @@ mod tests {
             .expect("a runtime")
             .block_on(async {
                 let gate = Gate::bind(&path).expect("bound");
-                let thread = thread::spawn(move || script(&path));
-                ours(gate).await;
-                thread.join().expect("the script ends")
+                let script = tokio::task::spawn_blocking(move || script(&path));
+                let _kept = ours(gate).await;
+                script.await.expect("the script ends")
             })
     }
 
     #[test]
+    fn no_task_is_made_before_there_is_room() {
+        let passed = with_gate(
+            |path| ask(path, READY),
+            async |gate: Gate| {
+                gate.let_begin();
+                gate
+            },
+        );
+        assert!(passed.expect("connected"));
+        let passed = with_gate(|path| ask(path, READY), async |gate| drop(gate));
+        assert!(!matches!(passed, Ok(true)));
+    }
+
+    #[test]
     fn the_tasks_run_only_when_told() {
-        let passed = with_gate(ask, async |mut gate: Gate| {
-            let Some(Call::Armed(held)) = gate.next().await else {
-                panic!("not armed");
-            };
-            held.open().await.expect("the script waits");
-        });
+        let passed = with_gate(
+            |path| ask(path, ARMED),
+            async |mut gate: Gate| {
+                let Some(Call::Armed(held)) = gate.next().await else {
+                    panic!("not armed");
+                };
+                held.open().await.expect("the script waits");
+            },
+        );
         assert!(passed.expect("connected"));
     }
 
     #[test]
     fn silence_means_no() {
-        let passed = with_gate(ask, async |mut gate: Gate| {
-            drop(gate.next().await);
-        });
+        let passed = with_gate(
+            |path| ask(path, ARMED),
+            async |mut gate: Gate| drop(gate.next().await),
+        );
         assert!(!passed.expect("connected"));
     }
 

@@ -57,6 +57,15 @@ pub struct ProcessImage {
     pub vmas: Vec<DumpedVma>,
 }
 
+/// What of one process is settled: words of bitmaps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PresentMap {
+    /// Pages that came.
+    pub received: Vec<u64>,
+    /// Pages that never will.
+    pub withheld: Vec<u64>,
+}
+
 /// The memory of all restored processes.
 pub struct Memory<D: Descriptor = UserFault> {
     families: HashMap<ImagePid, D::Lock<LiveFamily<D>>>,
@@ -185,10 +194,10 @@ impl<D: Descriptor> Memory<D> {
         Ok(())
     }
 
-    /// What every process has received: words of its bitmap.
-    pub fn received(&self) -> Vec<(ImagePid, Vec<u64>)> {
+    /// What every process has received, and was promised never to get.
+    pub fn present_map(&self) -> Vec<(ImagePid, PresentMap)> {
         let pids = self.families.keys();
-        pids.filter_map(|pid| Some((*pid, self.family(*pid)?.received())))
+        pids.filter_map(|pid| Some((*pid, self.family(*pid)?.present_map())))
             .collect()
     }
 

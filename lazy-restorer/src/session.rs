@@ -6,6 +6,8 @@
 
 mod postcopy;
 
+pub(crate) use self::postcopy::parts;
+
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,8 +27,9 @@ use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use crate::advise;
+use crate::advise::{self, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
+use crate::engine::Engine;
 use crate::gate::Held;
 use crate::keeper::Keeper;
 use crate::report::Record;
@@ -43,10 +46,10 @@ pub struct MigratePlan {
     pub criu: Criu,
     /// More arguments for `criu restore`.
     pub criu_args: Vec<String>,
-    /// Restore into a PID namespace of its own.
-    pub pid_namespace: bool,
-    /// Do not compare CPU features.
-    pub ignore_cpu_features: bool,
+    /// Who restores.
+    pub engine: Engine,
+    /// What is not compared.
+    pub leniency: Leniency,
     /// Let the source push; else only what is touched comes.
     pub push: bool,
     /// Where to put the migration's directory.
@@ -96,6 +99,8 @@ struct Migration<'a> {
 struct Staged {
     directory: TempDir,
     bulk: (SendStream, RecvStream),
+    /// The source has said `Frozen` already.
+    frozen: bool,
 }
 
 impl Migration<'_> {
@@ -143,10 +148,7 @@ impl Migration<'_> {
         keeper
             .prepared()
             .map_err(|error| self.fail(Failure::Internal, error))?;
-        let restored = match self.before_restore(source).await {
-            Ok(()) => self.restore(source, prepared, staged, keeper).await,
-            Err(error) => Err(error),
-        };
+        let restored = self.restore(source, prepared, staged, keeper).await;
         match restored {
             Ok(resident) => self.postcopy(source, resident).await,
             Err(error) => {
@@ -218,11 +220,7 @@ impl Migration<'_> {
             ToDestination::Advise(facts) => facts,
             message => return Err(unexpected(self.state(), &message)),
         };
-        let checked = advise::check_workload(
-            &facts,
-            self.plan.pid_namespace,
-            self.plan.ignore_cpu_features,
-        );
+        let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency);
         checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
         Ok(facts)
     }
@@ -234,11 +232,11 @@ impl Migration<'_> {
             criu_args: self.plan.criu_args.clone(),
             tcp_established: facts.tcp_established,
             shell_job: facts.shell_job,
-            pid_namespace: self.plan.pid_namespace,
+            engine: self.plan.engine.clone(),
         }
     }
 
-    /// Stages the skeleton while the source dumps, and waits until the service address is free.
+    /// Stages the skeleton as the source sends it.
     async fn skeleton(
         &mut self,
         source: &mut Source,
@@ -268,14 +266,10 @@ impl Migration<'_> {
                 },
             }
         };
-        if !frozen {
-            self.expect(source, ToDestination::Frozen).await?;
-        }
-        self.advance(Event::Dumped)?;
-        self.send(source, &ToSource::Staged).await?;
         Ok(Staged {
             directory,
             bulk: (credits, pages),
+            frozen,
         })
     }
 
@@ -295,6 +289,18 @@ impl Migration<'_> {
             Ok(Err(reason)) => reason,
             _ => error,
         }
+    }
+
+    /// Waits until the service address is free and the operator has made room for it here. CRIU, which has started
+    /// meanwhile, makes no process before.
+    async fn make_room(&mut self, source: &mut Source, frozen: bool) -> Result<(), SessionError> {
+        if !frozen {
+            self.expect(source, ToDestination::Frozen).await?;
+        }
+        self.advance(Event::Dumped)?;
+        self.send(source, &ToSource::Staged).await?;
+        self.before_restore(source).await?;
+        self.advance(Event::Staged)
     }
 
     /// Runs the operator's command, unless the source or the operator gives up meanwhile: the workload is frozen.
@@ -318,7 +324,6 @@ impl Migration<'_> {
         staged: Staged,
         keeper: Keeper,
     ) -> Result<Resident, SessionError> {
-        self.advance(Event::Staged)?;
         let started = Resident::start(
             prepared,
             staged.directory,
@@ -329,7 +334,11 @@ impl Migration<'_> {
         )
         .await;
         let mut resident = started.map_err(|error| self.fail(Failure::Restore, error))?;
-        let opened = match self.until_armed(source, &mut resident).await {
+        let armed = match self.make_room(source, staged.frozen).await {
+            Ok(()) => self.until_armed(source, &mut resident).await,
+            Err(error) => Err(error),
+        };
+        let opened = match armed {
             Ok(held) => self.cut_over(source, &mut resident, held).await,
             Err(error) => Err(error),
         };
@@ -343,12 +352,13 @@ impl Migration<'_> {
         }
     }
 
-    /// Waits until CRIU has rebuilt all tasks and waits at the gate.
+    /// Lets CRIU make the tasks and waits until all are rebuilt and it waits at the gate.
     async fn until_armed(
         &mut self,
         source: &mut Source,
         resident: &mut Resident,
     ) -> Result<Held, SessionError> {
+        resident.begin_tasks();
         let state = self.state();
         tokio::select! {
             step = resident.next() => match step {

@@ -9,7 +9,9 @@ use common::exit::{Failure, SessionError};
 use common::host;
 use common::images::ImagePid;
 use common::limits::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, MAX_LAZY_PAGES, MAX_PROCESSES};
-use common::proto::control::{Abort, Hello, Secret, SessionId, ToDestination, ToSource, Welcome};
+use common::proto::control::{
+    Abort, Hello, Present, Resume, Secret, SessionId, ToDestination, ToSource, Welcome,
+};
 use common::proto::version;
 use common::session::State;
 use quinn::{Connection, RecvStream, SendStream};
@@ -59,13 +61,30 @@ async fn welcome(
     session: SessionId,
     token: Option<&Secret>,
 ) -> Result<Destination, String> {
-    let mut control = open_control(&connection).await?;
-    let hello = match timeout(HANDSHAKE_TIMEOUT, control.next()).await {
-        Ok(Ok(ToSource::Hello(hello))) => hello,
-        Ok(Ok(_)) => return Err(String::from("it does not begin with a hello")),
-        Ok(Err(error)) => return Err(error.to_string()),
-        Err(_) => return Err(String::from("it says nothing")),
-    };
+    match first_message(&connection).await? {
+        (control, ToSource::Hello(hello)) => {
+            welcome_hello(listen, control, hello, session, token).await
+        }
+        _ => Err(String::from("it does not begin with a hello")),
+    }
+}
+
+async fn first_message(connection: &Connection) -> Result<(Control<ToSource>, ToSource), String> {
+    let mut control = open_control(connection).await?;
+    match timeout(HANDSHAKE_TIMEOUT, control.next()).await {
+        Ok(Ok(message)) => Ok((control, message)),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(String::from("it says nothing")),
+    }
+}
+
+async fn welcome_hello(
+    listen: &mut Listen,
+    mut control: Control<ToSource>,
+    hello: Hello,
+    session: SessionId,
+    token: Option<&Secret>,
+) -> Result<Destination, String> {
     let version = match check(&hello, token) {
         Ok(version) => version,
         Err(text) => {
@@ -88,43 +107,91 @@ async fn welcome(
     take_bulk(listen, control, session, secret, hello.host).await
 }
 
+/// What a destination is known by when it comes again.
+#[derive(Clone, Debug)]
+pub struct Acquaintance {
+    /// Proves that it is the same.
+    pub secret: Secret,
+    /// Its host's name.
+    pub host: String,
+}
+
 /// Takes a destination back that proves to be the one of this session; turns everybody else away.
 pub async fn readmit(
     listen: &mut Listen,
     connection: Connection,
     session: SessionId,
-    old: &Destination,
+    old: &Acquaintance,
 ) -> Result<Destination, String> {
-    let mut control = open_control(&connection).await?;
-    let resume = match timeout(HANDSHAKE_TIMEOUT, control.next()).await {
-        Ok(Ok(ToSource::Resume(resume))) => resume,
-        Ok(Ok(_)) => {
-            let text = String::from("this page-server serves another destination");
-            refuse(control, &text).await;
-            return Err(text);
-        }
-        Ok(Err(error)) => return Err(error.to_string()),
-        Err(_) => return Err(String::from("it says nothing")),
+    let (control, message) = first_message(&connection).await?;
+    let ToSource::Resume(resume) = message else {
+        let text = String::from("this page-server serves another destination");
+        refuse(control, &text).await;
+        return Err(text);
     };
-    if resume.session != session || !resume.secret.matches(&old.secret) {
+    let known = HashMap::from([(session, old.clone())]);
+    let (_, destination) = take_back(listen, control, &resume, &known).await?;
+    Ok(destination)
+}
+
+/// Who called.
+#[derive(Debug)]
+pub enum Caller {
+    /// A destination that was given this session.
+    New(SessionId, Destination),
+    /// The destination of this session, again.
+    Back(SessionId, Destination),
+}
+
+/// Lets a destination in that is new, as `session` if that is given, or known; turns everybody else away.
+pub async fn receive(
+    listen: &mut Listen,
+    connection: Connection,
+    session: Option<SessionId>,
+    token: Option<&Secret>,
+    known: &HashMap<SessionId, Acquaintance>,
+) -> Result<Caller, String> {
+    match (first_message(&connection).await?, session) {
+        ((control, ToSource::Resume(resume)), _) => {
+            let (session, destination) = take_back(listen, control, &resume, known).await?;
+            Ok(Caller::Back(session, destination))
+        }
+        ((control, ToSource::Hello(hello)), Some(session)) => {
+            let welcomed = welcome_hello(listen, control, hello, session, token).await?;
+            Ok(Caller::New(session, welcomed))
+        }
+        ((control, ToSource::Hello(_)), None) => {
+            let text =
+                String::from("this page-server serves as many destinations as it was told to");
+            refuse(control, &text).await;
+            Err(text)
+        }
+        _ => Err(String::from("it does not begin with a hello")),
+    }
+}
+
+async fn take_back(
+    listen: &mut Listen,
+    mut control: Control<ToSource>,
+    resume: &Resume,
+    known: &HashMap<SessionId, Acquaintance>,
+) -> Result<(SessionId, Destination), String> {
+    let old = known.get(&resume.session);
+    let Some(old) = old.filter(|old| resume.secret.matches(&old.secret)) else {
         let text = String::from("this page-server serves another session");
         refuse(control, &text).await;
         return Err(text);
-    }
+    };
     let bulk_port = listen.bulk.address().port();
     let welcome = ToDestination::WelcomeBack { bulk_port };
     control
         .send(&welcome)
         .await
         .map_err(|error| error.to_string())?;
-    take_bulk(
-        listen,
-        control,
-        session,
-        old.secret.clone(),
-        old.host.clone(),
-    )
-    .await
+    let Acquaintance { secret, host } = old.clone();
+    let session = resume.session;
+    let destination = take_bulk(listen, control, session, secret, host).await?;
+    Ok((session, destination))
 }
 
 /// Completes a destination by its bulk connection.
@@ -190,26 +257,53 @@ async fn refuse(control: Control<ToSource>, text: &str) {
 
 impl Destination {
     /// Reads what the destination has received, until it has told everything.
-    pub async fn present(&mut self) -> Result<HashMap<ImagePid, Vec<u64>>, String> {
-        let mut maps: HashMap<ImagePid, Vec<u64>> = HashMap::new();
+    pub async fn present(&mut self) -> Result<PresentMap, Unsettled> {
+        let silent = || Unsettled::Lost(String::from("it does not say what it has"));
+        let mut map = PresentMap::default();
         loop {
             let message = timeout(HANDSHAKE_TIMEOUT, self.control.next()).await;
-            match message.map_err(|_| String::from("it does not say what it has"))? {
-                Ok(ToSource::Present(present)) => {
-                    let map = maps.entry(present.pid).or_default();
-                    let in_order = present.first_word == map.len() as u64;
-                    let fits = map.len() + present.words.len() <= MAX_MAP_WORDS;
-                    if !in_order || !fits || maps.len() > MAX_PROCESSES {
-                        return Err(String::from("its present map makes no sense"));
-                    }
-                    maps.entry(present.pid).or_default().extend(present.words);
+            match message.map_err(|_| silent())? {
+                Ok(ToSource::Present(present)) => append(&mut map.received, present)?,
+                Ok(ToSource::Withheld(withheld)) => append(&mut map.withheld, withheld)?,
+                Ok(ToSource::PresentEnd) => return Ok(map),
+                Ok(ToSource::Abort(abort)) if abort.copy_is_dead => {
+                    return Err(Unsettled::CopyDead(abort));
                 }
-                Ok(ToSource::PresentEnd) => return Ok(maps),
-                Ok(_) => return Err(String::from("it does not say what it has")),
-                Err(error) => return Err(error.to_string()),
+                Ok(_) => return Err(silent()),
+                Err(error) => return Err(Unsettled::Lost(error.to_string())),
             }
         }
     }
+}
+
+/// What a destination that came again has: words of bitmaps.
+#[derive(Debug, Default)]
+pub struct PresentMap {
+    /// Pages that came.
+    pub received: HashMap<ImagePid, Vec<u64>>,
+    /// Pages that it was promised never to get.
+    pub withheld: HashMap<ImagePid, Vec<u64>>,
+}
+
+/// Why a destination that came again was not served again.
+#[derive(Debug)]
+pub enum Unsettled {
+    /// It is lost again, or makes no sense.
+    Lost(String),
+    /// Its copy is dead.
+    CopyDead(Abort),
+}
+
+fn append(maps: &mut HashMap<ImagePid, Vec<u64>>, part: Present) -> Result<(), Unsettled> {
+    let map = maps.entry(part.pid).or_default();
+    let in_order = part.first_word == map.len() as u64;
+    let fits = map.len() + part.words.len() <= MAX_MAP_WORDS;
+    map.extend(part.words);
+    if !in_order || !fits || maps.len() > MAX_PROCESSES {
+        let text = String::from("its present map makes no sense");
+        return Err(Unsettled::Lost(text));
+    }
+    Ok(())
 }
 
 /// Time a destination whose stream broke has to say why; a lost link shows within it.
@@ -229,6 +323,14 @@ pub fn abort(state: State, text: &str) -> Abort {
 }
 
 impl Destination {
+    /// What it is known by when it comes again.
+    pub fn acquaintance(&self) -> Acquaintance {
+        Acquaintance {
+            secret: self.secret.clone(),
+            host: self.host.clone(),
+        }
+    }
+
     /// Our direction of the bulk stream, once.
     pub fn take_push(&mut self) -> Option<SendStream> {
         self.push.take()

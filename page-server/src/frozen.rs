@@ -1,31 +1,40 @@
 //! The workload while it stands still: held by CRIU, with a book on its memory.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::images::{DumpedProcess, ImagePid, ReadImagesError, read_processes};
-use common::limits::MAX_EAGER_PAGES;
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::book::Book;
+use crate::adopt::{Adopted, Left};
+use crate::book::{Book, owed};
 use crate::freeze::{FreezeError, FreezePlan, Frozen};
 use crate::memory::{FrozenProcesses, MemoryError, PageSource};
 use crate::pending::{Pending, Run};
-use crate::skeleton::eager_runs;
+use crate::workload::Workload;
 
 /// A frozen workload that can be served.
 #[derive(Debug)]
 pub struct FrozenWorkload {
     /// CRIU's hold on it.
-    pub frozen: Frozen,
+    pub hold: Hold,
     /// Where page content comes from.
     pub source: Arc<dyn PageSource>,
     /// What is owed.
     pub book: Arc<Book>,
-    /// Holds the images; goes away with the migration.
-    _directory: TempDir,
+    /// Where the images are.
+    images: PathBuf,
+}
+
+/// Who has CRIU hold the workload.
+#[derive(Debug)]
+pub enum Hold {
+    /// This program, in a directory that goes away with the migration.
+    Ours(Box<Frozen>, TempDir),
+    /// A `page-server` before us did; we have taken over from it.
+    Adopted(Adopted),
 }
 
 /// Why there is no frozen workload to serve. The workload runs on as before.
@@ -49,12 +58,13 @@ impl FrozenWorkload {
     /// Freezes the workload and opens the book on its memory.
     pub async fn take(plan: FreezePlan, directory: TempDir) -> Result<Self, TakeError> {
         let frozen = plan.freeze().await?;
-        match open(&frozen) {
-            Ok((source, book)) => Ok(FrozenWorkload {
-                frozen,
+        let plan = frozen.plan();
+        match open(&plan.images(), &plan.workload) {
+            Ok((source, pending, eager)) => Ok(FrozenWorkload {
+                images: plan.images(),
+                hold: Hold::Ours(Box::new(frozen), directory),
                 source: Arc::new(source),
-                book: Arc::new(book),
-                _directory: directory,
+                book: Arc::new(Book::new(pending, &eager)),
             }),
             Err(error) => {
                 if let Err(error) = frozen.thaw().await {
@@ -65,46 +75,62 @@ impl FrozenWorkload {
         }
     }
 
+    /// Takes the workload over that a killed `page-server` left frozen; what it sent is not known.
+    pub async fn adopt(left: Left) -> Result<Self, TakeError> {
+        let images = left.images();
+        let (source, mut pending, _) = open(&images, &Workload::frozen(left.root))?;
+        pending.forget();
+        Ok(FrozenWorkload {
+            hold: Hold::Adopted(left.adopt().await?),
+            source: Arc::new(source),
+            book: Arc::new(Book::new(pending, &[])),
+            images,
+        })
+    }
+
+    /// CRIU's hold, when it is this program that has it.
+    pub fn ours(&mut self) -> Option<&mut Frozen> {
+        match &mut self.hold {
+            Hold::Ours(frozen, _) => Some(frozen),
+            Hold::Adopted(_) => None,
+        }
+    }
+
     /// Where the images are.
     pub fn images(&self) -> PathBuf {
-        self.frozen.plan().images()
+        self.images.clone()
     }
 
     /// Lets the workload run on here.
     pub async fn thaw(self) -> Result<(), FreezeError> {
-        self.frozen.thaw().await
+        match self.hold {
+            Hold::Ours(frozen, _directory) => frozen.thaw().await,
+            Hold::Adopted(adopted) => adopted.thaw().await,
+        }
     }
 
     /// Kills the frozen original.
     pub async fn release(self) -> Result<(), FreezeError> {
-        self.frozen.release().await
+        match self.hold {
+            Hold::Ours(frozen, _directory) => frozen.release().await,
+            Hold::Adopted(adopted) => adopted.release().await,
+        }
     }
 }
 
-fn open(frozen: &Frozen) -> Result<(FrozenProcesses, Book), TakeError> {
-    let plan = frozen.plan();
-    let dumped = read_processes(&plan.images())?;
-    let pids = plan.workload.by_image_pid();
+/// Opens the memory of a frozen workload; returns what is owed of it, and which pages come first.
+fn open(
+    images: &Path,
+    workload: &Workload,
+) -> Result<(FrozenProcesses, Pending, Vec<Run>), TakeError> {
+    let dumped = read_processes(images)?;
+    let pids = workload.by_image_pid();
     let source = FrozenProcesses::open(located(&dumped, &pids)?)?;
-    let mut pages = 0;
-    let within_limit = |run: &Run| {
-        pages += run.pages.count;
-        pages <= MAX_EAGER_PAGES
-    };
-    let eager: Vec<_> = dumped
-        .iter()
-        .flat_map(eager_runs)
-        .take_while(within_limit)
-        .collect();
-    let pending = Pending::new(
-        dumped
-            .into_iter()
-            .map(|process| (process.pid, process.lazy)),
-    );
-    Ok((source, Book::new(pending, &eager)))
+    let (pending, eager) = owed(&dumped);
+    Ok((source, pending, eager))
 }
 
-fn located(
+pub(crate) fn located(
     dumped: &[DumpedProcess],
     pids: &HashMap<ImagePid, Pid>,
 ) -> Result<Vec<(ImagePid, Pid)>, TakeError> {

@@ -5,19 +5,23 @@
 //! return it also makes sure that the workload runs; after it, it touches nothing.
 
 use std::env;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::{Pid, setsid};
 
+use crate::engine::inheritable;
 use crate::rescue::rescue;
 
 /// The file that says that the workload has been given away.
 const COMMITTED: &str = "committed";
+/// The file that says where the session's file is.
+const SESSION: &str = "session";
 
 /// `page-server`'s end. Dropping it ends the guard.
 #[derive(Debug)]
@@ -40,10 +44,8 @@ impl Guard {
     }
 
     /// A writing end for a child to inherit: the guard waits for the end of whoever has it.
-    pub fn leash(&self) -> io::Result<PipeWriter> {
-        let leash = self.pipe.try_clone()?;
-        fcntl(&leash, FcntlArg::F_SETFD(FdFlag::empty()))?;
-        Ok(leash)
+    pub fn leash(&self) -> io::Result<OwnedFd> {
+        inheritable(&self.pipe)
     }
 }
 
@@ -62,6 +64,20 @@ pub fn note_committed(directory: &Path) -> io::Result<()> {
     File::create(directory.join(COMMITTED)).map(drop)
 }
 
+/// Notes in `directory` where the session's file is, which means nothing once the workload runs again.
+pub fn note_session(directory: &Path, file: &Path) -> io::Result<()> {
+    fs::write(directory.join(SESSION), file.as_os_str().as_bytes())
+}
+
+/// Removes the session's file, and the state directory if nothing else is in it.
+fn forget_session(directory: &Path) {
+    let noted = fs::read(directory.join(SESSION)).unwrap_or_default();
+    let file = Path::new(OsStr::from_bytes(&noted));
+    if fs::remove_file(file).is_ok() {
+        let _ = file.parent().map(fs::remove_dir);
+    }
+}
+
 /// The guard's own life.
 pub fn run(root: Pid, directory: &Path) -> ExitCode {
     // Signals meant for the group of `page-server`, as from a terminal, must not end its guard.
@@ -70,6 +86,7 @@ pub fn run(root: Pid, directory: &Path) -> ExitCode {
     let is_orphan = matches!(told, Ok(0)) && directory.exists();
     if is_orphan && !directory.join(COMMITTED).exists() {
         rescue(root, directory);
+        forget_session(directory);
         if let Err(error) = fs::remove_dir_all(directory) {
             eprintln!(
                 "page-server: cannot remove {}: {error}",

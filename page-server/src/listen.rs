@@ -8,7 +8,7 @@ use common::io_thread::{IoThread, Priority};
 use common::limits::HANDSHAKE_TIMEOUT;
 use common::proto::control::{BulkHello, Secret, SessionId};
 use common::proto::stream;
-use common::quic::{self, Listener, PathProfile, QuicError, Role};
+use common::quic::{self, FaultGauge, Listener, PathProfile, QuicError, Role};
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -66,9 +66,10 @@ impl Listen {
         let fault_thread = IoThread::start("fault", Priority::Urgent)?;
         let urgent_granted = fault_thread.granted();
         let bulk_thread = IoThread::start("bulk", Priority::Background { urgent_granted })?;
+        let gauge = FaultGauge::default();
         Ok(Listen {
-            fault: Port::open(fault_thread, plan.fault, Role::Fault, plan)?,
-            bulk: Port::open(bulk_thread, plan.bulk, Role::Bulk, plan)?,
+            fault: Port::open(fault_thread, Role::Fault, plan, &gauge)?,
+            bulk: Port::open(bulk_thread, Role::Bulk, plan, &gauge)?,
         })
     }
 }
@@ -76,12 +77,17 @@ impl Listen {
 impl Port {
     fn open(
         thread: IoThread,
-        address: SocketAddr,
         role: Role,
         plan: &ListenPlan,
+        gauge: &FaultGauge,
     ) -> Result<Self, QuicError> {
         let entered = thread.handle().enter();
-        let listener = quic::bind_server(address, &plan.identity, &plan.trust, role, plan.path)?;
+        let address = match role {
+            Role::Fault => plan.fault,
+            Role::Bulk => plan.bulk,
+        };
+        let (identity, trust) = (&plan.identity, &plan.trust);
+        let listener = quic::bind_server(address, identity, trust, role, plan.path, gauge)?;
         drop(entered);
         let address = listener.local_addr()?;
         let (send, peers) = mpsc::channel(WAITING_PEERS);

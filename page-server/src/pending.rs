@@ -18,6 +18,8 @@ use common::proto::control::Tally;
 pub struct Pending {
     processes: BTreeMap<ImagePid, Process>,
     digest: u64,
+    /// A program before us sent pages, and what it knew of that is lost: the destination's word is taken for it.
+    forgotten: bool,
 }
 
 #[derive(Debug)]
@@ -61,6 +63,15 @@ pub struct Run {
     pub pages: PageRange,
 }
 
+/// What the source learns from a destination that came again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// Sent and lost on the way: owed again.
+    pub lost: Vec<Run>,
+    /// Sent by a program before us.
+    pub known: Vec<Run>,
+}
+
 impl Pending {
     /// Everything owed.
     pub fn new(images: impl IntoIterator<Item = (ImagePid, LazyMap)>) -> Self {
@@ -78,7 +89,18 @@ impl Pending {
         Pending {
             processes,
             digest: 0,
+            forgotten: false,
         }
+    }
+
+    /// The same for a successor, who has yet to be told what was sent.
+    pub fn forget(&mut self) {
+        self.forgotten = true;
+    }
+
+    /// What was sent is known again.
+    pub fn settled(&mut self) {
+        self.forgotten = false;
     }
 
     /// Processes in the order of their PIDs.
@@ -200,12 +222,21 @@ impl Pending {
             .map_or_else(PageRange::default, |process| process.lazy.contiguous(slots))
     }
 
-    /// The destination says what of a process it has received, in the words of its bitmap. Returns the runs that were
-    /// sent and lost on the way, which are owed again; `None` when it claims what it cannot have.
-    pub fn recover(&mut self, pid: ImagePid, words: Vec<u64>) -> Option<Vec<Run>> {
+    /// The destination says what of a process it has received, in the words of its bitmap. `None` when it claims what
+    /// it cannot have.
+    pub fn recover(&mut self, pid: ImagePid, words: Vec<u64>) -> Option<Recovered> {
         let process = self.processes.get_mut(&pid)?;
         let slots = process.lazy.slots();
         let received = PageSet::from_words(words, slots)?;
+        if self.forgotten {
+            let known = received.runs_in(0..slots);
+            let known = known.flat_map(|run| process.frames(pid, run)).collect();
+            process.sent = received;
+            return Some(Recovered {
+                lost: Vec::new(),
+                known,
+            });
+        }
         let claimed = |slot: &usize| !process.sent.contains(*slot);
         if received
             .runs_in(0..slots)
@@ -219,14 +250,35 @@ impl Pending {
             let mut from = sent.start;
             while let Some(slot) = received.next_out(from).filter(|slot| *slot < sent.end) {
                 let end = received.next_in(slot).unwrap_or(slots).min(sent.end);
-                let longest = (slot + MAX_FRAME_PAGES).min(end);
-                let pages = process.lazy.contiguous(slot..longest);
-                from = slot + pages.count as usize;
-                lost.push(Run { pid, pages });
+                lost.extend(process.frames(pid, slot..end));
+                from = end;
             }
         }
         process.sent = received;
-        Some(lost)
+        Some(Recovered {
+            lost,
+            known: Vec::new(),
+        })
+    }
+
+    /// The destination says which pages of a process it was promised never to get. False when it cannot be so.
+    pub fn recover_withheld(&mut self, pid: ImagePid, words: Vec<u64>) -> bool {
+        let forgotten = self.forgotten;
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return false;
+        };
+        let slots = process.lazy.slots();
+        let Some(withheld) = PageSet::from_words(words, slots) else {
+            return false;
+        };
+        if forgotten {
+            let all = withheld.runs_in(0..slots).flatten();
+            let none_came = all.into_iter().all(|slot| !process.sent.contains(slot));
+            process.withheld = withheld;
+            return none_came;
+        }
+        let mut all = withheld.runs_in(0..slots).flatten();
+        all.all(|slot| process.withheld.contains(slot))
     }
 
     /// Takes the hashes of pages out again that were sent and lost.
@@ -250,6 +302,19 @@ impl Pending {
 }
 
 impl Process {
+    /// Slots in runs that a frame can carry.
+    fn frames(&self, pid: ImagePid, slots: Range<usize>) -> Vec<Run> {
+        let mut runs = Vec::new();
+        let mut from = slots.start;
+        while from < slots.end {
+            let longest = (from + MAX_FRAME_PAGES).min(slots.end);
+            let pages = self.lazy.contiguous(from..longest);
+            from += pages.count as usize;
+            runs.push(Run { pid, pages });
+        }
+        runs
+    }
+
     fn is_owed(&self, slot: usize) -> bool {
         !self.sent.contains(slot) && !self.withheld.contains(slot)
     }
@@ -331,7 +396,7 @@ mod tests {
         let lost = pending
             .recover(PID, received.words().to_vec())
             .expect("all were sent");
-        let pages: Vec<_> = lost.iter().map(|run| run.pages).collect();
+        let pages: Vec<_> = lost.lost.iter().map(|run| run.pages).collect();
         assert_eq!(pages, [range(12, 3), range(28, 2), range(50, 2)]);
         assert_eq!(pending.owed(), 7);
         assert_eq!(take_all(&mut pending), 7);
@@ -344,7 +409,35 @@ mod tests {
         let claims = PageSet::full(25).words().to_vec();
         assert_eq!(pending.recover(PID, claims), None);
         assert_eq!(pending.recover(PID, vec![1, 0]), None, "of another length");
-        assert_eq!(pending.recover(PID, vec![1]), Some(vec![]));
+        assert_eq!(pending.recover(PID, vec![1]), Some(Recovered::default()));
+        assert!(!pending.recover_withheld(PID, vec![0b10]));
+        assert!(pending.recover_withheld(PID, vec![0]));
+    }
+
+    #[test]
+    fn a_successor_takes_the_destinations_word() {
+        let mut pending = pending();
+        pending.forget();
+        let mut received = PageSet::empty(25);
+        received.insert_range(1..23);
+        let words = received.words().to_vec();
+        for _ in 0..2 {
+            // The link may be lost again before all is settled.
+            let recovered = pending.recover(PID, words.clone()).expect("believed");
+            let pages: Vec<_> = recovered.known.iter().map(|run| run.pages).collect();
+            assert_eq!(pages, [range(11, 16), range(27, 3), range(50, 3)]);
+            assert_eq!(recovered.lost, []);
+        }
+        assert!(!pending.recover_withheld(PID, vec![0b10]), "it came");
+        assert!(pending.recover_withheld(PID, vec![1]));
+        pending.settled();
+        assert_eq!(pending.owed(), 2);
+        assert_eq!(
+            pending.recover(PID, PageSet::full(25).words().to_vec()),
+            None
+        );
+        let tally = pending.tally();
+        assert_eq!((tally.pages, tally.discarded), (22, 1));
     }
 
     #[test]

@@ -1,25 +1,32 @@
 //! One migration, from the source's side: the phases in order.
 //!
 //! Up to [`State::Listen`] every way out ends with the workload running here as before; from [`State::Cutover`] on
-//! nothing but the destination's word that its copy is dead does.
+//! nothing but the destination's word that its copy is dead does (`session/postcopy.rs`). A killed program's session is
+//! gone on with from there (`session/resume.rs`).
+
+mod postcopy;
+mod resume;
 
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
+use common::lost::OnLost;
 use common::operator::{self, Facts};
-use common::proto::control::{Abort, Secret, SessionId, Tally, ToDestination, ToSource};
+use common::proto::control::{Secret, SessionId, ToDestination, ToSource};
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
+use common::session_file::{Kept, SessionFile, Side, SourceSide, Store, Task, boot_id};
 use common::stop::StopSignal;
 use tokio::time::sleep;
 
 use crate::destination::{self, Destination, abort, unexpected};
-use crate::frame;
-use crate::freeze::FreezePlan;
+use crate::engine::Engine;
+use crate::freeze::{FreezeError, FreezePlan};
 use crate::frozen::FrozenWorkload;
+use crate::guard::note_session;
 use crate::listen::{Listen, ListenPlan};
 use crate::push::Push;
 use crate::report::{Record, WireBytes};
@@ -29,6 +36,8 @@ use crate::workload::Workload;
 /// Everything the operator decided.
 #[derive(Clone, Debug)]
 pub struct ServePlan {
+    /// Who freezes.
+    pub engine: Engine,
     /// Whom to move.
     pub workload: Workload,
     /// How to listen.
@@ -51,6 +60,30 @@ pub struct ServePlan {
     pub on_frozen: Option<String>,
     /// Command for a rollback, before the workload runs again.
     pub on_thawed: Option<String>,
+    /// What is done about a destination that does not come back.
+    pub lost: LostPlan,
+    /// What a restart must know besides.
+    pub remembered: Remembered,
+}
+
+/// What of the command line a restart must know.
+#[derive(Clone, Debug)]
+pub struct Remembered {
+    /// Where sessions are kept.
+    pub store: Store,
+    /// Directory of our identity.
+    pub identity: PathBuf,
+    /// Certificates to accept.
+    pub accept: Vec<String>,
+}
+
+/// What is done about a link that stays lost.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LostPlan {
+    /// The operator's limit.
+    pub give_up_after: Option<Duration>,
+    /// What is done then.
+    pub on_lost: OnLost,
 }
 
 /// Performs one migration and fills `record` as far as it comes.
@@ -70,13 +103,14 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
         phases: Phases::start(State::Hello),
         stop,
         record,
+        kept: Kept::nothing(plan.remembered.store.clone()),
     };
     let result = migration.perform(&mut listen).await;
-    migration.record.phases = migration.phases.done().to_vec();
-    migration.record.total_us = migration.phases.total_us();
-    migration.record.conclude(&result);
-    result
+    migration.conclude(result)
 }
+
+pub(crate) use self::postcopy::settle;
+pub use self::resume::resume;
 
 struct Migration<'a> {
     plan: &'a ServePlan,
@@ -85,9 +119,22 @@ struct Migration<'a> {
     phases: Phases,
     stop: StopSignal,
     record: &'a mut Record,
+    kept: Kept,
 }
 
 impl Migration<'_> {
+    /// The program is about to end: nothing is left that a restart could go on with.
+    fn conclude(&mut self, result: Result<(), SessionError>) -> Result<(), SessionError> {
+        self.record.phases = self.phases.done().to_vec();
+        self.record.total_us = self.phases.total_us();
+        self.record.conclude(&result);
+        let state = self.state();
+        if state.source_may_thaw() || matches!(state, State::Complete | State::Lost) {
+            self.kept.end();
+        }
+        result
+    }
+
     async fn perform(&mut self, listen: &mut Listen) -> Result<(), SessionError> {
         let mut destination = self.hello(listen).await?;
         self.advance(Event::Welcomed)?;
@@ -115,7 +162,12 @@ impl Migration<'_> {
         self.advise(destination).await?;
         self.advance(Event::Ready)?;
         let mut workload = self.freeze(destination).await?;
-        match self.hand_over(listen, destination, &mut workload).await {
+        let remembered = self.remember(listen, destination, &mut workload);
+        let handed_over = match remembered {
+            Ok(()) => self.hand_over(listen, destination, &mut workload).await,
+            Err(error) => Err(error),
+        };
+        match handed_over {
             Ok(transfer) => self.postcopy(listen, destination, workload, transfer).await,
             Err(error) => {
                 self.roll_back(workload, destination).await;
@@ -134,6 +186,7 @@ impl Migration<'_> {
             .apply(event)
             .map_err(|error| self.fail(Failure::Internal, error))?;
         self.phases.enter(next);
+        self.kept.enter(next);
         Ok(())
     }
 
@@ -180,11 +233,16 @@ impl Migration<'_> {
     }
 
     async fn advise(&mut self, destination: &mut Destination) -> Result<(), SessionError> {
-        let facts = self.plan.workload.facts(
+        let mut facts = self.plan.workload.facts(
             self.plan.criu.version(),
             self.plan.tcp_established,
             self.plan.shell_job,
         );
+        if let Engine::Runc(container) = &self.plan.engine {
+            let checked = container.check();
+            checked.map_err(|error| self.fail(Failure::Freeze, error))?;
+            facts.container = Some(container.facts().clone());
+        }
         let advise = ToDestination::Advise(facts);
         destination.send(self.state(), &advise).await?;
         self.expect(destination, ToSource::Ready).await
@@ -200,6 +258,7 @@ impl Migration<'_> {
         let directory = host::staging_directory(self.plan.work_dir.as_deref())
             .map_err(|error| self.fail(Failure::Freeze, format!("no place for images: {error}")))?;
         let plan = FreezePlan {
+            engine: self.plan.engine.clone(),
             criu: self.plan.criu.clone(),
             workload: self.plan.workload.clone(),
             directory: directory.path().to_owned(),
@@ -208,11 +267,59 @@ impl Migration<'_> {
             criu_args: self.plan.criu_args.clone(),
             on_thawed: self.plan.on_thawed.clone(),
         };
-        let workload = FrozenWorkload::take(plan, directory)
+        let mut workload = FrozenWorkload::take(plan, directory)
             .await
             .map_err(|error| self.fail(Failure::Freeze, error))?;
-        self.record.frozen_at_unix_us = unix_us(workload.frozen.frozen_at());
+        if let Some(frozen) = workload.ours() {
+            self.record.frozen_at_unix_us = unix_us(frozen.frozen_at());
+        }
         Ok(workload)
+    }
+
+    /// Writes down what a restart must know, before there is anything to restart.
+    fn remember(
+        &mut self,
+        listen: &Listen,
+        destination: &Destination,
+        workload: &mut FrozenWorkload,
+    ) -> Result<(), SessionError> {
+        let state = self.state();
+        let fail = |text: String| SessionError::new(Failure::Freeze, state, text);
+        let gone = || fail(String::from("a frozen process is gone"));
+        let frozen = workload.ours().ok_or_else(gone)?;
+        let find = |pid: nix::unistd::Pid| Task::find(pid.as_raw()).ok_or_else(gone);
+        let directory = frozen.plan().directory.clone();
+        let acquaintance = destination.acquaintance();
+        let file = SessionFile {
+            id: self.id,
+            state,
+            boot: boot_id().unwrap_or_default(),
+            program: find(nix::unistd::Pid::this())?,
+            directory: directory.display().to_string(),
+            identity: self.plan.remembered.identity.display().to_string(),
+            accept: self.plan.remembered.accept.clone(),
+            mtu: self.plan.listen.path.mtu,
+            secret: acquaintance.secret,
+            peer_host: acquaintance.host,
+            side: Side::Source(SourceSide {
+                root: find(self.plan.workload.root())?,
+                // Of a zombie nothing is frozen.
+                tasks: frozen
+                    .tasks()
+                    .iter()
+                    .filter_map(|pid| Task::find(pid.as_raw()))
+                    .collect(),
+                criu: find(frozen.criu().ok_or_else(gone)?)?,
+                criu_program: self.plan.criu.program().display().to_string(),
+                fault: listen.fault.address(),
+                bulk: listen.bulk.address(),
+                on_thawed: self.plan.on_thawed.clone(),
+            }),
+        };
+        let path = self.kept.store().path(&self.id);
+        note_session(&directory, &path).map_err(|error| fail(format!("session file: {error}")))?;
+        let written = self.kept.begin(file);
+        written.map_err(|error| fail(format!("session file: {error}; see --state-dir")))
     }
 
     /// From the complete skeleton to the point of no return. Whatever fails here is rolled back.
@@ -235,8 +342,15 @@ impl Migration<'_> {
             .await?;
         self.advance(Event::CutoverAsked)?;
         // Told to the hook before it is told to the destination: from here on our death must not thaw the workload.
-        let committed = workload.frozen.commit().await;
-        committed.map_err(|error| SessionError::new(Failure::Freeze, State::Listen, error))?;
+        let failed = |error: &dyn std::fmt::Display| {
+            SessionError::new(Failure::Freeze, State::Listen, error)
+        };
+        if self.kept.file().map(|file| file.state) != Some(State::Cutover) {
+            return Err(failed(&"the session file cannot be written"));
+        }
+        if let Some(frozen) = workload.ours() {
+            frozen.commit().await.map_err(|error| failed(&error))?;
+        }
         Ok(transfer)
     }
 
@@ -290,276 +404,21 @@ impl Migration<'_> {
         tokio::select! {
             error = transfer.failed() => Err(SessionError::new(Failure::Freeze, state, error)),
             asked = self.expect(destination, ToSource::CutoverRequest) => asked,
-            error = workload.frozen.lost() => Err(SessionError::new(Failure::Freeze, state, error)),
+            error = lost(workload) => Err(SessionError::new(Failure::Freeze, state, error)),
         }
-    }
-
-    async fn roll_back(&mut self, workload: FrozenWorkload, destination: &Destination) {
-        let facts = self.facts(destination);
-        let on_thawed = self.plan.on_thawed.as_deref();
-        if let Err(error) = operator::run("--on-thawed", on_thawed, State::Aborted, &facts).await {
-            tracing::error!(%error, "the workload is thawed nevertheless");
-        }
-        match workload.thaw().await {
-            Ok(()) => tracing::info!("the workload runs here as before"),
-            Err(error) => tracing::error!(%error, "thawing"),
-        }
-    }
-
-    /// The workload is given away: from here on only the destination decides.
-    async fn postcopy(
-        &mut self,
-        listen: &mut Listen,
-        destination: &mut Destination,
-        workload: FrozenWorkload,
-        mut transfer: Transfer,
-    ) -> Result<(), SessionError> {
-        let granted = destination
-            .send(self.state(), &ToDestination::CutoverGranted)
-            .await;
-        self.advance(Event::CutoverGranted)?;
-        let mut link = granted.map_err(|error| error.text);
-        loop {
-            if let Err(text) = link {
-                // Nothing of the old link may be sent while it is settled what has come.
-                transfer.stop().await;
-                transfer = self.recover(listen, destination, &workload, &text).await?;
-            }
-            link = match self
-                .until_drained(listen, destination, &workload, &mut transfer)
-                .await?
-            {
-                Served::Drained(tally) => {
-                    return self.complete(destination, workload, tally).await;
-                }
-                Served::CopyDead(abort) => {
-                    return Err(self.copy_died(workload, destination, &abort).await);
-                }
-                Served::LinkLost(text) => Err(text),
-            };
-        }
-    }
-
-    /// Serves until something decisive happens. An error has been waited out by the operator.
-    async fn until_drained(
-        &mut self,
-        listen: &mut Listen,
-        destination: &mut Destination,
-        workload: &FrozenWorkload,
-        transfer: &mut Transfer,
-    ) -> Result<Served, SessionError> {
-        loop {
-            let message = tokio::select! {
-                message = destination.control.next() => message,
-                error = transfer.failed() => {
-                    let error = self.fail(Failure::Lost, error);
-                    return Err(self.hold(error).await);
-                }
-                Some(connection) = listen.fault.next() => {
-                    // Only a destination that lost its link earlier than we did has a reason to come.
-                    match self.readmit(listen, connection, destination).await {
-                        true => return Ok(Served::LinkLost(String::from("the destination came again"))),
-                        false => continue,
-                    }
-                }
-                name = self.stop.wait() => {
-                    let owed = workload.book.owed();
-                    tracing::warn!(owed, "{name} ignored: the workload runs on the destination and needs this memory");
-                    continue;
-                }
-            };
-            match message {
-                Ok(ToSource::Resumed) => self.resumed(),
-                Ok(ToSource::Drained(tally)) => return Ok(Served::Drained(tally)),
-                Ok(ToSource::Abort(abort)) if abort.copy_is_dead => {
-                    return Ok(Served::CopyDead(abort));
-                }
-                Ok(ToSource::Abort(abort)) => {
-                    let error = destination.gave_up(self.state(), &abort);
-                    return Err(self.hold(error).await);
-                }
-                Ok(message) => {
-                    let error = unexpected(self.state(), &message);
-                    return Err(self.hold(error).await);
-                }
-                Err(error) => return Ok(Served::LinkLost(error.to_string())),
-            }
-        }
-    }
-
-    /// Replaces a destination by itself on a new connection, if that is who called.
-    async fn readmit(
-        &self,
-        listen: &mut Listen,
-        connection: quinn::Connection,
-        destination: &mut Destination,
-    ) -> bool {
-        let peer = connection.remote_address();
-        match destination::readmit(listen, connection, self.id, destination).await {
-            Ok(again) => {
-                *destination = again;
-                true
-            }
-            Err(reason) => {
-                tracing::warn!(%peer, reason, "refused a destination");
-                false
-            }
-        }
-    }
-
-    /// The link is lost. Waits for the destination to come again, and settles what is owed.
-    async fn recover(
-        &mut self,
-        listen: &mut Listen,
-        destination: &mut Destination,
-        workload: &FrozenWorkload,
-        text: &str,
-    ) -> Result<Transfer, SessionError> {
-        eprintln!(
-            "page-server: link lost ({text}); the frozen memory is kept until the destination comes again"
-        );
-        self.advance(Event::LinkLost)?;
-        loop {
-            // A destination that came while the old link still stood has been let in already.
-            while !destination.is_new() {
-                tokio::select! {
-                    Some(connection) = listen.fault.next() => {
-                        self.readmit(listen, connection, destination).await;
-                    }
-                    name = self.stop.wait() => {
-                        tracing::warn!("{name} ignored: the destination may be running the workload");
-                    }
-                }
-            }
-            self.advance(Event::Reconnected)?;
-            match settle(destination, workload).await {
-                Ok(()) => break,
-                Err(reason) => {
-                    tracing::warn!(reason, "the destination is lost again");
-                    destination.take_push();
-                    self.advance(Event::LinkLost)?;
-                }
-            }
-        }
-        eprintln!("page-server: the destination is back");
-        self.advance(Event::Settled)?;
-        Ok(self.serve_again(listen, destination, workload))
-    }
-
-    /// Serves demand and pushes over a new link.
-    fn serve_again(
-        &self,
-        listen: &Listen,
-        destination: &mut Destination,
-        workload: &FrozenWorkload,
-    ) -> Transfer {
-        let mut transfer = Transfer::default();
-        let (source, book) = (workload.source.clone(), workload.book.clone());
-        transfer.spawn(
-            listen.fault.thread.handle(),
-            destination.serve(source.clone(), book.clone()),
-        );
-        if let Some(stream) = destination.take_push() {
-            let push = Push::new(stream, source, book);
-            transfer.spawn(
-                listen.bulk.thread.handle(),
-                push.all(destination.take_credits()),
-            );
-        }
-        transfer
-    }
-
-    fn resumed(&mut self) {
-        let now = unix_us(SystemTime::now());
-        self.record.resumed_at_unix_us = now;
-        self.record.cutover_us = now.saturating_sub(self.record.frozen_at_unix_us);
-    }
-
-    async fn copy_died(
-        &mut self,
-        workload: FrozenWorkload,
-        destination: &Destination,
-        abort: &Abort,
-    ) -> SessionError {
-        let error = destination.gave_up(self.state(), abort);
-        self.roll_back(workload, destination).await;
-        match self.advance(Event::CopyDead) {
-            Ok(()) => error,
-            Err(invalid) => invalid,
-        }
-    }
-
-    /// There is no way on. Holds the frozen workload until the operator comes: it may be running on the destination.
-    async fn hold(&mut self, error: SessionError) -> SessionError {
-        eprintln!(
-            "page-server: error: source host {}, {error}; the destination may be running the workload, so it stays \
-             frozen here; kill this program only after deciding which copy shall live",
-            host::name()
-        );
-        loop {
-            self.stop.wait().await;
-            tracing::warn!("still holding the frozen workload");
-        }
-    }
-
-    async fn complete(
-        &mut self,
-        destination: &mut Destination,
-        workload: FrozenWorkload,
-        theirs: Tally,
-    ) -> Result<(), SessionError> {
-        self.advance(Event::AllPresent)?;
-        let ours = workload.book.tally();
-        self.record.pages = workload.book.counts();
-        if ours != theirs || workload.book.owed() > 0 {
-            let text = format!(
-                "the ends disagree (source {ours:?}, destination {theirs:?}); the frozen original is kept"
-            );
-            let error = self.fail(Failure::Lost, text);
-            return Err(self.hold(error).await);
-        }
-        destination
-            .send(self.state(), &ToDestination::Complete)
-            .await?;
-        self.advance(Event::Agreed)?;
-        if let Err(error) = workload.release().await {
-            tracing::warn!(%error, "the frozen original is killed nevertheless");
-        }
-        Ok(())
     }
 }
 
-/// What ends a stretch of serving.
-enum Served {
-    /// Nothing is owed any more.
-    Drained(Tally),
-    /// The destination's copy died before it ran.
-    CopyDead(Abort),
-    /// The link was lost.
-    LinkLost(String),
-}
-
-/// Learns what the destination has, and owes it the rest.
-async fn settle(destination: &mut Destination, workload: &FrozenWorkload) -> Result<(), String> {
-    let book = &workload.book;
-    let mut lost_digest = 0_u64;
-    for (pid, words) in destination.present().await? {
-        let lost = book
-            .recover(pid, words)
-            .ok_or("it claims pages that it cannot have")?;
-        for run in lost {
-            let all = (1 << run.pages.count) - 1;
-            let frame = frame::read(workload.source.as_ref(), run, all);
-            let frame = frame.map_err(|error| error.to_string())?;
-            lost_digest = lost_digest.wrapping_add(frame.digest);
-        }
+/// Resolves when CRIU ends although nobody told it to.
+async fn lost(workload: &mut FrozenWorkload) -> FreezeError {
+    match workload.ours() {
+        Some(frozen) => frozen.lost().await,
+        None => std::future::pending().await,
     }
-    book.begin_anew(lost_digest);
-    Ok(())
 }
 
 /// The error for a destination that does not come in time; without a limit it never comes to that.
-async fn too_late(limit: Option<Duration>) -> SessionError {
+pub(crate) async fn too_late(limit: Option<Duration>) -> SessionError {
     let Some(limit) = limit else {
         return std::future::pending().await;
     };
@@ -571,6 +430,6 @@ async fn too_late(limit: Option<Duration>) -> SessionError {
     SessionError::new(Failure::Connection, State::Hello, text)
 }
 
-fn interrupted(state: State, signal: &str) -> SessionError {
+pub(crate) fn interrupted(state: State, signal: &str) -> SessionError {
     SessionError::new(Failure::Interrupted, state, format!("stopped by {signal}"))
 }

@@ -15,6 +15,7 @@ use crate::identity::Identities;
 use crate::process::Process;
 use crate::record::Record;
 use crate::rig::Rig;
+use crate::wait::wait_until;
 
 /// The port `page-server` listens on; bulk data takes the next one.
 pub const PORT: u16 = 7700;
@@ -24,6 +25,8 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 /// How the two programs are to be started; every field may be changed before they are.
 #[derive(Debug, Clone)]
 pub struct PairPlan {
+    /// Options that name what moves; without them it is the process given to [`Self::start_server`].
+    pub subject: Option<Vec<OsString>>,
     /// Options of `page-server serve` besides the necessary ones.
     pub server: Vec<OsString>,
     /// Options of `lazy-restorer restore` besides the necessary ones.
@@ -56,6 +59,7 @@ impl PairPlan {
         let criu = binaries::criu()?;
         let service = rig.service;
         Ok(Self {
+            subject: None,
             server: vec!["--tcp-established".into()],
             restorer: vec!["--pidns".into()],
             source_seen_at: None,
@@ -82,7 +86,11 @@ impl PairPlan {
     pub fn spawn_server(&self, rig: &Rig, pid: Pid) -> Result<Side> {
         let files = SideFiles::make(rig, "page-server")?;
         let mut command = rig.source.command(binaries::program("page-server")?);
-        command.args(["serve", "--pid", &pid.to_string()]);
+        command.arg("serve");
+        match &self.subject {
+            Some(subject) => command.args(subject),
+            None => command.args(["--pid", &pid.to_string()]),
+        };
         command.args(["--listen", &format!("{}:{PORT}", rig.source.address())]);
         command.arg("--identity").arg(&self.identities.source);
         command.arg("--criu").arg(&self.source_criu);
@@ -95,6 +103,22 @@ impl PairPlan {
         command.arg("--json").arg(&files.json).args(&self.server);
         command.env("TMPDIR", &files.temporary);
         Side::start("page-server", files, &mut command)
+    }
+
+    /// Starts another `page-server` for the one session the first one left behind, and returns when it listens.
+    pub fn resume_server(&self, rig: &Rig, options: &[&str]) -> Result<Side> {
+        let mut files = SideFiles::make(rig, "page-server-2")?;
+        // What the first one left goes away with the second.
+        files.temporary = rig.make_folder("page-server-tmp")?;
+        let mut command = rig.source.command(binaries::program("page-server")?);
+        command
+            .args(["resume", "--session", &session_of(rig, "source")?])
+            .arg("--json")
+            .arg(&files.json)
+            .args(options);
+        let mut side = Side::start("page-server-2", files, &mut command)?;
+        side.process.wait_for_output(PATIENCE, "listening on")?;
+        Ok(side)
     }
 
     /// Starts `lazy-restorer`.
@@ -140,6 +164,26 @@ impl PairPlan {
             total,
         })
     }
+}
+
+/// The name of the one session of `role` on this rig.
+pub fn session_of(rig: &Rig, role: &str) -> Result<String> {
+    let mut found = sessions(rig, role)?;
+    let session = found.pop().context("no session was left behind")?;
+    ensure!(found.is_empty(), "more than one session");
+    let id = session["session"].as_str().context("it has a name")?;
+    Ok(id.to_owned())
+}
+
+/// What `sessions --json` of the program of `role` lists.
+pub fn sessions(rig: &Rig, role: &str) -> Result<Vec<serde_json::Value>> {
+    let (host, program) = match role {
+        "source" => (&rig.source, "page-server"),
+        _ => (&rig.destination, "lazy-restorer"),
+    };
+    let mut command = host.command(binaries::program(program)?);
+    let listed = crate::shell::run(command.args(["sessions", "--json"]))?;
+    Ok(serde_json::from_str(&listed)?)
 }
 
 /// A migration that succeeded.
@@ -239,6 +283,17 @@ impl Side {
             .with_context(|| format!("no error line in: {stderr}"))?;
         ensure!(lines.next().is_none(), "more than one error line: {stderr}");
         Ok(line.to_owned())
+    }
+
+    /// Waits until the copy runs; fails at once when the program ends before.
+    pub fn wait_for_copy(&mut self) -> Result<Pid> {
+        let mut ended = false;
+        wait_until(PATIENCE, "the PID file", || {
+            ended = !self.process.is_running();
+            ended || self.restored_pid().is_ok()
+        })?;
+        self.restored_pid()
+            .with_context(|| format!("it ended: {}", self.process.stderr()))
     }
 
     /// The PID of the restored root.

@@ -51,6 +51,7 @@ pub struct ClientReport {
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
+    forget: AtomicBool,
     replies: AtomicU64,
 }
 
@@ -106,6 +107,12 @@ impl RedisClient {
             "the client has ended; its report says why"
         );
         Ok(())
+    }
+
+    /// Forgets when replies came up to now: making a machine ready for a move may hold the client up.
+    pub fn forget_times(&self) -> Result<()> {
+        self.shared.forget.store(true, Ordering::Relaxed);
+        self.wait_for_replies(2)
     }
 
     /// Stops the commands, compares every key and returns what was seen.
@@ -189,6 +196,9 @@ impl Session {
         let pause = (self.plan.rate > 0).then(|| Duration::from_secs(1) / self.plan.rate);
         let mut due = Instant::now();
         while !shared.stop.load(Ordering::Relaxed) {
+            if shared.forget.swap(false, Ordering::Relaxed) {
+                self.times = ClientTimes::start();
+            }
             let sent = Instant::now();
             self.one_command().with_context(|| {
                 format!(

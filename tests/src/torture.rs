@@ -117,6 +117,19 @@ impl Torture {
         self.assert_unharmed()
     }
 
+    /// The original runs again after its copy did: waits until every worker has done `more` steps. What the copy did in
+    /// between is no second workload at the same time.
+    pub fn wait_for_original(&self, more: u64) -> Result<()> {
+        let pulse = &self.board.pulse;
+        let ticks = pulse.ticks.load(Ordering::Relaxed);
+        wait_until(PATIENCE, "the original's heart to beat", || {
+            pulse.ticks.load(Ordering::Relaxed) > ticks + 1
+        })?;
+        // The first beat counted those of the copy.
+        pulse.foreign_ticks.store(0, Ordering::Relaxed);
+        self.wait_for_rounds(more)
+    }
+
     fn rounds(&self) -> Vec<u64> {
         self.board.workers[..self.workers]
             .iter()

@@ -44,8 +44,15 @@ async fn hosts_of_one_ca_meet_and_each_role_echoes_a_mebibyte() {
 async fn on_loopback_packets_are_large_even_if_the_server_listens_to_all_addresses() {
     let lab = Lab::new();
     let (trust, path) = (Trust::Ca, PathProfile::default());
-    let listener =
-        bind_server(any_port("0.0.0.0"), &lab.source(), &trust, Role::Bulk, path).unwrap();
+    let listener = bind_server(
+        any_port("0.0.0.0"),
+        &lab.source(),
+        &trust,
+        Role::Bulk,
+        path,
+        &FaultGauge::default(),
+    )
+    .unwrap();
     let peer = SocketAddr::new(
         Ipv4Addr::LOCALHOST.into(),
         listener.local_addr().unwrap().port(),
@@ -88,7 +95,15 @@ async fn a_port_in_use_and_a_foreign_address_are_named() {
     let (source, trust, path) = (lab.source(), Trust::Ca, PathProfile::default());
     let listener = server(&source, &trust, Role::Fault);
     let taken = listener.local_addr().unwrap();
-    let error = bind_server(taken, &source, &trust, Role::Bulk, path).unwrap_err();
+    let error = bind_server(
+        taken,
+        &source,
+        &trust,
+        Role::Bulk,
+        path,
+        &FaultGauge::default(),
+    )
+    .unwrap_err();
     assert!(matches!(error, QuicError::PortInUse { addr } if addr == taken));
     let text = error.to_string();
     assert!(
@@ -96,7 +111,15 @@ async fn a_port_in_use_and_a_foreign_address_are_named() {
         "{text}"
     );
     let foreign = any_port("192.0.2.1");
-    let error = bind_server(foreign, &source, &trust, Role::Bulk, path).unwrap_err();
+    let error = bind_server(
+        foreign,
+        &source,
+        &trust,
+        Role::Bulk,
+        path,
+        &FaultGauge::default(),
+    )
+    .unwrap_err();
     assert!(matches!(error, QuicError::AddressNotAvailable { addr } if addr == foreign));
 }
 
@@ -104,7 +127,15 @@ async fn a_port_in_use_and_a_foreign_address_are_named() {
 fn an_endpoint_outside_a_runtime_is_an_error() {
     let (lab, path) = (Lab::new(), PathProfile::default());
     let addr = any_port("127.0.0.1");
-    let error = bind_server(addr, &lab.source(), &Trust::Ca, Role::Bulk, path).unwrap_err();
+    let error = bind_server(
+        addr,
+        &lab.source(),
+        &Trust::Ca,
+        Role::Bulk,
+        path,
+        &FaultGauge::default(),
+    )
+    .unwrap_err();
     assert!(matches!(error, QuicError::NoRuntime));
 }
 

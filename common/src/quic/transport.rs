@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::congestion::CubicConfig;
+use quinn::congestion::{ControllerFactory, CubicConfig};
 use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
+use super::congestion::{FaultGauge, PacedBulk, WatchedCubic};
 use super::{QuicError, Role};
 use crate::limits::{IDLE_TIMEOUT, KEEP_ALIVE, MAX_BULK_WINDOW_BYTES};
 
@@ -73,8 +74,8 @@ pub(super) enum Mtu {
     Known(u16),
 }
 
-/// Settings of a connection of `role`, for either end.
-pub(super) fn config(role: Role, mtu: Mtu) -> TransportConfig {
+/// Settings of a connection of `role`. A source, which pushes, has a `gauge` that ties its two connections together.
+pub(super) fn config(role: Role, mtu: Mtu, gauge: Option<&FaultGauge>) -> TransportConfig {
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(MAX_STREAMS.into())
@@ -85,10 +86,29 @@ pub(super) fn config(role: Role, mtu: Mtu) -> TransportConfig {
         .keep_alive_interval(Some(KEEP_ALIVE));
     set_windows(&mut config, role);
     set_mtu(&mut config, mtu);
-    let mut congestion = CubicConfig::default();
-    congestion.initial_window(initial_window(role, mtu));
-    config.congestion_controller_factory(Arc::new(congestion));
+    config.congestion_controller_factory(congestion(role, mtu, gauge));
     config
+}
+
+fn congestion(
+    role: Role,
+    mtu: Mtu,
+    gauge: Option<&FaultGauge>,
+) -> Arc<dyn ControllerFactory + Send + Sync> {
+    let initial_window = initial_window(role, mtu);
+    let mut cubic = CubicConfig::default();
+    cubic.initial_window(initial_window);
+    match (role, gauge.cloned()) {
+        (_, None) => Arc::new(cubic),
+        (Role::Fault, Some(gauge)) => Arc::new(WatchedCubic {
+            config: Arc::new(cubic),
+            gauge,
+        }),
+        (Role::Bulk, Some(gauge)) => Arc::new(PacedBulk {
+            initial_window,
+            gauge,
+        }),
+    }
 }
 
 fn idle_timeout() -> Option<IdleTimeout> {

@@ -15,7 +15,7 @@ use common::proto::pages::DataHeader;
 use nix::errno::Errno;
 
 use super::descriptor::Descriptor;
-use super::{MemberKey, Order, ProcessImage, Sink};
+use super::{MemberKey, Order, PresentMap, ProcessImage, Sink};
 use crate::blocktime::Blocktime;
 use crate::resolver::{Family, Fault, Install, MemberId};
 use crate::uffd::{MemoryEvent, Progress, ReadError, Stop};
@@ -225,9 +225,12 @@ impl<D: Descriptor> LiveFamily<D> {
         }
     }
 
-    /// What was received, for a source that has to know again.
-    pub(super) fn received(&self) -> Vec<u64> {
-        self.family.received().words().to_vec()
+    /// What is settled, for a source that has to know again.
+    pub(super) fn present_map(&self) -> PresentMap {
+        PresentMap {
+            received: self.family.received().words().to_vec(),
+            withheld: self.family.withheld().words().to_vec(),
+        }
     }
 
     /// Asks again for what a lost link took with it.

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use common::exit::{Failure, SessionError};
 use common::host;
+use common::images::ImagePid;
 use common::limits::{MAX_PRESENT_WORDS, RECONNECT_PAUSE};
 use common::proto::control::{Present, ToDestination, ToSource};
 use common::record::unix_us;
@@ -108,14 +109,12 @@ impl Migration<'_> {
         source: &mut Source,
         resident: &Resident,
     ) -> Result<(), SessionError> {
-        for (pid, words) in resident.memory.received() {
-            for (index, words) in words.chunks(MAX_PRESENT_WORDS).enumerate() {
-                let present = Present {
-                    pid,
-                    first_word: (index * MAX_PRESENT_WORDS) as u64,
-                    words: words.to_vec(),
-                };
-                self.send(source, &ToSource::Present(present)).await?;
+        for (pid, map) in resident.memory.present_map() {
+            for part in parts(pid, &map.received) {
+                self.send(source, &ToSource::Present(part)).await?;
+            }
+            for part in parts(pid, &map.withheld) {
+                self.send(source, &ToSource::Withheld(part)).await?;
             }
         }
         self.send(source, &ToSource::PresentEnd).await
@@ -203,4 +202,14 @@ impl Migration<'_> {
             tracing::warn!("still holding the memory of the workload");
         }
     }
+}
+
+/// The words of a bitmap, in as many messages as it needs.
+pub(crate) fn parts(pid: ImagePid, words: &[u64]) -> impl Iterator<Item = Present> {
+    let chunks = words.chunks(MAX_PRESENT_WORDS).enumerate();
+    chunks.map(move |(index, words)| Present {
+        pid,
+        first_word: (index * MAX_PRESENT_WORDS) as u64,
+        words: words.to_vec(),
+    })
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use common::images::ImagePid;
 use common::limits::MAX_PRESENT_WORDS;
-use common::proto::control::{Abort, Hello, Present, Resume, ToDestination, ToSource, Welcome};
+use common::proto::control::{Hello, Present, Resume, ToDestination, ToSource, Welcome};
 use common::proto::pages::{DATA_HEADER_BYTES, DataHeader, DemandReply};
 use common::proto::version;
 use common::session::{Event, Session, State};
@@ -385,14 +385,12 @@ impl Destination {
         if let Some(old) = self.pages_from.take() {
             around.give_up(End::Destination, old);
         }
-        for (pid, words) in self.memory.received() {
-            for (index, words) in words.chunks(MAX_PRESENT_WORDS).enumerate() {
-                let present = Present {
-                    pid,
-                    first_word: (index * MAX_PRESENT_WORDS) as u64,
-                    words: words.to_vec(),
-                };
-                self.say(around, ToSource::Present(present));
+        for (pid, map) in self.memory.present_map() {
+            for part in parts(pid, &map.received) {
+                self.say(around, ToSource::Present(part));
+            }
+            for part in parts(pid, &map.withheld) {
+                self.say(around, ToSource::Withheld(part));
             }
         }
         self.say(around, ToSource::PresentEnd);
@@ -416,14 +414,14 @@ impl Destination {
         }
         self.look(around);
     }
+}
 
-    /// What it says when it gives up a copy that never ran.
-    pub fn last_word(&self) -> ToSource {
-        ToSource::Abort(Abort {
-            host: String::from("b"),
-            state: self.session.state(),
-            text: String::new(),
-            copy_is_dead: self.copy != Copy::Running,
-        })
-    }
+/// The words of a bitmap, in as many messages as it needs.
+fn parts(pid: ImagePid, words: &[u64]) -> impl Iterator<Item = Present> {
+    let chunks = words.chunks(MAX_PRESENT_WORDS).enumerate();
+    chunks.map(move |(index, words)| Present {
+        pid,
+        first_word: (index * MAX_PRESENT_WORDS) as u64,
+        words: words.to_vec(),
+    })
 }

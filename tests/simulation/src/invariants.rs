@@ -64,11 +64,11 @@ impl Whole<'_> {
         let (Some(book), Some(link)) = (&self.source.book, self.settled_link()) else {
             return;
         };
-        for (pid, words) in self.destination.memory.received() {
+        for (pid, map) in self.destination.memory.present_map() {
             let lazy = self.source.lazy(pid);
             for slot in 0..lazy.slots() {
                 let page = lazy.page(slot);
-                let received = words[slot / 64] >> (slot % 64) & 1 == 1;
+                let received = map.received[slot / 64] >> (slot % 64) & 1 == 1;
                 let on_the_way = self.is_on_the_way(link, |its_pid, pages| {
                     its_pid == pid && pages.contains(page)
                 });

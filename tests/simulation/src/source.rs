@@ -65,6 +65,7 @@ pub struct Source {
     pushed: u64,
     eager_done: bool,
     present: HashMap<ImagePid, Vec<u64>>,
+    withheld: HashMap<ImagePid, Vec<u64>>,
     /// A destination that came again before anybody listened for it.
     waiting: Option<(LinkId, Resume)>,
     unread: Vec<[u8; DEMAND_FRAME_BYTES]>,
@@ -89,6 +90,7 @@ impl Source {
             pushed: 0,
             eager_done: false,
             present: HashMap::new(),
+            withheld: HashMap::new(),
             waiting: None,
             unread: Vec::new(),
         }
@@ -162,7 +164,8 @@ impl Source {
             }
             (State::Postcopy, ToSource::Resumed) => {}
             (State::Postcopy, ToSource::Drained(tally)) => self.complete(around, tally),
-            (State::Recover, ToSource::Present(present)) => self.learn(present),
+            (State::Recover, ToSource::Present(part)) => learn(&mut self.present, part),
+            (State::Recover, ToSource::Withheld(part)) => learn(&mut self.withheld, part),
             (State::Recover, ToSource::PresentEnd) => self.settle(around, link),
             (state, ToSource::Abort(abort)) => self.gave_up(state, &abort),
             (state, message) => panic!("{message:?} in state {state}"),
@@ -332,17 +335,12 @@ impl Source {
         self.advance(Event::Reconnected);
         self.link = Some(link);
         self.present.clear();
+        self.withheld.clear();
         self.unread.clear();
         self.credit = 0;
         self.pushed = 0;
         self.eager_done = true;
         self.say(around, ToDestination::WelcomeBack { bulk_port: 2 });
-    }
-
-    fn learn(&mut self, present: Present) {
-        let map = self.present.entry(present.pid).or_default();
-        assert_eq!(present.first_word, map.len() as u64);
-        map.extend(present.words);
     }
 
     fn settle(&mut self, around: &mut Surroundings<'_>, link: LinkId) {
@@ -360,11 +358,24 @@ impl Source {
                 lost_digest = lost_digest.wrapping_add(frame.digest);
             }
         }
-        book.begin_anew(lost_digest);
+        for (pid, words) in std::mem::take(&mut self.withheld) {
+            assert!(
+                book.recover_withheld(pid, words),
+                "of {pid}: never promised"
+            );
+        }
+        book.begin_anew(lost_digest, 0);
         self.advance(Event::Settled);
         for frame in std::mem::take(&mut self.unread) {
             self.demand(around, link, &frame);
         }
         around.soon(Happening::Push(link));
     }
+}
+
+/// Adds a part to the map of its process.
+fn learn(maps: &mut HashMap<ImagePid, Vec<u64>>, part: Present) {
+    let map = maps.entry(part.pid).or_default();
+    assert_eq!(part.first_word, map.len() as u64);
+    map.extend(part.words);
 }

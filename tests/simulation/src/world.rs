@@ -181,7 +181,7 @@ impl Surroundings<'_> {
 }
 
 /// The steps of a session, by the names of the messages that announce them, in their order.
-pub const KINDS: [Kind; 16] = [
+pub const KINDS: [Kind; 17] = [
     "Hello",
     "Welcome",
     "Ready",
@@ -197,6 +197,7 @@ pub const KINDS: [Kind; 16] = [
     "Resume",
     "WelcomeBack",
     "Present",
+    "Withheld",
     "PresentEnd",
 ];
 
@@ -217,6 +218,7 @@ fn name(message: &Message) -> Option<Kind> {
         Message::ToSource(ToSource::Resume(_)) => "Resume",
         Message::ToDestination(ToDestination::WelcomeBack { .. }) => "WelcomeBack",
         Message::ToSource(ToSource::Present(_)) => "Present",
+        Message::ToSource(ToSource::Withheld(_)) => "Withheld",
         Message::ToSource(ToSource::PresentEnd) => "PresentEnd",
         _ => return None,
     })

@@ -69,7 +69,15 @@ pub(super) fn any_port(ip: &str) -> SocketAddr {
 
 pub(super) fn server(identity: &Identity, trust: &Trust, role: Role) -> Listener {
     let path = PathProfile::default();
-    bind_server(any_port("127.0.0.1"), identity, trust, role, path).unwrap()
+    bind_server(
+        any_port("127.0.0.1"),
+        identity,
+        trust,
+        role,
+        path,
+        &FaultGauge::default(),
+    )
+    .unwrap()
 }
 
 pub(super) fn client(

@@ -1,0 +1,76 @@
+//! What an operator wants done about a link that stays lost after the point of no return.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+/// What is done when the operator's limit has passed (`--on-lost`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnLost {
+    /// Nothing but saying so: both copies stay as they are.
+    #[default]
+    KeepPaused,
+    /// This host's copy is killed.
+    Kill,
+    /// The destination's copy is killed, and the source told so as soon as it can be reached; then the original runs.
+    ThawSource,
+}
+
+/// A value that `--on-lost` or `--give-up-after` does not know.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum LostError {
+    /// Of `--on-lost`.
+    #[error("{0:?} is none of keep-paused, kill, thaw-source")]
+    OnLost(String),
+    /// Of `--give-up-after`.
+    #[error("{0:?} is no time such as 90, 90s, 5m or 2h")]
+    Duration(String),
+}
+
+impl FromStr for OnLost {
+    type Err = LostError;
+
+    fn from_str(text: &str) -> Result<Self, LostError> {
+        match text {
+            "keep-paused" => Ok(OnLost::KeepPaused),
+            "kill" => Ok(OnLost::Kill),
+            "thaw-source" => Ok(OnLost::ThawSource),
+            _ => Err(LostError::OnLost(text.to_owned())),
+        }
+    }
+}
+
+/// A time as operators write it: a number of seconds, or with `s`, `m` or `h` behind it.
+pub fn parse_duration(text: &str) -> Result<Duration, LostError> {
+    let bad = || LostError::Duration(text.to_owned());
+    let (number, unit) = match text.char_indices().next_back() {
+        Some((end, 's')) => (&text[..end], 1),
+        Some((end, 'm')) => (&text[..end], 60),
+        Some((end, 'h')) => (&text[..end], 3600),
+        _ => (text, 1),
+    };
+    let number: u64 = number.parse().map_err(|_| bad())?;
+    let seconds = number.checked_mul(unit).ok_or_else(bad)?;
+    Ok(Duration::from_secs(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_units() {
+        let seconds = |text| parse_duration(text).map(|time| time.as_secs());
+        assert_eq!(seconds("90"), Ok(90));
+        assert_eq!(seconds("5m"), Ok(300));
+        assert_eq!(seconds("2h"), Ok(7200));
+        for text in ["", "s", "-1", "5d", "99999999999999999999", "ä"] {
+            assert!(seconds(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_ends_of_a_lost_session_have_names() {
+        assert_eq!("kill".parse(), Ok(OnLost::Kill));
+        assert!("thaw".parse::<OnLost>().is_err());
+    }
+}

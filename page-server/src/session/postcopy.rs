@@ -1,0 +1,433 @@
+//! From the workload that was given away to its end here, over as many links as it takes.
+
+use std::time::SystemTime;
+
+use common::exit::{Failure, SessionError};
+use common::host;
+use common::lost::OnLost;
+use common::operator;
+use common::proto::control::{Abort, Tally, ToDestination, ToSource};
+use common::record::unix_us;
+use common::session::{Event, State};
+use quinn::Connection;
+use tokio::time::{Instant, sleep_until};
+
+use super::Migration;
+use crate::book::Book;
+use crate::destination::{self, Acquaintance, Destination, Unsettled, unexpected};
+use crate::frame;
+use crate::frozen::FrozenWorkload;
+use crate::listen::Listen;
+use crate::memory::PageSource;
+use crate::pending::Run;
+use crate::push::Push;
+use crate::transfer::Transfer;
+
+/// What ends a stretch of serving.
+enum Served {
+    /// Nothing is owed any more.
+    Drained(Tally),
+    /// The destination's copy is dead.
+    CopyDead(Abort),
+    /// The link was lost; the destination may have come again already.
+    LinkLost(String, Option<Destination>),
+}
+
+/// What waiting for a lost destination ends with.
+pub(super) enum Found {
+    /// It came again, and is served over a new link.
+    Again(Destination, Transfer),
+    /// It came again to say that its copy is dead.
+    CopyDead(Destination, Abort),
+    /// It did not come within the operator's limit, and the original is to die too.
+    GaveUp,
+}
+
+impl Migration<'_> {
+    /// The workload is given away: from here on only the destination decides.
+    pub(super) async fn postcopy(
+        &mut self,
+        listen: &mut Listen,
+        destination: &mut Destination,
+        workload: FrozenWorkload,
+        transfer: Transfer,
+    ) -> Result<(), SessionError> {
+        let granted = destination
+            .send(self.state(), &ToDestination::CutoverGranted)
+            .await;
+        self.advance(Event::CutoverGranted)?;
+        let link = match granted {
+            Ok(()) => Ok(transfer),
+            Err(error) => Err((transfer, error.text, None)),
+        };
+        self.serve(listen, destination, workload, link).await
+    }
+
+    /// Serves the workload's memory until nothing is owed any more. `link` is what serves it, or what served a link
+    /// that was lost.
+    async fn serve(
+        &mut self,
+        listen: &mut Listen,
+        destination: &mut Destination,
+        workload: FrozenWorkload,
+        mut link: Result<Transfer, (Transfer, String, Option<Destination>)>,
+    ) -> Result<(), SessionError> {
+        loop {
+            let mut transfer = match link {
+                Ok(transfer) => transfer,
+                Err((old, text, came)) => {
+                    // Nothing of the old link may be sent while it is settled what has come.
+                    old.stop().await;
+                    self.link_lost(&text)?;
+                    let known = destination.acquaintance();
+                    match self.find_again(listen, &known, &workload, came).await? {
+                        Found::Again(again, transfer) => {
+                            *destination = again;
+                            transfer
+                        }
+                        Found::CopyDead(again, abort) => {
+                            *destination = again;
+                            return Err(self.copy_died(workload, destination, &abort).await);
+                        }
+                        Found::GaveUp => return Err(self.gave_up(workload).await),
+                    }
+                }
+            };
+            let served = self.until_drained(listen, destination, &workload, &mut transfer);
+            link = match served.await? {
+                Served::Drained(tally) => match self.agree(destination, &workload, tally).await? {
+                    Ok(()) => return self.release(workload).await,
+                    Err(text) => Err((transfer, text, None)),
+                },
+                Served::CopyDead(abort) => {
+                    return Err(self.copy_died(workload, destination, &abort).await);
+                }
+                Served::LinkLost(text, came) => Err((transfer, text, came)),
+            };
+        }
+    }
+
+    /// Goes on with a destination that has been found again.
+    pub(super) async fn serve_found(
+        &mut self,
+        listen: &mut Listen,
+        workload: FrozenWorkload,
+        found: Found,
+    ) -> Result<(), SessionError> {
+        match found {
+            Found::Again(mut destination, transfer) => {
+                let served = self.serve(listen, &mut destination, workload, Ok(transfer));
+                let result = served.await;
+                destination.control.close().await;
+                result
+            }
+            Found::CopyDead(destination, abort) => {
+                Err(self.copy_died(workload, &destination, &abort).await)
+            }
+            Found::GaveUp => Err(self.gave_up(workload).await),
+        }
+    }
+
+    /// Serves until something decisive happens. An error has been waited out by the operator.
+    async fn until_drained(
+        &mut self,
+        listen: &mut Listen,
+        destination: &mut Destination,
+        workload: &FrozenWorkload,
+        transfer: &mut Transfer,
+    ) -> Result<Served, SessionError> {
+        loop {
+            let message = tokio::select! {
+                message = destination.control.next() => message,
+                error = transfer.failed() => {
+                    let error = self.fail(Failure::Lost, error);
+                    return Err(self.hold(error).await);
+                }
+                Some(connection) = listen.fault.next() => {
+                    // Only a destination that lost its link earlier than we did has a reason to come.
+                    match self.readmit(listen, connection, &destination.acquaintance()).await {
+                        Some(again) => {
+                            let text = String::from("the destination came again");
+                            return Ok(Served::LinkLost(text, Some(again)));
+                        }
+                        None => continue,
+                    }
+                }
+                name = self.stop.wait() => {
+                    let owed = workload.book.owed();
+                    tracing::warn!(owed, "{name} ignored: the workload runs on the destination and needs this memory");
+                    continue;
+                }
+            };
+            match message {
+                Ok(ToSource::Resumed) => self.resumed(),
+                Ok(ToSource::Drained(tally)) => return Ok(Served::Drained(tally)),
+                Ok(ToSource::Abort(abort)) if abort.copy_is_dead => {
+                    return Ok(Served::CopyDead(abort));
+                }
+                Ok(ToSource::Abort(abort)) => {
+                    let error = destination.gave_up(self.state(), &abort);
+                    return Err(self.hold(error).await);
+                }
+                Ok(message) => {
+                    let error = unexpected(self.state(), &message);
+                    return Err(self.hold(error).await);
+                }
+                Err(error) => return Ok(Served::LinkLost(error.to_string(), None)),
+            }
+        }
+    }
+
+    /// The destination on a new connection, if that is who called.
+    async fn readmit(
+        &self,
+        listen: &mut Listen,
+        connection: Connection,
+        known: &Acquaintance,
+    ) -> Option<Destination> {
+        let peer = connection.remote_address();
+        match destination::readmit(listen, connection, self.id, known).await {
+            Ok(again) => Some(again),
+            Err(reason) => {
+                tracing::warn!(%peer, reason, "refused a destination");
+                None
+            }
+        }
+    }
+
+    fn link_lost(&mut self, text: &str) -> Result<(), SessionError> {
+        eprintln!(
+            "page-server: link lost ({text}); the frozen memory is kept until the destination comes again"
+        );
+        self.advance(Event::LinkLost)
+    }
+
+    /// The link is lost. Waits for the destination to come again, if it has not, and settles what is owed.
+    pub(super) async fn find_again(
+        &mut self,
+        listen: &mut Listen,
+        known: &Acquaintance,
+        workload: &FrozenWorkload,
+        mut came: Option<Destination>,
+    ) -> Result<Found, SessionError> {
+        let mut limit = self
+            .plan
+            .lost
+            .give_up_after
+            .map(|limit| Instant::now() + limit);
+        loop {
+            let mut destination = match came.take() {
+                Some(destination) => destination,
+                None => match self.await_destination(listen, known, limit).await {
+                    Some(destination) => destination,
+                    None if self.plan.lost.on_lost == OnLost::Kill => return Ok(Found::GaveUp),
+                    None => {
+                        limit = None;
+                        self.stay();
+                        continue;
+                    }
+                },
+            };
+            self.advance(Event::Reconnected)?;
+            match settle(&mut destination, &workload.book, workload.source.as_ref()).await {
+                Ok(()) => {
+                    eprintln!("page-server: the destination is back");
+                    self.advance(Event::Settled)?;
+                    let transfer = serve_again(listen, &mut destination, workload);
+                    return Ok(Found::Again(destination, transfer));
+                }
+                Err(Unsettled::CopyDead(abort)) => return Ok(Found::CopyDead(destination, abort)),
+                Err(Unsettled::Lost(reason)) => {
+                    tracing::warn!(reason, "the destination is lost again");
+                    self.advance(Event::LinkLost)?;
+                }
+            }
+        }
+    }
+
+    /// `None` when the operator's limit has passed.
+    async fn await_destination(
+        &mut self,
+        listen: &mut Listen,
+        known: &Acquaintance,
+        limit: Option<Instant>,
+    ) -> Option<Destination> {
+        loop {
+            tokio::select! {
+                Some(connection) = listen.fault.next() => {
+                    if let Some(again) = self.readmit(listen, connection, known).await {
+                        return Some(again);
+                    }
+                }
+                () = until(limit) => return None,
+                name = self.stop.wait() => {
+                    tracing::warn!("{name} ignored: the destination may be running the workload");
+                }
+            }
+        }
+    }
+
+    fn stay(&self) {
+        eprintln!(
+            "page-server: error: source host {}, phase {}: the destination did not come back in time; it may be running \
+             the workload, so the original stays frozen here; `page-server thaw --session {}` lets it run again",
+            host::name(),
+            self.state(),
+            self.id
+        );
+    }
+
+    /// The operator's limit has passed, and the original was to die then.
+    async fn gave_up(&mut self, workload: FrozenWorkload) -> SessionError {
+        let error = self.fail(
+            Failure::Lost,
+            "the destination did not come back in time; the frozen original was killed, as --on-lost says",
+        );
+        if let Err(error) = workload.release().await {
+            tracing::warn!(%error, "the frozen original is killed nevertheless");
+        }
+        match self.advance(Event::GaveUp) {
+            Ok(()) => error,
+            Err(invalid) => invalid,
+        }
+    }
+
+    fn resumed(&mut self) {
+        let now = unix_us(SystemTime::now());
+        self.record.resumed_at_unix_us = now;
+        self.record.cutover_us = now.saturating_sub(self.record.frozen_at_unix_us);
+    }
+
+    async fn copy_died(
+        &mut self,
+        workload: FrozenWorkload,
+        destination: &Destination,
+        abort: &Abort,
+    ) -> SessionError {
+        let error = destination.gave_up(self.state(), abort);
+        self.roll_back(workload, destination).await;
+        match self.advance(Event::CopyDead) {
+            Ok(()) => error,
+            Err(invalid) => invalid,
+        }
+    }
+
+    pub(super) async fn roll_back(&mut self, workload: FrozenWorkload, destination: &Destination) {
+        let facts = self.facts(destination);
+        let on_thawed = self.plan.on_thawed.as_deref();
+        if let Err(error) = operator::run("--on-thawed", on_thawed, State::Aborted, &facts).await {
+            tracing::error!(%error, "the workload is thawed nevertheless");
+        }
+        match workload.thaw().await {
+            Ok(()) => tracing::info!("the workload runs here as before"),
+            Err(error) => tracing::error!(%error, "thawing"),
+        }
+    }
+
+    /// There is no way on. Holds the frozen workload until the operator comes: it may be running on the destination.
+    async fn hold(&mut self, error: SessionError) -> SessionError {
+        eprintln!(
+            "page-server: error: source host {}, {error}; the destination may be running the workload, so it stays \
+             frozen here; `page-server thaw --session {}` lets it run again",
+            host::name(),
+            self.id
+        );
+        loop {
+            self.stop.wait().await;
+            tracing::warn!("still holding the frozen workload");
+        }
+    }
+
+    /// Compares what both ends counted, and says so. The inner error is a link that was lost before it was said.
+    async fn agree(
+        &mut self,
+        destination: &mut Destination,
+        workload: &FrozenWorkload,
+        theirs: Tally,
+    ) -> Result<Result<(), String>, SessionError> {
+        self.advance(Event::AllPresent)?;
+        let ours = workload.book.tally();
+        self.record.pages = workload.book.counts();
+        if ours != theirs || workload.book.owed() > 0 {
+            let text = format!(
+                "the ends disagree (source {ours:?}, destination {theirs:?}); the frozen original is kept"
+            );
+            let error = self.fail(Failure::Lost, text);
+            return Err(self.hold(error).await);
+        }
+        let told = destination.control.send(&ToDestination::Complete).await;
+        Ok(told.map_err(|error| error.to_string()))
+    }
+
+    async fn release(&mut self, workload: FrozenWorkload) -> Result<(), SessionError> {
+        self.advance(Event::Agreed)?;
+        if let Err(error) = workload.release().await {
+            tracing::warn!(%error, "the frozen original is killed nevertheless");
+        }
+        Ok(())
+    }
+}
+
+async fn until(limit: Option<Instant>) {
+    match limit {
+        Some(limit) => sleep_until(limit).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Serves demand and pushes over a new link.
+fn serve_again(
+    listen: &Listen,
+    destination: &mut Destination,
+    workload: &FrozenWorkload,
+) -> Transfer {
+    let mut transfer = Transfer::default();
+    let (source, book) = (workload.source.clone(), workload.book.clone());
+    transfer.spawn(
+        listen.fault.thread.handle(),
+        destination.serve(source.clone(), book.clone()),
+    );
+    if let Some(stream) = destination.take_push() {
+        let push = Push::new(stream, source, book);
+        transfer.spawn(
+            listen.bulk.thread.handle(),
+            push.all(destination.take_credits()),
+        );
+    }
+    transfer
+}
+
+/// Learns what the destination has, and owes it the rest.
+pub(crate) async fn settle(
+    destination: &mut Destination,
+    book: &Book,
+    source: &dyn PageSource,
+) -> Result<(), Unsettled> {
+    let nonsense = || Unsettled::Lost(String::from("it claims pages that it cannot have"));
+    let present = destination.present().await?;
+    let (mut lost, mut known) = (0_u64, 0_u64);
+    for (pid, words) in present.received {
+        let recovered = book.recover(pid, words).ok_or_else(nonsense)?;
+        lost = lost.wrapping_add(digest_of(source, &recovered.lost)?);
+        known = known.wrapping_add(digest_of(source, &recovered.known)?);
+    }
+    for (pid, words) in present.withheld {
+        if !book.recover_withheld(pid, words) {
+            return Err(nonsense());
+        }
+    }
+    book.begin_anew(lost, known);
+    Ok(())
+}
+
+/// The sum of the hashes of pages, which are read for it.
+fn digest_of(source: &dyn PageSource, runs: &[Run]) -> Result<u64, Unsettled> {
+    let mut sum = 0_u64;
+    for run in runs {
+        let all = (1 << run.pages.count) - 1;
+        let frame = frame::read(source, *run, all);
+        let frame = frame.map_err(|error| Unsettled::Lost(error.to_string()))?;
+        sum = sum.wrapping_add(frame.digest);
+    }
+    Ok(sum)
+}

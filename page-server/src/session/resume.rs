@@ -1,0 +1,64 @@
+//! Going on with the session of a `page-server` that was killed after the point of no return.
+
+use common::exit::{Failure, SessionError};
+use common::record::Phases;
+use common::session::{Session, State};
+use common::session_file::{Kept, SessionFile, Task};
+use common::stop::StopSignal;
+
+use super::{Migration, ServePlan};
+use crate::adopt::Left;
+use crate::destination::Acquaintance;
+use crate::frozen::FrozenWorkload;
+use crate::listen::Listen;
+use crate::report::Record;
+
+/// Takes the frozen workload over, waits for the destination and serves it to the end.
+pub async fn resume(
+    plan: &ServePlan,
+    file: SessionFile,
+    record: &mut Record,
+) -> Result<(), SessionError> {
+    let fail =
+        |failure, error: &dyn std::fmt::Display| SessionError::new(failure, State::Paused, error);
+    let stop = StopSignal::install().map_err(|error| fail(Failure::Internal, &error))?;
+    let left = Left::find(&file).map_err(|error| fail(Failure::Lost, &error))?;
+    let mut listen = Listen::open(&plan.listen).map_err(|error| fail(Failure::BadInput, &error))?;
+    let adopted = FrozenWorkload::adopt(left).await;
+    let workload = adopted.map_err(|error| fail(Failure::Lost, &error))?;
+    println!("listening on {}", listen.fault.address());
+    record.session = file.id.to_string();
+    let known = Acquaintance {
+        secret: file.secret.clone(),
+        host: file.peer_host.clone(),
+    };
+    let mut migration = Migration {
+        plan,
+        id: file.id,
+        session: Session::orphaned(),
+        phases: Phases::start(State::Paused),
+        stop,
+        record,
+        kept: Kept::taken_over(plan.remembered.store.clone(), file),
+    };
+    let result = migration.go_on(&mut listen, &known, workload).await;
+    migration.conclude(result)
+}
+
+impl Migration<'_> {
+    async fn go_on(
+        &mut self,
+        listen: &mut Listen,
+        known: &Acquaintance,
+        workload: FrozenWorkload,
+    ) -> Result<(), SessionError> {
+        let ours = Task::ourselves();
+        let written = self.kept.change(|file| {
+            file.state = State::Paused;
+            file.program = ours.unwrap_or(file.program);
+        });
+        written.map_err(|error| self.fail(Failure::Internal, error))?;
+        let found = self.find_again(listen, known, &workload, None).await?;
+        self.serve_found(listen, workload, found).await
+    }
+}
