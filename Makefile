@@ -1,5 +1,5 @@
 # On a fresh Debian 12 with root and Rust: `make demo` and `make test` install what is missing and do the rest.
-.PHONY: help setup build demo compare test lint doc
+.PHONY: help setup build demo compare test lint doc zdtm
 
 export POSTCOPY_CRIU := $(CURDIR)/.deps/criu/bin/criu
 CARGO ?= cargo
@@ -10,6 +10,7 @@ help:
 	@echo 'make demo     a running redis moves to another host and its client never disconnects (MEMORY=$(MEMORY) MiB)'
 	@echo 'make compare  the same beside CRIU'"'"'s own lazy-pages (MEMORY=$(MEMORY) REPEAT=$(REPEAT))'
 	@echo 'make test     every check and every test'
+	@echo 'make zdtm     CRIU'"'"'s own tests through the pair and through CRIU'"'"'s daemons (ZDTM_MODE, ZDTM_TESTS; an hour)'
 	@echo 'make build    the programs, in target/release'
 	@echo 'make setup    what all of this needs: packages, and CRIU into .deps/criu'
 
@@ -43,3 +44,7 @@ test: setup lint doc
 	  echo 'make: cargo-nextest is not to be had here; tests run one after the other' >&2; \
 	  $(CARGO) test --workspace --locked -- --test-threads 1; \
 	fi
+
+# CRIU's own test suite is fetched at run time and judges both daemons; not part of `make test`.
+zdtm: setup build
+	scripts/zdtm .deps/zdtm $(POSTCOPY_CRIU) target/release $(ZDTM_TESTS)
