@@ -6,6 +6,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
+use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::identity::{Fingerprint, Identity, Trust};
@@ -14,8 +15,9 @@ use common::quic::PathProfile;
 use common::session::State;
 use common::token;
 
-use crate::advise;
+use crate::advise::{self, Leniency};
 use crate::connect::ConnectPlan;
+use crate::engine::{Container, Engine};
 use crate::external::ExternalPlan;
 use crate::ready::Ready;
 use crate::session::MigratePlan;
@@ -95,9 +97,32 @@ pub struct Restore {
     /// Restore into this host's PID namespace (the default)
     #[arg(long, conflicts_with = "pidns")]
     detach: bool,
+    /// Restore a container with this name
+    #[arg(long, value_name = "ID", requires = "bundle", conflicts_with_all = ["pidns", "detach"])]
+    runc: Option<String>,
+    /// The container's bundle
+    #[arg(long, value_name = "DIR", requires = "runc")]
+    bundle: Option<PathBuf>,
+    /// Directory of the container runtime's state [default: the runtime's own]
+    #[arg(long, value_name = "DIR", requires = "runc")]
+    runc_root: Option<PathBuf>,
+    /// The container runtime to use [default: runc from the search path]
+    #[arg(long, value_name = "PATH", requires = "runc")]
+    runtime: Option<PathBuf>,
+    /// One more argument for `runc restore`; may be given several times
+    #[arg(
+        long,
+        value_name = "ARG",
+        requires = "runc",
+        allow_hyphen_values = true
+    )]
+    runc_arg: Vec<String>,
     /// Do not refuse a workload of a CPU with more features than this host's
     #[arg(long)]
     ignore_cpu_features: bool,
+    /// Do not compare the programs and libraries the workload has mapped with this host's
+    #[arg(long)]
+    ignore_programs: bool,
     /// The CRIU to use [default: criu from the search path]
     #[arg(long, value_name = "PATH", env = CRIU_VARIABLE)]
     criu: Option<PathBuf>,
@@ -248,6 +273,19 @@ impl ConnectOptions<'_> {
 }
 
 impl Restore {
+    fn engine(&self) -> Result<Engine, ContainerError> {
+        let (Some(id), Some(bundle)) = (&self.runc, &self.bundle) else {
+            return Ok(if self.pidns {
+                Engine::Nursery
+            } else {
+                Engine::Criu
+            });
+        };
+        let runtime = Runtime::find(self.runtime.as_deref(), self.runc_root.as_deref())?;
+        let container = Container::plan(runtime, id, bundle, self.runc_arg.clone())?;
+        Ok(Engine::Runc(Box::new(container)))
+    }
+
     /// Checks everything that can be checked before the source is asked.
     pub fn plan(&self) -> Result<MigratePlan, SessionError> {
         let fail = |failure, error: &dyn std::fmt::Display| {
@@ -267,8 +305,13 @@ impl Restore {
             connect: connect.plan()?,
             criu,
             criu_args: self.criu_arg.clone(),
-            pid_namespace: self.pidns,
-            ignore_cpu_features: self.ignore_cpu_features,
+            engine: self
+                .engine()
+                .map_err(|error| fail(Failure::BadInput, &error))?,
+            leniency: Leniency {
+                cpu_features: self.ignore_cpu_features,
+                programs: self.ignore_programs,
+            },
             push: !self.no_push,
             work_dir: self.work_dir.clone(),
             pidfile: self.pidfile.clone(),

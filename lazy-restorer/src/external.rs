@@ -244,7 +244,7 @@ impl External<'_> {
             message => return Err(self.unexpected(&message)),
         };
         // Who restores looks after PIDs.
-        advise::check_workload(&facts, true, false)
+        advise::check_workload(&facts, &Engine::Nursery, Leniency::default())
             .map_err(|objection| self.fail(Failure::Restore, objection))?;
         self.send(ToSource::ReadyWithImages(dump.digest)).await?;
         self.advance(Event::Ready)?;

@@ -17,6 +17,7 @@ pub mod advise;
 pub mod blocktime;
 pub mod cli;
 pub mod connect;
+pub mod engine;
 pub mod exits;
 pub mod external;
 pub mod fetch;

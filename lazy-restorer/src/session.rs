@@ -27,8 +27,9 @@ use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use crate::advise;
+use crate::advise::{self, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
+use crate::engine::Engine;
 use crate::gate::Held;
 use crate::keeper::Keeper;
 use crate::report::Record;
@@ -45,10 +46,10 @@ pub struct MigratePlan {
     pub criu: Criu,
     /// More arguments for `criu restore`.
     pub criu_args: Vec<String>,
-    /// Restore into a PID namespace of its own.
-    pub pid_namespace: bool,
-    /// Do not compare CPU features.
-    pub ignore_cpu_features: bool,
+    /// Who restores.
+    pub engine: Engine,
+    /// What is not compared.
+    pub leniency: Leniency,
     /// Let the source push; else only what is touched comes.
     pub push: bool,
     /// Where to put the migration's directory.
@@ -112,8 +113,7 @@ impl Migration<'_> {
         self.advance(Event::Welcomed)?;
         let result = self.migrate(&mut source).await;
         let last = match &result {
-            // A source that gave up before the point of no return knows all there is to know.
-            Err(error) if error.failure == Failure::Peer && error.state.source_may_thaw() => None,
+            // Also to a source that broke the protocol: its operator is to learn why.
             Err(error) => Some(ToSource::Abort(Abort {
                 host: host::name(),
                 state: error.state,
@@ -220,11 +220,7 @@ impl Migration<'_> {
             ToDestination::Advise(facts) => facts,
             message => return Err(unexpected(self.state(), &message)),
         };
-        let checked = advise::check_workload(
-            &facts,
-            self.plan.pid_namespace,
-            self.plan.ignore_cpu_features,
-        );
+        let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency);
         checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
         Ok(facts)
     }
@@ -236,7 +232,7 @@ impl Migration<'_> {
             criu_args: self.plan.criu_args.clone(),
             tcp_established: facts.tcp_established,
             shell_job: facts.shell_job,
-            pid_namespace: self.plan.pid_namespace,
+            engine: self.plan.engine.clone(),
         }
     }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::host::{self, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
@@ -17,6 +18,7 @@ use common::session_file::{DEFAULT_DIRECTORY, SessionFile, Standing, Store};
 use common::token;
 use nix::unistd::Pid;
 
+use crate::engine::{Container, Engine};
 use crate::external::ExternalPlan;
 use crate::identity_command::IdentityCommand;
 use crate::listen::ListenPlan;
@@ -90,15 +92,32 @@ Example:
 #[derive(Debug, Args)]
 pub struct Serve {
     /// PID of the workload's root process; its descendants move along
-    #[arg(long, required_unless_present = "images", conflicts_with = "images")]
+    #[arg(long, required_unless_present_any = ["images", "runc"], conflicts_with_all = ["images", "runc"])]
     pid: Option<i32>,
     /// Serve a full dump that lies in this directory, in place of a running workload
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with = "runc")]
     images: Option<PathBuf>,
     /// Serve the images to this many destinations, at the same time or one after the other
     #[arg(long, value_name = "N", default_value = "1", requires = "images",
         value_parser = clap::value_parser!(u16).range(1..))]
     fan_out: u16,
+    /// Move the running container with this name instead
+    #[arg(long, value_name = "ID")]
+    runc: Option<String>,
+    /// Directory of the container runtime's state [default: the runtime's own]
+    #[arg(long, value_name = "DIR", requires = "runc")]
+    runc_root: Option<PathBuf>,
+    /// The container runtime to use [default: runc from the search path]
+    #[arg(long, value_name = "PATH", requires = "runc")]
+    runtime: Option<PathBuf>,
+    /// One more argument for `runc checkpoint`; may be given several times
+    #[arg(
+        long,
+        value_name = "ARG",
+        requires = "runc",
+        allow_hyphen_values = true
+    )]
+    runc_arg: Vec<String>,
     /// Address and UDP port to wait for the destination on
     #[arg(long, value_name = "ADDR:PORT")]
     listen: SocketAddr,
@@ -270,6 +289,8 @@ impl Resume {
         let criu = Criu::find(Some(Path::new(&source.criu_program)))
             .map_err(|error| fail(Failure::BadInput, &error))?;
         Ok(ServePlan {
+            // Whoever called CRIU, it is CRIU's script that we talk to now.
+            engine: Engine::Criu,
             workload: Workload::frozen(Pid::from_raw(source.root.pid)),
             listen: ListenPlan {
                 fault: source.fault,
@@ -340,12 +361,19 @@ impl Serve {
             mtu: self.mtu,
         };
         let listen = listen.plan()?;
-        let workload = Workload::find(Pid::from_raw(self.pid.unwrap_or_default()))
+        let engine = self
+            .engine()
             .map_err(|error| fail(Failure::BadInput, &error))?;
+        let root = match &engine {
+            Engine::Runc(container) => container.init(),
+            Engine::Criu => Pid::from_raw(self.pid.unwrap_or_default()),
+        };
+        let workload = Workload::find(root).map_err(|error| fail(Failure::BadInput, &error))?;
         let criu =
             Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
         let token = self.token_file.as_deref().map(new_token).transpose()?;
         Ok(ServePlan {
+            engine,
             workload,
             listen,
             criu,
@@ -364,6 +392,14 @@ impl Serve {
                 accept: self.accept.iter().map(ToString::to_string).collect(),
             },
         })
+    }
+
+    fn engine(&self) -> Result<Engine, ContainerError> {
+        let Some(id) = &self.runc else {
+            return Ok(Engine::Criu);
+        };
+        let runtime = Runtime::find(self.runtime.as_deref(), self.runc_root.as_deref())?;
+        Container::find(runtime, id, self.runc_arg.clone()).map(Engine::Runc)
     }
 }
 

@@ -3,7 +3,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`session`] | the phases in order |
-//! | [`workload`], [`freeze`], [`frozen`], [`hook`], [`network_lock`] | who is moved, and CRIU's hold on them |
+//! | [`workload`], [`engine`], [`freeze`], [`frozen`], [`hook`], [`freezer`], [`network_lock`] | who is moved, and CRIU's hold on them |
 //! | [`guard`], [`rescue`] | what is done when we or CRIU are killed |
 //! | [`external`], [`visit`] | the phases when somebody else made the dump, for one or several destinations |
 //! | [`offer`], [`thin`], [`image_pages`], [`attach`] | that dump: its images, its pages, and the CRIU that may hold it |
@@ -20,9 +20,11 @@ pub mod attach;
 pub mod book;
 pub mod cli;
 pub mod destination;
+pub mod engine;
 pub mod external;
 pub mod frame;
 pub mod freeze;
+pub mod freezer;
 pub mod frozen;
 pub mod guard;
 pub mod hook;

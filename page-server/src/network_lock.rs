@@ -37,8 +37,10 @@ pub fn remove_of_run(run: &str, inhabitant: Option<Pid>) {
     }
 }
 
+/// The identifier of the run; called by a runtime CRIU makes itself a second one, and that counts.
 fn run_id(log: &str) -> Option<String> {
-    let line = log.lines().find_map(|line| line.split_once(RUN_ID))?;
+    let lines = log.lines().rev();
+    let line = lines.filter_map(|line| line.split_once(RUN_ID)).next()?;
     let id = line.1.trim();
     (!id.is_empty()).then(|| id.to_owned())
 }
@@ -87,6 +89,8 @@ mod tests {
     fn the_run_is_found_in_the_log() {
         let log = format!("(00.000000) CRIU run id = {RUN}\n(00.000032) Version: 4.2.1\n");
         assert_eq!(run_id(&log).as_deref(), Some(RUN));
+        let twice = format!("(00.000000) CRIU run id = first\n{log}");
+        assert_eq!(run_id(&twice).as_deref(), Some(RUN));
         assert_eq!(run_id("(00.0) Version: 4.2.1"), None);
     }
 

@@ -10,7 +10,7 @@ use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::unistd::Pid;
 
 use crate::workload::{self, signal_all};
-use crate::{network_lock, sockets};
+use crate::{freezer, network_lock, sockets};
 
 /// Where CRIU writes the log of the dump that keeps its things in `directory`.
 pub fn dump_log(directory: &Path) -> PathBuf {
@@ -25,6 +25,7 @@ pub fn rescue(root: Pid, directory: &Path) {
     let connections = end_repair(&tasks);
     network_lock::remove(&dump_log(directory), Some(root));
     signal_all(&tasks, Signal::SIGCONT);
+    freezer::thaw_noted(directory);
     tracing::warn!(%root, connections, "CRIU was killed while it held the workload; it runs on");
 }
 
