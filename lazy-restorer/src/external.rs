@@ -30,7 +30,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{interval, sleep, timeout};
 
+use crate::advise::Leniency;
 use crate::connect::{ConnectPlan, Source, Threads, connect, reconnect};
+use crate::engine::Engine;
 use crate::exits::{self, pidfd_kill, pidfd_open};
 use crate::fetch::{Orders, TransferError};
 use crate::handover::{self, Handover, HandoverError, Handovers, SOCKET_NAME};
@@ -620,6 +622,7 @@ impl External<'_> {
 }
 
 /// What may happen while CRIU restores, or the memory is filled.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 enum Step {
     Handover(Option<Result<Handover, HandoverError>>),
     Message(Result<ToDestination, ControlError>),

@@ -22,6 +22,7 @@ pub mod cli;
 pub mod destination;
 pub mod engine;
 pub mod external;
+pub mod files;
 pub mod frame;
 pub mod freeze;
 pub mod freezer;

@@ -165,5 +165,7 @@ fn facts(
         resident_pages: lazy.sum(),
         tcp_established: dumped.tcp_established,
         shell_job: dumped.shell_job,
+        container: None,
+        programs: Vec::new(),
     })
 }

@@ -46,3 +46,4 @@ pub mod torture;
 pub mod touch;
 pub mod wait;
 pub mod warm;
+pub mod writer;

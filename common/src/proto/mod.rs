@@ -9,6 +9,7 @@
 pub mod bulk;
 pub mod control;
 pub mod demand;
+pub mod files;
 pub mod pages;
 pub mod skeleton_name;
 pub mod stream;
