@@ -1,5 +1,5 @@
 # On a fresh Debian 12 with root and Rust: `make demo` and `make test` install what is missing and do the rest.
-.PHONY: help setup build demo compare test lint doc fuzz
+.PHONY: help setup build demo compare test lint doc fuzz zdtm
 
 export POSTCOPY_CRIU := $(CURDIR)/.deps/criu/bin/criu
 CARGO ?= cargo
@@ -12,6 +12,7 @@ help:
 	@echo 'make compare  the same beside CRIU'"'"'s own lazy-pages (MEMORY=$(MEMORY) REPEAT=$(REPEAT))'
 	@echo 'make test     every check and every test'
 	@echo 'make fuzz     every decoder under libFuzzer (SECONDS=$(SECONDS) each; nightly and cargo-fuzz)'
+	@echo 'make zdtm     CRIU'"'"'s own tests through the pair and through CRIU'"'"'s daemons (ZDTM_MODE, ZDTM_TESTS; an hour)'
 	@echo 'make build    the programs, in target/release'
 	@echo 'make setup    what all of this needs: packages, and CRIU into .deps/criu'
 
@@ -53,3 +54,7 @@ fuzz:
 	@for target in $$(cd fuzz/fuzz_targets && ls | sed 's/[.]rs$$//'); do \
 	  $(CARGO) +nightly fuzz run $$target -- -max_total_time=$(SECONDS) || exit 1; \
 	done
+
+# CRIU's own test suite is fetched at run time and judges both daemons; not part of `make test`.
+zdtm: setup build
+	scripts/zdtm .deps/zdtm $(POSTCOPY_CRIU) target/release $(ZDTM_TESTS)

@@ -20,6 +20,7 @@ use crate::advise::{self, Leniency};
 use crate::connect::ConnectPlan;
 use crate::engine::{Container, Engine};
 use crate::external::ExternalPlan;
+use crate::files::Files;
 use crate::ready::Ready;
 use crate::rehearsal::RehearsalPlan;
 use crate::session::MigratePlan;
@@ -94,6 +95,13 @@ pub struct Restore {
     /// The token that page-server wrote with --token-file
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// Make this directory equal to the source's, as it is at the freeze; may be given several times. What is only here
+    /// is deleted. page-server must be given the same
+    #[arg(long, value_name = "PATH")]
+    sync: Vec<PathBuf>,
+    /// Both hosts have the same files: there is nothing to bring
+    #[arg(long, conflicts_with = "sync")]
+    shared_fs: bool,
     /// Restore into a new PID namespace, for when the workload's PIDs are taken here; an init of ours stays with it
     #[arg(long)]
     pidns: bool,
@@ -345,6 +353,7 @@ impl Restore {
             rehearsal: self
                 .rehearsal()
                 .map_err(|error| fail(Failure::BadInput, &error))?,
+            files: Files::new(&self.sync).map_err(|error| fail(Failure::BadInput, &error))?,
             work_dir: self.work_dir.clone(),
             pidfile: self.pidfile.clone(),
             before_restore: self.before_restore.clone(),

@@ -23,6 +23,7 @@ pub mod engine;
 pub mod exits;
 pub mod external;
 pub mod fetch;
+pub mod files;
 pub mod gate;
 pub mod handover;
 pub mod keeper;

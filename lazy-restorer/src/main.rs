@@ -8,9 +8,12 @@ use common::exit::{Failure, SessionError};
 use common::{host, logging};
 use lazy_restorer::cli::{Cli, Command, LazyPages, Restore};
 use lazy_restorer::report::Record;
-use lazy_restorer::{external, gate, keeper, nursery, ready, session};
+use lazy_restorer::{external, files, gate, keeper, nursery, ready, session};
 
 fn main() -> ExitCode {
+    if let Some(code) = files::run_if_called() {
+        return code;
+    }
     if let Some(code) = gate::run_if_called() {
         return code;
     }

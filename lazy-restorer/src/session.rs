@@ -30,6 +30,7 @@ use tokio::time::timeout;
 use crate::advise::{self, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
 use crate::engine::Engine;
+use crate::files::{Files, Pass};
 use crate::gate::Held;
 use crate::keeper::Keeper;
 use crate::rehearsal::RehearsalPlan;
@@ -55,6 +56,8 @@ pub struct MigratePlan {
     pub push: bool,
     /// What to do with the order of first touches.
     pub rehearsal: RehearsalPlan,
+    /// Directories that come along.
+    pub files: Files,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Where to write the PID of the restored root.
@@ -148,6 +151,7 @@ impl Migration<'_> {
         self.advance(Event::Ready)?;
         self.expect(source, ToDestination::Freezing).await?;
         let staged = self.skeleton(source, directory).await?;
+        self.bring_files(source, Pass::Last).await?;
         keeper
             .prepared()
             .map_err(|error| self.fail(Failure::Internal, error))?;
@@ -223,6 +227,8 @@ impl Migration<'_> {
             ToDestination::Advise(facts) => facts,
             message => return Err(unexpected(self.state(), &message)),
         };
+        // Programs are looked at when they are here.
+        self.bring_files(source, Pass::First).await?;
         let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency);
         checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
         Ok(facts)
@@ -274,6 +280,21 @@ impl Migration<'_> {
             bulk: (credits, pages),
             frozen,
         })
+    }
+
+    /// Makes the operator's directories equal to the source's. What the source says meanwhile waits.
+    async fn bring_files(&mut self, source: &mut Source, pass: Pass) -> Result<(), SessionError> {
+        let (state, plan) = (self.state(), self.plan);
+        let bulk = source.bulk.clone();
+        let brought = tokio::select! {
+            brought = plan.files.pass(&bulk, pass) => brought,
+            name = self.stop.wait() => return Err(interrupted(state, name)),
+        };
+        let Err(error) = brought else { return Ok(()) };
+        match timeout(EXPLANATION, self.next(source)).await {
+            Ok(Err(reason)) if reason.failure == Failure::Peer => Err(reason),
+            _ => Err(self.fail(Failure::Restore, error)),
+        }
     }
 
     /// A broken stream is best explained by what the source says about it.

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
@@ -21,6 +22,7 @@ use nix::unistd::Pid;
 use crate::compression::Mode;
 use crate::engine::{Container, Engine};
 use crate::external::ExternalPlan;
+use crate::files::Files;
 use crate::identity_command::IdentityCommand;
 use crate::listen::ListenPlan;
 use crate::offer::Dumped;
@@ -137,6 +139,13 @@ pub struct Serve {
     /// Give up when no destination has come within this time [default: wait until stopped]
     #[arg(long, value_name = "SECONDS")]
     wait: Option<u64>,
+    /// Send this directory along, as it is at the freeze; may be given several times. lazy-restorer must be given the
+    /// same, and makes its own directory equal to it: what is only there is deleted
+    #[arg(long, value_name = "PATH", conflicts_with = "images")]
+    sync: Vec<PathBuf>,
+    /// Both hosts have the same files: there is nothing to send
+    #[arg(long, conflicts_with = "sync")]
+    shared_fs: bool,
     /// Move established TCP connections too
     #[arg(long)]
     tcp_established: bool,
@@ -310,6 +319,7 @@ impl Resume {
             wait: None,
             token: None,
             compress: Mode::default(),
+            files: Arc::default(),
             work_dir: None,
             on_frozen: None,
             on_thawed: source.on_thawed.clone(),
@@ -377,6 +387,8 @@ impl Serve {
         let criu =
             Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
         let token = self.token_file.as_deref().map(new_token).transpose()?;
+        let files = Files::offer(workload.root(), &self.sync)
+            .map_err(|error| fail(Failure::BadInput, &error))?;
         Ok(ServePlan {
             engine,
             workload,
@@ -388,6 +400,7 @@ impl Serve {
             wait: self.wait.map(Duration::from_secs),
             token,
             compress: self.compress,
+            files,
             work_dir: self.work_dir.clone(),
             on_frozen: self.on_frozen.clone(),
             on_thawed: self.on_thawed.clone(),

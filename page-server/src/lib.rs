@@ -24,6 +24,7 @@ pub mod compression;
 pub mod destination;
 pub mod engine;
 pub mod external;
+pub mod files;
 pub mod frame;
 pub mod framer;
 pub mod freeze;

@@ -8,6 +8,7 @@ mod postcopy;
 mod resume;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::criu::Criu;
@@ -25,6 +26,7 @@ use tokio::time::sleep;
 use crate::compression::Mode;
 use crate::destination::{self, Destination, abort, unexpected};
 use crate::engine::Engine;
+use crate::files::Files;
 use crate::framer::Form;
 use crate::freeze::{FreezeError, FreezePlan};
 use crate::frozen::FrozenWorkload;
@@ -58,6 +60,8 @@ pub struct ServePlan {
     pub token: Option<Secret>,
     /// Whether to compress pushed pages.
     pub compress: Mode,
+    /// Files that move along.
+    pub files: Arc<Files>,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Command for when the workload is frozen and its skeleton complete.
@@ -163,7 +167,16 @@ impl Migration<'_> {
         listen: &mut Listen,
         destination: &mut Destination,
     ) -> Result<(), SessionError> {
+        let bulk = destination.bulk.clone();
+        let _files = self.plan.files.serve(bulk, listen.bulk.thread.handle());
         self.advise(destination).await?;
+        if let Some(path) = self.plan.files.unasked() {
+            let text = format!(
+                "the destination did not ask for the files in {0}; give lazy-restorer --sync {0}, or leave it out here",
+                path.display()
+            );
+            return Err(self.fail(Failure::Refused, text));
+        }
         self.advance(Event::Ready)?;
         let mut workload = self.freeze(destination).await?;
         let remembered = self.remember(listen, destination, &mut workload);

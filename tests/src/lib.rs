@@ -47,3 +47,4 @@ pub mod torture;
 pub mod touch;
 pub mod wait;
 pub mod warm;
+pub mod writer;

@@ -35,6 +35,8 @@ pub struct PairPlan {
     pub source_seen_at: Option<Ipv4Addr>,
     /// The environment of `lazy-restorer`.
     pub restorer_env: Vec<(String, String)>,
+    /// Directories that `lazy-restorer` sees in the place of others: what is there, and where.
+    pub destination_mounts: Vec<(PathBuf, PathBuf)>,
     /// CRIU on the source.
     pub source_criu: PathBuf,
     /// CRIU on the destination.
@@ -64,6 +66,7 @@ impl PairPlan {
             restorer: vec!["--pidns".into()],
             source_seen_at: None,
             restorer_env: Vec::new(),
+            destination_mounts: Vec::new(),
             source_criu: criu.clone(),
             destination_criu: criu,
             identities: Identities::make(&rig.make_folder("identities")?)?,
@@ -121,10 +124,28 @@ impl PairPlan {
         Ok(side)
     }
 
+    /// `lazy-restorer` on the destination, in a mount namespace of its own when it is to see other directories.
+    fn restorer_command(&self, rig: &Rig) -> Result<std::process::Command> {
+        let program = binaries::program("lazy-restorer")?;
+        if self.destination_mounts.is_empty() {
+            return Ok(rig.destination.command(program));
+        }
+        let mut script = String::from("set -e; ");
+        for (there, path) in &self.destination_mounts {
+            script += &format!("mount --bind '{}' '{}'; ", there.display(), path.display());
+        }
+        script += "exec \"$@\"";
+        let mut command = rig.destination.command("unshare");
+        command
+            .args(["--mount", "sh", "-c", &script, "sh"])
+            .arg(program);
+        Ok(command)
+    }
+
     /// Starts `lazy-restorer`.
     pub fn start_restorer(&self, rig: &Rig) -> Result<Side> {
         let files = SideFiles::make(rig, "lazy-restorer")?;
-        let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
+        let mut command = self.restorer_command(rig)?;
         let source = self.source_seen_at.unwrap_or(rig.source.address());
         command.args(["restore", "--from", &format!("{source}:{PORT}")]);
         command.arg("--identity").arg(&self.identities.destination);
