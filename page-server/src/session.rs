@@ -30,6 +30,7 @@ use crate::guard::note_session;
 use crate::listen::{Listen, ListenPlan};
 use crate::push::Push;
 use crate::report::{Record, WireBytes};
+use crate::skeleton;
 use crate::transfer::Transfer;
 use crate::workload::Workload;
 
@@ -270,6 +271,7 @@ impl Migration<'_> {
             .map_err(|error| self.fail(Failure::Freeze, error))?;
         if let Some(frozen) = workload.ours() {
             self.record.frozen_at_unix_us = unix_us(frozen.frozen_at());
+            self.record.skeleton_bytes = skeleton::bytes(&frozen.plan().images());
         }
         Ok(workload)
     }
