@@ -72,6 +72,8 @@ impl Postgres {
             "dynamic_shared_memory_type=mmap",
             "shared_buffers=16MB",
             "fsync=off",
+            // With huge pages CRIU would need as many of them again to look at the shared memory.
+            "huge_pages=off",
         ];
         for setting in settings {
             command.args(["-c", setting]);
