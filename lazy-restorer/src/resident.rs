@@ -23,7 +23,7 @@ use crate::restore::{Prepared, Restore, RestoreError};
 use crate::skeleton;
 
 /// Failures of transfer tasks that wait to be looked at.
-const FAILURES: usize = 8;
+pub(crate) const FAILURES: usize = 8;
 
 /// A restoring or restored workload.
 #[derive(Debug)]
@@ -252,22 +252,22 @@ fn release(keeper: Keeper) {
 
 /// Our ends of the streams of one link.
 #[derive(Debug)]
-struct Link {
-    requests: SendStream,
-    credits: Credits,
-    tasks: JoinSet<()>,
+pub(crate) struct Link {
+    pub(crate) requests: SendStream,
+    pub(crate) credits: Credits,
+    pub(crate) tasks: JoinSet<()>,
 }
 
 /// What is needed to give credit.
 #[derive(Debug)]
-struct Credits {
-    stream: SendStream,
-    installed: watch::Receiver<u64>,
+pub(crate) struct Credits {
+    pub(crate) stream: SendStream,
+    pub(crate) installed: watch::Receiver<u64>,
 }
 
 impl Link {
     /// Opens the demand stream and takes in what comes on both.
-    async fn open(
+    pub(crate) async fn open(
         source: &Source,
         (credits, pages): (SendStream, RecvStream),
         memory: &Arc<Memory>,
@@ -294,7 +294,7 @@ impl Link {
 }
 
 /// A task whose failure goes to `report`.
-fn reported(
+pub(crate) fn reported(
     task: impl Future<Output = Result<(), TransferError>> + Send + 'static,
     report: &mpsc::Sender<TransferError>,
 ) -> impl Future<Output = ()> + Send + 'static {

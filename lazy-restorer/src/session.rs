@@ -6,6 +6,8 @@
 
 mod postcopy;
 
+pub(crate) use self::postcopy::parts;
+
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -111,8 +113,7 @@ impl Migration<'_> {
         self.advance(Event::Welcomed)?;
         let result = self.migrate(&mut source).await;
         let last = match &result {
-            // A source that gave up before the point of no return knows all there is to know.
-            Err(error) if error.failure == Failure::Peer && error.state.source_may_thaw() => None,
+            // Also to a source that broke the protocol: its operator is to learn why.
             Err(error) => Some(ToSource::Abort(Abort {
                 host: host::name(),
                 state: error.state,

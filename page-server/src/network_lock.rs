@@ -15,12 +15,16 @@ const TABLE_PREFIX: &str = "CRIU-";
 
 /// Removes the table of the CRIU that wrote `log`, if there is one, from the network namespace of `inhabitant` or ours.
 pub fn remove(log: &Path, inhabitant: Option<Pid>) {
+    if let Some(run) = fs::read_to_string(log).ok().as_deref().and_then(run_id) {
+        remove_of_run(&run, inhabitant);
+    }
+}
+
+/// The same for the CRIU whose run is called `run`.
+pub fn remove_of_run(run: &str, inhabitant: Option<Pid>) {
     let nft = |arguments: &[&str]| nft(inhabitant, arguments);
-    let Some(run) = fs::read_to_string(log).ok().as_deref().and_then(run_id) else {
-        return;
-    };
     let listed = nft(&["list", "tables", "inet"]).unwrap_or_default();
-    for table in tables(&listed).filter(|table| belongs(table, &run)) {
+    for table in tables(&listed).filter(|table| belongs(table, run)) {
         let delete = ["delete", "table", "inet", table];
         // An inhabitant that has died meanwhile was most likely one of our own namespace.
         let removed = nft(&delete).or_else(|| self::nft(None, &delete));

@@ -30,7 +30,7 @@ pub fn rescue(root: Pid, directory: &Path) {
 }
 
 /// Ends the repair mode of every TCP socket of `tasks`, and returns how many had it.
-fn end_repair(tasks: &[Pid]) -> usize {
+pub(crate) fn end_repair(tasks: &[Pid]) -> usize {
     let sockets = tasks.iter().flat_map(|task| sockets::of(*task));
     // A socket that is no TCP socket does not know the option; one that several tasks share has it once.
     sockets

@@ -110,6 +110,7 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
     migration.conclude(result)
 }
 
+pub(crate) use self::postcopy::settle;
 pub use self::resume::resume;
 
 struct Migration<'a> {
@@ -141,14 +142,15 @@ impl Migration<'_> {
         let result = self.migrate(listen, &mut destination).await;
         self.record.wire_bytes = WireBytes::of(destination.control.connection(), &destination.bulk);
         match &result {
-            Err(error) if error.failure != Failure::Peer => {
+            // Also to a destination that broke the protocol: its operator is to learn why.
+            Err(error) => {
                 let abort = abort(error.state, &error.text);
                 destination
                     .control
                     .farewell(&ToDestination::Abort(abort))
                     .await;
             }
-            _ => destination.control.close().await,
+            Ok(()) => destination.control.close().await,
         }
         result
     }
@@ -418,7 +420,7 @@ async fn lost(workload: &mut FrozenWorkload) -> FreezeError {
 }
 
 /// The error for a destination that does not come in time; without a limit it never comes to that.
-async fn too_late(limit: Option<Duration>) -> SessionError {
+pub(crate) async fn too_late(limit: Option<Duration>) -> SessionError {
     let Some(limit) = limit else {
         return std::future::pending().await;
     };
@@ -430,6 +432,6 @@ async fn too_late(limit: Option<Duration>) -> SessionError {
     SessionError::new(Failure::Connection, State::Hello, text)
 }
 
-fn interrupted(state: State, signal: &str) -> SessionError {
+pub(crate) fn interrupted(state: State, signal: &str) -> SessionError {
     SessionError::new(Failure::Interrupted, state, format!("stopped by {signal}"))
 }

@@ -6,7 +6,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
 use crate::container::ContainerFacts;
-use crate::images::ImagePid;
+use crate::images::{ImagePid, ImagesDigest};
 use crate::program_file::ProgramFile;
 use crate::session::State;
 
@@ -97,6 +97,8 @@ pub enum ToSource {
     PresentEnd,
     /// Part of what of one process was confirmed never to come, after [`Resume`]; the words of a bitmap too.
     Withheld(Present),
+    /// All checks passed, and the images of this dump are here already: only memory is needed. In place of `Ready`.
+    ReadyWithImages(ImagesDigest),
 }
 
 /// Messages of the source to the destination.

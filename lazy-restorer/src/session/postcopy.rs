@@ -203,7 +203,7 @@ impl Migration<'_> {
 }
 
 /// The words of a bitmap, in as many messages as it needs.
-fn parts(pid: ImagePid, words: &[u64]) -> impl Iterator<Item = Present> {
+pub(crate) fn parts(pid: ImagePid, words: &[u64]) -> impl Iterator<Item = Present> {
     let chunks = words.chunks(MAX_PRESENT_WORDS).enumerate();
     chunks.map(move |(index, words)| Present {
         pid,
