@@ -65,6 +65,8 @@ impl Postgres {
             .args(["-R", &PRETENDED_USER.to_string()])
             .arg(&data))?;
         let mut command = rig.source.command("setsid");
+        // It keeps a System V segment, and CRIU moves those only with an IPC namespace of the tree's own.
+        command.args(["unshare", "--ipc", "--"]);
         command.arg(programs.join("postgres")).arg("-D").arg(&data);
         let settings = [
             "listen_addresses=0.0.0.0",
