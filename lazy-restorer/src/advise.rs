@@ -212,7 +212,7 @@ pub fn check_workload(
     if !leniency.cpu_features {
         check_cpu(&facts.cpu_features, &host::cpu_features())?;
     }
-    check_container(facts.container.as_ref(), engine)?;
+    check_container(facts.container.as_deref(), engine)?;
     if engine.needs_pids_of_host() {
         check_pids(&facts.pids, |pid| {
             Path::new(&format!("/proc/{pid}")).exists()

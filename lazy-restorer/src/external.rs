@@ -300,6 +300,7 @@ impl External<'_> {
             links,
             keeper: keeper.hand().map_err(|error| internal(&error))?,
             failures: report.clone(),
+            recorder: None,
         };
         let carrying_out = reported(orders.carry_out(memory.clone()), &report);
         self.threads.fault.handle().spawn(carrying_out);

@@ -9,7 +9,7 @@ use common::record::Phase;
 use quinn::Connection;
 use serde::Serialize;
 
-use crate::book::SentCounts;
+use crate::book::{Saved, SentCounts};
 
 /// One JSON object per migration.
 #[derive(Debug, Serialize)]
@@ -34,6 +34,8 @@ pub struct Record {
     pub pages: SentCounts,
     /// Bytes of the skeleton: CRIU's images, with all memory that cannot be lazy (shared, locked, changed file pages).
     pub skeleton_bytes: u64,
+    /// How pushed pages were carried.
+    pub push: Saved,
     /// Bytes of UDP payload.
     pub wire_bytes: WireBytes,
     /// Length of the migration.
@@ -66,6 +68,7 @@ impl Default for Record {
             cutover_us: 0,
             pages: SentCounts::default(),
             skeleton_bytes: 0,
+            push: Saved::default(),
             wire_bytes: WireBytes::default(),
             total_us: 0,
         }
