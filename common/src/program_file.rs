@@ -48,7 +48,10 @@ impl ProgramFile {
     pub fn difference(&self, here: &Path) -> Option<Difference> {
         match here.metadata() {
             Err(_) => return Some(Difference::Missing),
-            Ok(metadata) if metadata.len() != self.bytes => return Some(Difference::Content),
+            // The path is the source's word: a device may have no end.
+            Ok(metadata) if !metadata.is_file() || metadata.len() != self.bytes => {
+                return Some(Difference::Content);
+            }
             Ok(_) => {}
         }
         match hash(here) {
@@ -97,5 +100,11 @@ mod tests {
         fs::write(&b, other).expect("written");
         assert_eq!(program.difference(&b), Some(Difference::Content));
         assert_eq!(program.difference(&c), Some(Difference::Missing));
+        let endless = ProgramFile {
+            bytes: 0,
+            ..program
+        };
+        let zero = Path::new("/dev/zero");
+        assert_eq!(endless.difference(zero), Some(Difference::Content));
     }
 }

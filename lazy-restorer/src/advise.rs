@@ -16,6 +16,9 @@ const MEMORY_SLACK: u64 = 64 << 20;
 /// PIDs named in a message; the rest is counted.
 const NAMED_PIDS: usize = 8;
 
+/// The first kernel with `pidfd_open(2)`; everything else we need is older, or asked for by name.
+const OLDEST_KERNEL: (u32, u32) = (5, 3);
+
 /// CPU flags that change which instructions a program may have chosen at start-up. Others (mitigations, virtualisation,
 /// power) do not matter to a process.
 const INSTRUCTION_FLAGS: &[&str] = &[
@@ -137,6 +140,12 @@ pub enum Objection {
     /// No permission.
     #[error("CAP_SYS_ADMIN missing: run lazy-restorer as root")]
     NotRoot,
+    /// The kernel lacks what we need.
+    #[error("this host's kernel is {release}; Linux {major}.{minor} or later is needed", major = OLDEST_KERNEL.0, minor = OLDEST_KERNEL.1)]
+    Kernel {
+        /// What it is.
+        release: String,
+    },
     /// No room for the skeleton.
     #[error("cannot use the work directory: {0}")]
     WorkDirectory(String),
@@ -147,6 +156,7 @@ pub fn check_host() -> Result<(), Objection> {
     if !host::has_capability(CAP_SYS_ADMIN) {
         return Err(Objection::NotRoot);
     }
+    check_kernel(&host::kernel())?;
     let events = FeatureFlags::EVENT_FORK
         | FeatureFlags::EVENT_REMAP
         | FeatureFlags::EVENT_REMOVE
@@ -158,6 +168,19 @@ pub fn check_host() -> Result<(), Objection> {
         .create()
         .map(drop)
         .map_err(|error| Objection::Userfaultfd(error.to_string()))
+}
+
+/// A release whose name says no version is let pass: what is missing will say so itself.
+fn check_kernel(release: &str) -> Result<(), Objection> {
+    let mut parts = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || parts.next()?.parse().ok();
+    match (number(), number()) {
+        (Some(major), Some(minor)) if (major, minor) < OLDEST_KERNEL => {
+            let release = release.to_owned();
+            Err(Objection::Kernel { release })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What the operator does not want compared.
@@ -189,7 +212,7 @@ pub fn check_workload(
     if !leniency.cpu_features {
         check_cpu(&facts.cpu_features, &host::cpu_features())?;
     }
-    check_container(facts.container.as_ref(), engine)?;
+    check_container(facts.container.as_deref(), engine)?;
     if engine.needs_pids_of_host() {
         check_pids(&facts.pids, |pid| {
             Path::new(&format!("/proc/{pid}")).exists()
@@ -335,6 +358,16 @@ mod tests {
         assert!(error.to_string().contains("--pidns"));
         let error = check_pids(&(1..=20).collect::<Vec<_>>(), |_| true).expect_err("all");
         assert!(error.to_string().contains("8 and 12 more"));
+    }
+
+    #[test]
+    fn an_old_kernel_is_refused() {
+        let error = check_kernel("4.19.0-27-amd64").expect_err("too old");
+        assert!(error.to_string().contains("5.3 or later"), "{error}");
+        assert!(check_kernel("5.2.21").is_err());
+        for release in ["5.3.0", "6.1.0-43-amd64", "10.0", "unknown"] {
+            assert_eq!(check_kernel(release), Ok(()), "{release}");
+        }
     }
 
     #[test]

@@ -34,6 +34,7 @@ use crate::guard::note_session;
 use crate::listen::{Listen, ListenPlan};
 use crate::push::Push;
 use crate::report::{Record, WireBytes};
+use crate::skeleton;
 use crate::transfer::Transfer;
 use crate::workload::Workload;
 
@@ -258,7 +259,7 @@ impl Migration<'_> {
         if let Engine::Runc(container) = &self.plan.engine {
             let checked = container.check();
             checked.map_err(|error| self.fail(Failure::Freeze, error))?;
-            facts.container = Some(container.facts().clone());
+            facts.container = Some(Box::new(container.facts().clone()));
         }
         let advise = ToDestination::Advise(facts);
         destination.send(self.state(), &advise).await?;
@@ -289,6 +290,7 @@ impl Migration<'_> {
             .map_err(|error| self.fail(Failure::Freeze, error))?;
         if let Some(frozen) = workload.ours() {
             self.record.frozen_at_unix_us = unix_us(frozen.frozen_at());
+            self.record.skeleton_bytes = skeleton::bytes(&frozen.plan().images());
         }
         Ok(workload)
     }

@@ -197,7 +197,7 @@ pub struct WorkloadFacts {
     /// The workload belongs to a shell's session.
     pub shell_job: bool,
     /// What the container is made of, when the workload is one.
-    pub container: Option<ContainerFacts>,
+    pub container: Option<Box<ContainerFacts>>,
     /// What the workload has mapped executable.
     pub programs: Vec<ProgramFile>,
 }
