@@ -146,8 +146,11 @@ impl Compression {
             Way::Raw => &mut self.raw,
             Way::Packed => &mut self.packed,
         };
-        // A way's estimate remembers a little: one slice may have been disturbed.
-        let measured = estimate.map_or(measured, |before| (before + measured) / 2.0);
+        // An estimate remembers a little: one slice may have been disturbed. Before a trial it is too old for that.
+        let measured = match *estimate {
+            Some(before) if !self.on_trial => (before + measured) / 2.0,
+            _ => measured,
+        };
         *estimate = Some(measured);
         match self.is_better() {
             None => self.begin_trial(),

@@ -14,8 +14,11 @@ use tests::touch::{Pattern, TouchPlan, Toucher};
 
 const SHAPED_MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu, Need::Program("tc")];
 
-/// A third of what the path carries, so a push in the right order is always ahead.
-const TOUCHES_PER_SECOND: u64 = 1000;
+/// So slow that it takes many seconds to push everything.
+const PATH: &str = "20m";
+/// Half of what the path carries, so a push in the right order is ahead as soon as it has begun. What is touched between
+/// the resume and its beginning faults: a busy machine takes a few hundred milliseconds for that.
+const TOUCHES_PER_SECOND: u64 = 300;
 const MIB: u64 = 16;
 const PAGES: u64 = (MIB << 20) / 4096;
 
@@ -30,7 +33,7 @@ fn main() -> ExitCode {
 fn a_recorded_order_spares_faults(rig: &Rig) -> Result<()> {
     let file = rig.folder().join("touches");
     let file = file.to_str().context("a path in ASCII")?;
-    let recorded = faults(&["--record", file, "--record-for", "8"])?;
+    let recorded = faults(&["--record", file, "--record-for", "16"])?;
     ensure!(
         recorded > PAGES / 2,
         "only {recorded} of {PAGES} touches were faults while nothing was pushed"
@@ -53,7 +56,7 @@ fn a_recorded_order_spares_faults(rig: &Rig) -> Result<()> {
 /// Moves the same workload, always the same one, and counts its network faults.
 fn faults(options: &[&str]) -> Result<u64> {
     let rig = Rig::new()?;
-    let _path = Path::lay(&rig, "100m".parse()?)?;
+    let _path = Path::lay(&rig, PATH.parse()?)?;
     let toucher = at_fixed_addresses(|| {
         Toucher::start(
             &rig,
