@@ -11,7 +11,7 @@
 //! On a short path the scheduler adds more to a round trip than the queue that is wanted, and by that law alone the
 //! window would melt away. So most of the best rate of the last second is kept: a window of `rate * round trip` carries
 //! that rate whatever the round trip is made of, and as long as the rate is below what the path can do, none of it is
-//! our queue. What the path can do is tried again twice a second.
+//! our queue. What the path can do is tried again every second.
 
 use std::time::Duration;
 
@@ -19,6 +19,9 @@ use std::time::Duration;
 const QUEUE_MAX: Duration = Duration::from_micros(250);
 /// The standing queue that is kept however long faults wait: without any the path would run dry between two rounds.
 const QUEUE_MIN: Duration = Duration::from_micros(30);
+/// On a long path at least this part of the shortest round trip: it matters to nobody there, and less cannot be told from
+/// jitter.
+const QUEUE_PART: u32 = 16;
 /// A queue of this part of the shortest round trip ends the start: less is jitter on a long path.
 const START_QUEUE_PART: u32 = 8;
 
@@ -49,12 +52,11 @@ const EMPTY_GROW: f64 = 1.125;
 const RATE_KEPT: f64 = 0.88;
 /// A path that is tried out gets this multiple of the best rate so far,
 const RATE_TRIED: f64 = 1.1;
-/// for this long, or four round trips,
-const TRIAL: Duration = Duration::from_millis(8);
-/// so often. The best rate is that of the last two such times.
-const TRIAL_INTERVAL: Duration = Duration::from_millis(500);
-/// The shortest time over which a rate means anything.
-const RATE_INTERVAL: Duration = Duration::from_millis(2);
+/// for one interval,
+const RATE_INTERVAL: Duration = Duration::from_millis(20);
+/// so often. The best rate is that of the last two such times. (An interval is long enough that what a token bucket lets
+/// through at once does not count for much, and the slowest percent of faults is not all made in trials.)
+const TRIAL_INTERVAL: Duration = Duration::from_millis(1000);
 
 /// More than this part of a round's bytes lost: the path cannot take this much, whatever its delay says.
 const LOSS_MAX: f64 = 0.03;
@@ -117,7 +119,7 @@ struct Shortest {
 struct Rate {
     best_before: f64,
     best_now: f64,
-    /// When the last trial began.
+    /// When the last trial began; one is under way while this is when the present interval began.
     tried: Duration,
     began: Duration,
     acked: u64,
@@ -245,15 +247,17 @@ impl BulkWindow {
             }
             return;
         }
+        if !round.filled && round.lost == 0 {
+            // Lone packets, acknowledged late because nothing followed them: they say nothing of a window they never filled.
+            return;
+        }
         let queued = round_trip.saturating_sub(shortest);
         let lost = round.lost as f64 / (round.lost + round.acked) as f64;
         if lost > LOSS_MAX || (round.lost > 0 && queued > self.start_queue()) {
             self.starting = false;
             self.shrink(LOSS_SHRINK);
         } else if self.starting && queued <= self.start_queue() {
-            if round.filled {
-                self.window = (self.window * 2.0).min(WINDOW_MAX as f64);
-            }
+            self.window = (self.window * 2.0).min(WINDOW_MAX as f64);
         } else if self.starting {
             self.starting = false;
             // What was sent meanwhile overshot by far; what arrived in this round is what the path can carry.
@@ -263,7 +267,7 @@ impl BulkWindow {
             self.window = self.window.min(fits);
             self.bound();
         } else {
-            self.settle(round_trip, shortest, round.filled);
+            self.settle(round_trip, shortest);
         }
         self.drain(now, round_trip, shortest);
     }
@@ -273,23 +277,21 @@ impl BulkWindow {
     }
 
     /// Goes half of the way to the window that would keep the wanted queue.
-    fn settle(&mut self, round_trip: Duration, shortest: Duration, filled: bool) {
-        let wanted = (shortest + self.queue.time).as_secs_f64();
+    fn settle(&mut self, round_trip: Duration, shortest: Duration) {
+        let queue = self.queue.time.max(shortest / QUEUE_PART);
+        let wanted = (shortest + queue).as_secs_f64();
         let mut factor = wanted / round_trip.as_secs_f64().max(1e-9);
         // On a long path the wanted queue is next to nothing beside the round trip, and so is this factor: a path that
         // shows no queue round after round has become faster.
-        let empty = filled && round_trip.saturating_sub(shortest) < self.queue.time / 4;
+        let empty = round_trip.saturating_sub(shortest) < queue / 4;
         self.empty_rounds = if empty { self.empty_rounds + 1 } else { 0 };
         if self.empty_rounds > EMPTY_ROUNDS {
             factor = factor.max(EMPTY_GROW);
         }
-        let most = if filled { 2.0 } else { 1.0 };
-        self.window *= f64::midpoint(1.0, factor.clamp(0.5, most));
+        self.window *= f64::midpoint(1.0, factor.clamp(0.5, 2.0));
         let carried = self.rate.best() * self.rate.kept() * self.rate.round_trip;
-        let limit = self.rate.best() * (shortest + 2 * QUEUE_MAX).as_secs_f64();
-        if filled {
-            self.window = self.window.max(carried.min(limit));
-        }
+        let limit = self.rate.best() * (shortest + QUEUE_MAX).as_secs_f64();
+        self.window = self.window.max(carried.min(limit));
         self.bound();
     }
 
@@ -338,14 +340,14 @@ impl Rate {
         self.acked += round.acked;
         self.filled |= round.filled;
         let time = now.saturating_sub(self.began);
-        if time < RATE_INTERVAL.max(shortest) {
+        if time < RATE_INTERVAL.max(2 * shortest) {
             return;
         }
         if self.filled {
             self.best_now = self.best_now.max(self.acked as f64 / time.as_secs_f64());
         }
         (self.began, self.acked, self.filled) = (now, 0, false);
-        if now.saturating_sub(self.tried) > TRIAL_INTERVAL.max(16 * shortest) {
+        if now.saturating_sub(self.tried) > TRIAL_INTERVAL.max(40 * shortest) {
             self.best_before = std::mem::take(&mut self.best_now);
             self.tried = now;
         }
@@ -357,8 +359,7 @@ impl Rate {
 
     /// The part of the best rate that is kept at present.
     fn kept(&self) -> f64 {
-        let trial = TRIAL.as_secs_f64().max(4.0 * self.round_trip);
-        match self.began.saturating_sub(self.tried).as_secs_f64() < trial {
+        match self.began == self.tried {
             true => RATE_TRIED,
             false => RATE_KEPT,
         }

@@ -3,10 +3,11 @@
 use std::env;
 use std::ffi::OsString;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::identity::{Fingerprint, Identity, Trust};
@@ -15,8 +16,12 @@ use common::quic::PathProfile;
 use common::session::State;
 use common::token;
 
-use crate::advise;
+use crate::advise::{self, Leniency};
 use crate::connect::ConnectPlan;
+use crate::engine::{Container, Engine};
+use crate::external::ExternalPlan;
+use crate::files::Files;
+use crate::ready::Ready;
 use crate::rehearsal::RehearsalPlan;
 use crate::session::MigratePlan;
 use crate::touches::Touches;
@@ -42,6 +47,9 @@ pub enum Command {
     /// Bring the workload that a page-server offers to this host
     #[command(after_help = RESTORE_HELP)]
     Restore(Box<Restore>),
+    /// Stand in the place of `criu lazy-pages` for a restore that another program runs
+    #[command(after_help = LAZY_PAGES_HELP)]
+    LazyPages(Box<LazyPages>),
     /// Used by lazy-restorer itself: holds page fault descriptors should it die
     #[command(hide = true)]
     Keeper {
@@ -87,15 +95,45 @@ pub struct Restore {
     /// The token that page-server wrote with --token-file
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// Make this directory equal to the source's, as it is at the freeze; may be given several times. What is only here
+    /// is deleted. page-server must be given the same
+    #[arg(long, value_name = "PATH")]
+    sync: Vec<PathBuf>,
+    /// Both hosts have the same files: there is nothing to bring
+    #[arg(long, conflicts_with = "sync")]
+    shared_fs: bool,
     /// Restore into a new PID namespace, for when the workload's PIDs are taken here; an init of ours stays with it
     #[arg(long)]
     pidns: bool,
     /// Restore into this host's PID namespace (the default)
     #[arg(long, conflicts_with = "pidns")]
     detach: bool,
+    /// Restore a container with this name
+    #[arg(long, value_name = "ID", requires = "bundle", conflicts_with_all = ["pidns", "detach"])]
+    runc: Option<String>,
+    /// The container's bundle
+    #[arg(long, value_name = "DIR", requires = "runc")]
+    bundle: Option<PathBuf>,
+    /// Directory of the container runtime's state [default: the runtime's own]
+    #[arg(long, value_name = "DIR", requires = "runc")]
+    runc_root: Option<PathBuf>,
+    /// The container runtime to use [default: runc from the search path]
+    #[arg(long, value_name = "PATH", requires = "runc")]
+    runtime: Option<PathBuf>,
+    /// One more argument for `runc restore`; may be given several times
+    #[arg(
+        long,
+        value_name = "ARG",
+        requires = "runc",
+        allow_hyphen_values = true
+    )]
+    runc_arg: Vec<String>,
     /// Do not refuse a workload of a CPU with more features than this host's
     #[arg(long)]
     ignore_cpu_features: bool,
+    /// Do not compare the programs and libraries the workload has mapped with this host's
+    #[arg(long)]
+    ignore_programs: bool,
     /// The CRIU to use [default: criu from the search path]
     #[arg(long, value_name = "PATH", env = CRIU_VARIABLE)]
     criu: Option<PathBuf>,
@@ -143,47 +181,135 @@ pub struct Restore {
     pub json: Option<PathBuf>,
 }
 
-impl Restore {
+const LAZY_PAGES_HELP: &str = "\
+Says `ready` when `criu restore --lazy-pages` may begin, and exits 0 when every page is here and both hosts agree on \
+it. The images must be those of the dump that page-server offers.
+
+Example:
+  lazy-restorer lazy-pages -D /var/tmp/images --from 10.0.0.1:7000 --identity /etc/postcopy --daemon
+  criu restore --images-dir /var/tmp/images --lazy-pages --restore-detached";
+
+/// Options of `lazy-pages`.
+#[derive(Debug, Args)]
+pub struct LazyPages {
+    /// Directory of the images that CRIU restores
+    #[arg(short = 'D', long, value_name = "DIR")]
+    images_dir: PathBuf,
+    /// CRIU's work directory, where it looks for lazy-pages.socket [default: the images' directory]
+    #[arg(short = 'W', long, value_name = "DIR")]
+    work_dir: Option<PathBuf>,
+    /// Address and UDP port of the waiting page-server
+    #[arg(long, value_name = "ADDR:PORT")]
+    from: String,
+    /// Directory of this host's identity (`page-server identity issue`)
+    #[arg(long, value_name = "DIR")]
+    identity: PathBuf,
+    /// Accept only a source with this certificate fingerprint; may be given several times
+    #[arg(long, value_name = "SHA256")]
+    accept: Vec<Fingerprint>,
+    /// The token that page-server wrote with --token-file
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Return when ready, and go on in the background
+    #[arg(short, long)]
+    pub daemon: bool,
+    /// Write one zero byte to this descriptor when ready, and close it
+    #[arg(long, value_name = "FD")]
+    pub status_fd: Option<i32>,
+    /// Write our PID to this file when ready
+    #[arg(long, value_name = "FILE")]
+    pidfile: Option<PathBuf>,
+    /// Largest UDP payload to send [default: found out by probing, up to 1452]
+    #[arg(long, value_name = "BYTES")]
+    mtu: Option<u16>,
+    /// Write a record of the migration to this file, as one JSON object
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+impl LazyPages {
     /// Checks everything that can be checked before the source is asked.
-    pub fn plan(&self) -> Result<MigratePlan, SessionError> {
+    pub fn plan(&self) -> Result<ExternalPlan, SessionError> {
         let fail = |failure, error: &dyn std::fmt::Display| {
             SessionError::new(failure, State::Hello, error)
         };
         advise::check_host().map_err(|error| fail(Failure::NotPermitted, &error))?;
+        let connect = ConnectOptions {
+            from: &self.from,
+            identity: &self.identity,
+            accept: &self.accept,
+            token_file: self.token_file.as_deref(),
+            mtu: self.mtu,
+        };
+        let work = self.work_dir.as_ref().unwrap_or(&self.images_dir);
+        Ok(ExternalPlan {
+            connect: connect.plan()?,
+            images: self.images_dir.clone(),
+            work: work.clone(),
+            ready: Ready {
+                status_fd: self.status_fd,
+                pidfile: self.pidfile.clone(),
+            },
+        })
+    }
+}
+
+/// How to reach the source, as every subcommand that does says it.
+struct ConnectOptions<'a> {
+    from: &'a str,
+    identity: &'a Path,
+    accept: &'a [Fingerprint],
+    token_file: Option<&'a Path>,
+    mtu: Option<u16>,
+}
+
+impl ConnectOptions<'_> {
+    fn plan(&self) -> Result<ConnectPlan, SessionError> {
+        let fail = |failure, error: &dyn std::fmt::Display| {
+            SessionError::new(failure, State::Hello, error)
+        };
         let identity =
-            Identity::load(&self.identity).map_err(|error| fail(Failure::Identity, &error))?;
-        let criu =
-            Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
-        let token = self.token_file.as_deref().map(token::read).transpose();
-        let trust = match &self.accept[..] {
+            Identity::load(self.identity).map_err(|error| fail(Failure::Identity, &error))?;
+        let token = self.token_file.map(token::read).transpose();
+        let trust = match self.accept {
             [] => Trust::Ca,
             fingerprints => Trust::Fingerprints(fingerprints.to_vec()),
         };
-        Ok(MigratePlan {
-            connect: ConnectPlan {
-                source: self
-                    .source()
-                    .map_err(|error| fail(Failure::BadInput, &error))?,
-                identity,
-                trust,
-                path: PathProfile { mtu: self.mtu },
-                versions: offered_versions(),
-                token: token.map_err(|error| fail(Failure::BadInput, &error))?,
-            },
-            criu,
-            criu_args: self.criu_arg.clone(),
-            pid_namespace: self.pidns,
-            ignore_cpu_features: self.ignore_cpu_features,
-            push: !self.no_push,
-            rehearsal: self
-                .rehearsal()
+        Ok(ConnectPlan {
+            source: self
+                .source()
                 .map_err(|error| fail(Failure::BadInput, &error))?,
-            work_dir: self.work_dir.clone(),
-            pidfile: self.pidfile.clone(),
-            before_restore: self.before_restore.clone(),
-            on_resumed: self.on_resumed.clone(),
-            on_aborted: self.on_aborted.clone(),
+            identity,
+            trust,
+            path: PathProfile { mtu: self.mtu },
+            versions: offered_versions(),
+            token: token.map_err(|error| fail(Failure::BadInput, &error))?,
         })
+    }
+
+    fn source(&self) -> Result<SocketAddr, String> {
+        let mut addresses = self
+            .from
+            .to_socket_addrs()
+            .map_err(|error| format!("--from {}: {error}", self.from))?;
+        addresses
+            .next()
+            .ok_or_else(|| format!("--from {}: this name has no address", self.from))
+    }
+}
+
+impl Restore {
+    fn engine(&self) -> Result<Engine, ContainerError> {
+        let (Some(id), Some(bundle)) = (&self.runc, &self.bundle) else {
+            return Ok(if self.pidns {
+                Engine::Nursery
+            } else {
+                Engine::Criu
+            });
+        };
+        let runtime = Runtime::find(self.runtime.as_deref(), self.runc_root.as_deref())?;
+        let container = Container::plan(runtime, id, bundle, self.runc_arg.clone())?;
+        Ok(Engine::Runc(Box::new(container)))
     }
 
     fn rehearsal(&self) -> Result<RehearsalPlan, String> {
@@ -197,14 +323,43 @@ impl Restore {
         })
     }
 
-    fn source(&self) -> Result<SocketAddr, String> {
-        let mut addresses = self
-            .from
-            .to_socket_addrs()
-            .map_err(|error| format!("--from {}: {error}", self.from))?;
-        addresses
-            .next()
-            .ok_or_else(|| format!("--from {}: this name has no address", self.from))
+    /// Checks everything that can be checked before the source is asked.
+    pub fn plan(&self) -> Result<MigratePlan, SessionError> {
+        let fail = |failure, error: &dyn std::fmt::Display| {
+            SessionError::new(failure, State::Hello, error)
+        };
+        advise::check_host().map_err(|error| fail(Failure::NotPermitted, &error))?;
+        let criu =
+            Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
+        let connect = ConnectOptions {
+            from: &self.from,
+            identity: &self.identity,
+            accept: &self.accept,
+            token_file: self.token_file.as_deref(),
+            mtu: self.mtu,
+        };
+        Ok(MigratePlan {
+            connect: connect.plan()?,
+            criu,
+            criu_args: self.criu_arg.clone(),
+            engine: self
+                .engine()
+                .map_err(|error| fail(Failure::BadInput, &error))?,
+            leniency: Leniency {
+                cpu_features: self.ignore_cpu_features,
+                programs: self.ignore_programs,
+            },
+            push: !self.no_push,
+            rehearsal: self
+                .rehearsal()
+                .map_err(|error| fail(Failure::BadInput, &error))?,
+            files: Files::new(&self.sync).map_err(|error| fail(Failure::BadInput, &error))?,
+            work_dir: self.work_dir.clone(),
+            pidfile: self.pidfile.clone(),
+            before_restore: self.before_restore.clone(),
+            on_resumed: self.on_resumed.clone(),
+            on_aborted: self.on_aborted.clone(),
+        })
     }
 }
 

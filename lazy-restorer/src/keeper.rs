@@ -17,6 +17,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
+use common::mounts;
 use common::operator::Facts;
 use common::session::State;
 use nix::cmsg_space;
@@ -26,7 +27,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use nix::unistd::{Pid, setsid};
 
 use crate::exits::pidfd_open;
-use crate::restore::kill_tree;
+use crate::restore::{Anchor, kill_below, kill_tree};
 use crate::uffd::UserFault;
 
 /// A descriptor comes along.
@@ -35,6 +36,8 @@ const HOLD: u8 = b'H';
 const PROCESS: u8 = b'P';
 /// A PID comes along: CRIU's, or that of the init it restores under. Its tree is the copy.
 const ANCHOR: u8 = b'A';
+/// The same, of one that puts the copy away by itself when what is below it is killed.
+const RUNTIME: u8 = b'U';
 /// The operator's `--before-restore` command is about to run.
 const PREPARED: u8 = b'B';
 /// The copy is about to run, and is the only one that may.
@@ -85,8 +88,9 @@ impl Keeper {
     }
 
     /// Tells whose tree the copy is.
-    pub fn anchor(&self, pid: Pid) -> io::Result<()> {
-        send(&self.socket, ANCHOR, pid.as_raw(), None)
+    pub fn anchor(&self, anchor: Anchor) -> io::Result<()> {
+        let what = if anchor.puts_away { RUNTIME } else { ANCHOR };
+        send(&self.socket, what, anchor.pid.as_raw(), None)
     }
 
     /// The operator's `--before-restore` command is about to run.
@@ -177,6 +181,7 @@ pub fn run(directory: &Path) -> ExitCode {
         Ok(false) | Err(_) if held.committed => held.wait_for_ends(PollTimeout::NONE),
         Ok(false) | Err(_) => held.abort(),
     }
+    mounts::detach_below(directory);
     // Nobody reads what we say; a directory that stays is all that can go wrong.
     let _ = fs::remove_dir_all(directory);
     ExitCode::SUCCESS
@@ -188,7 +193,7 @@ struct Held {
     /// Descriptors that lived when it was last looked.
     living: usize,
     processes: Vec<OwnedFd>,
-    anchor: Option<Pid>,
+    anchor: Option<Anchor>,
     prepared: bool,
     committed: bool,
 }
@@ -205,8 +210,11 @@ impl Held {
                 _ if length < MESSAGE_BYTES => return Ok(false),
                 HOLD => self.hold(uffd),
                 PROCESS => self.watch(pid),
-                ANCHOR => {
-                    self.anchor = Some(pid);
+                ANCHOR | RUNTIME => {
+                    self.anchor = Some(Anchor {
+                        pid,
+                        puts_away: what == RUNTIME,
+                    });
                     self.watch(pid);
                 }
                 PREPARED => self.prepared = true,
@@ -241,8 +249,10 @@ impl Held {
 
     /// Nothing has run here yet, and the source lets the workload run on: nothing may be left of the copy.
     fn abort(mut self) {
-        if let Some(anchor) = self.anchor {
-            kill_tree(anchor);
+        match self.anchor {
+            Some(anchor) if anchor.puts_away => kill_below(anchor.pid),
+            Some(anchor) => kill_tree(anchor.pid),
+            None => {}
         }
         // A task in a page fault that nobody answers dies all the same, but what reads its memory would wait.
         self.uffds.clear();

@@ -1,15 +1,19 @@
 //! `lazy-restorer`: see `lazy-restorer --help`.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 use common::exit::{Failure, SessionError};
 use common::{host, logging};
-use lazy_restorer::cli::{Cli, Command, Restore};
+use lazy_restorer::cli::{Cli, Command, LazyPages, Restore};
 use lazy_restorer::report::Record;
-use lazy_restorer::{gate, keeper, nursery, session};
+use lazy_restorer::{external, files, gate, keeper, nursery, ready, session};
 
 fn main() -> ExitCode {
+    if let Some(code) = files::run_if_called() {
+        return code;
+    }
     if let Some(code) = gate::run_if_called() {
         return code;
     }
@@ -26,22 +30,48 @@ fn main() -> ExitCode {
         } => nursery::init(&command),
         Command::Restore(restore) => {
             logging::start(cli.verbose);
-            match run(&restore) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    eprintln!(
-                        "lazy-restorer: error: destination host {}, {error}",
-                        host::name()
-                    );
-                    error.failure.into()
-                }
+            report(run(&restore))
+        }
+        Command::LazyPages(lazy_pages) => match ready::in_background(lazy_pages.daemon) {
+            Some(code) => code,
+            None => {
+                logging::start(cli.verbose);
+                report(stand_in(&lazy_pages))
             }
+        },
+    }
+}
+
+fn report(result: Result<(), SessionError>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!(
+                "lazy-restorer: error: destination host {}, {error}",
+                host::name()
+            );
+            error.failure.into()
         }
     }
 }
 
 fn run(restore: &Restore) -> Result<(), SessionError> {
     let plan = restore.plan()?;
+    let mut record = Record::default();
+    let result = block_on(session::run(&plan, &mut record))?;
+    write(&record, restore.json.as_deref());
+    result
+}
+
+fn stand_in(lazy_pages: &LazyPages) -> Result<(), SessionError> {
+    let plan = lazy_pages.plan()?;
+    let mut record = Record::default();
+    let result = block_on(external::run(&plan, &mut record))?;
+    write(&record, lazy_pages.json.as_deref());
+    result
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> Result<T, SessionError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -49,12 +79,13 @@ fn run(restore: &Restore) -> Result<(), SessionError> {
             let state = common::session::State::Hello;
             SessionError::new(Failure::Internal, state, error)
         })?;
-    let mut record = Record::default();
-    let result = runtime.block_on(session::run(&plan, &mut record));
-    if let Some(path) = &restore.json
+    Ok(runtime.block_on(future))
+}
+
+fn write(record: &Record, path: Option<&Path>) {
+    if let Some(path) = path
         && let Err(error) = record.write(path)
     {
         eprintln!("lazy-restorer: cannot write {}: {error}", path.display());
     }
-    result
 }

@@ -24,7 +24,7 @@ use crate::restore::{Prepared, Restore, RestoreError};
 use crate::skeleton;
 
 /// Failures of transfer tasks that wait to be looked at.
-const FAILURES: usize = 8;
+pub(crate) const FAILURES: usize = 8;
 
 /// A restoring or restored workload.
 #[derive(Debug)]
@@ -218,15 +218,19 @@ impl Resident {
         }
     }
 
+    /// Takes no more from the link that is lost: what has come by now is what the source is told.
+    pub async fn unlink(&mut self) {
+        self.link_tasks.shutdown().await;
+        // What its tasks did not report yet is of no interest any more.
+        while self.failures.try_recv().is_ok() {}
+    }
+
     /// Goes on over a new link, after the source knows what is here.
     pub async fn reconnect(
         &mut self,
         source: &mut Source,
         threads: &Threads,
     ) -> Result<(), ResidentError> {
-        // What the old link's tasks did not report yet is of no interest any more.
-        self.link_tasks.shutdown().await;
-        while self.failures.try_recv().is_ok() {}
         let bulk = source.take_bulk_stream().ok_or(TransferError::Link)?;
         let link = Link::open(source, bulk, &self.memory, &self.report, threads).await?;
         self.link_tasks = link.tasks;
@@ -268,22 +272,22 @@ fn release(keeper: Keeper) {
 
 /// Our ends of the streams of one link.
 #[derive(Debug)]
-struct Link {
-    requests: SendStream,
-    credits: Credits,
-    tasks: JoinSet<()>,
+pub(crate) struct Link {
+    pub(crate) requests: SendStream,
+    pub(crate) credits: Credits,
+    pub(crate) tasks: JoinSet<()>,
 }
 
 /// What is needed to give credit.
 #[derive(Debug)]
-struct Credits {
-    stream: SendStream,
-    installed: watch::Receiver<u64>,
+pub(crate) struct Credits {
+    pub(crate) stream: SendStream,
+    pub(crate) installed: watch::Receiver<u64>,
 }
 
 impl Link {
     /// Opens the demand stream and takes in what comes on both.
-    async fn open(
+    pub(crate) async fn open(
         source: &Source,
         (credits, pages): (SendStream, RecvStream),
         memory: &Arc<Memory>,
@@ -310,7 +314,7 @@ impl Link {
 }
 
 /// A task whose failure goes to `report`.
-fn reported(
+pub(crate) fn reported(
     task: impl Future<Output = Result<(), TransferError>> + Send + 'static,
     report: &mpsc::Sender<TransferError>,
 ) -> impl Future<Output = ()> + Send + 'static {

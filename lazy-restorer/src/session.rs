@@ -6,6 +6,8 @@
 
 mod postcopy;
 
+pub(crate) use self::postcopy::parts;
+
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,8 +27,10 @@ use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use crate::advise;
+use crate::advise::{self, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
+use crate::engine::Engine;
+use crate::files::{Files, Pass};
 use crate::gate::Held;
 use crate::keeper::Keeper;
 use crate::rehearsal::RehearsalPlan;
@@ -44,14 +48,16 @@ pub struct MigratePlan {
     pub criu: Criu,
     /// More arguments for `criu restore`.
     pub criu_args: Vec<String>,
-    /// Restore into a PID namespace of its own.
-    pub pid_namespace: bool,
-    /// Do not compare CPU features.
-    pub ignore_cpu_features: bool,
+    /// Who restores.
+    pub engine: Engine,
+    /// What is not compared.
+    pub leniency: Leniency,
     /// Let the source push; else only what is touched comes.
     pub push: bool,
     /// What to do with the order of first touches.
     pub rehearsal: RehearsalPlan,
+    /// Directories that come along.
+    pub files: Files,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Where to write the PID of the restored root.
@@ -113,8 +119,7 @@ impl Migration<'_> {
         self.advance(Event::Welcomed)?;
         let result = self.migrate(&mut source).await;
         let last = match &result {
-            // A source that gave up before the point of no return knows all there is to know.
-            Err(error) if error.failure == Failure::Peer && error.state.source_may_thaw() => None,
+            // Also to a source that broke the protocol: its operator is to learn why.
             Err(error) => Some(ToSource::Abort(Abort {
                 host: host::name(),
                 state: error.state,
@@ -146,6 +151,7 @@ impl Migration<'_> {
         self.advance(Event::Ready)?;
         self.expect(source, ToDestination::Freezing).await?;
         let staged = self.skeleton(source, directory).await?;
+        self.bring_files(source, Pass::Last).await?;
         keeper
             .prepared()
             .map_err(|error| self.fail(Failure::Internal, error))?;
@@ -221,11 +227,9 @@ impl Migration<'_> {
             ToDestination::Advise(facts) => facts,
             message => return Err(unexpected(self.state(), &message)),
         };
-        let checked = advise::check_workload(
-            &facts,
-            self.plan.pid_namespace,
-            self.plan.ignore_cpu_features,
-        );
+        // Programs are looked at when they are here.
+        self.bring_files(source, Pass::First).await?;
+        let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency);
         checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
         Ok(facts)
     }
@@ -237,7 +241,7 @@ impl Migration<'_> {
             criu_args: self.plan.criu_args.clone(),
             tcp_established: facts.tcp_established,
             shell_job: facts.shell_job,
-            pid_namespace: self.plan.pid_namespace,
+            engine: self.plan.engine.clone(),
         }
     }
 
@@ -276,6 +280,21 @@ impl Migration<'_> {
             bulk: (credits, pages),
             frozen,
         })
+    }
+
+    /// Makes the operator's directories equal to the source's. What the source says meanwhile waits.
+    async fn bring_files(&mut self, source: &mut Source, pass: Pass) -> Result<(), SessionError> {
+        let (state, plan) = (self.state(), self.plan);
+        let bulk = source.bulk.clone();
+        let brought = tokio::select! {
+            brought = plan.files.pass(&bulk, pass) => brought,
+            name = self.stop.wait() => return Err(interrupted(state, name)),
+        };
+        let Err(error) = brought else { return Ok(()) };
+        match timeout(EXPLANATION, self.next(source)).await {
+            Ok(Err(reason)) if reason.failure == Failure::Peer => Err(reason),
+            _ => Err(self.fail(Failure::Restore, error)),
+        }
     }
 
     /// A broken stream is best explained by what the source says about it.

@@ -14,6 +14,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::freeze::FreezeError;
+use crate::freezer;
 use crate::hook::Verdict;
 use crate::network_lock;
 use crate::rescue::{dump_log, rescue};
@@ -141,6 +142,7 @@ impl Adopted {
             rescue(self.left.root, &self.left.directory);
         }
         self.signal(Signal::SIGCONT);
+        freezer::thaw_noted(&self.left.directory);
         self.remove_directory();
         Ok(())
     }

@@ -2,13 +2,15 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use common::images::ImagePid;
-use common::page::PageRange;
+use common::images::{DumpedProcess, ImagePid};
+use common::limits::MAX_EAGER_PAGES;
+use common::page::{PageIndex, PageRange};
 use common::proto::control::Tally;
 
 use crate::framer::PushedFrame;
-use crate::pending::{Pending, PendingError, Recovered, Run};
+use crate::pending::{PageState, Pending, PendingError, Recovered, Run};
 use crate::push_order::PushOrder;
+use crate::skeleton::{eager_runs, hot_runs};
 
 /// The one lock between the fault thread and the bulk thread. It is never held while memory is read.
 #[derive(Debug)]
@@ -56,7 +58,41 @@ pub struct Saved {
     pub referred: u64,
 }
 
+/// Which pages come before others.
+#[derive(Debug)]
+pub struct FirstPages {
+    /// What threads touch first.
+    pub eager: Vec<Run>,
+    /// What is likely to be touched before most.
+    pub hot: Vec<Run>,
+}
+
+/// All lazy pages of `dumped`, and which of them come first.
+pub fn owed(dumped: &[DumpedProcess]) -> (Pending, FirstPages) {
+    let mut pages = 0;
+    let within_limit = |run: &Run| {
+        pages += run.pages.count;
+        pages <= MAX_EAGER_PAGES
+    };
+    let eager = dumped
+        .iter()
+        .flat_map(eager_runs)
+        .take_while(within_limit)
+        .collect();
+    let lazy = dumped
+        .iter()
+        .map(|process| (process.pid, process.lazy.clone()));
+    let hot = hot_runs(dumped);
+    (Pending::new(lazy), FirstPages { eager, hot })
+}
+
 impl Book {
+    /// Opens the book on the lazy pages of `dumped`; what their threads touch first is pushed first.
+    pub fn of(dumped: &[DumpedProcess]) -> Self {
+        let (pending, first) = owed(dumped);
+        Book::new(pending, &first.eager, &first.hot)
+    }
+
     /// Opens the book on everything owed; `eager` pages are pushed first, `hot` ones before most.
     pub fn new(pending: Pending, eager: &[Run], hot: &[Run]) -> Self {
         let counts = SentCounts {
@@ -186,6 +222,11 @@ impl Book {
     /// Pages neither sent nor withheld.
     pub fn owed(&self) -> u64 {
         self.lock().pending.owed()
+    }
+
+    /// What became of one lazy page.
+    pub fn state_of(&self, pid: ImagePid, page: PageIndex) -> PageState {
+        self.lock().pending.state_of(pid, page)
     }
 
     /// What the destination must have counted too.

@@ -5,16 +5,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::images::{DumpedProcess, ImagePid, ReadImagesError, read_processes};
-use common::limits::MAX_EAGER_PAGES;
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::adopt::{Adopted, Left};
-use crate::book::Book;
+use crate::book::{Book, FirstPages, owed};
 use crate::freeze::{FreezeError, FreezePlan, Frozen};
 use crate::memory::{FrozenProcesses, MemoryError, PageSource};
-use crate::pending::{Pending, Run};
-use crate::skeleton::{eager_runs, hot_runs};
+use crate::pending::Pending;
 use crate::workload::Workload;
 
 /// A frozen workload that can be served.
@@ -120,12 +118,6 @@ impl FrozenWorkload {
     }
 }
 
-/// Which pages come before others.
-struct FirstPages {
-    eager: Vec<Run>,
-    hot: Vec<Run>,
-}
-
 /// Opens the memory of a frozen workload; returns what is owed of it, and which pages come first.
 fn open(
     images: &Path,
@@ -134,27 +126,11 @@ fn open(
     let dumped = read_processes(images)?;
     let pids = workload.by_image_pid();
     let source = FrozenProcesses::open(located(&dumped, &pids)?)?;
-    let mut pages = 0;
-    let within_limit = |run: &Run| {
-        pages += run.pages.count;
-        pages <= MAX_EAGER_PAGES
-    };
-    let eager: Vec<_> = dumped
-        .iter()
-        .flat_map(eager_runs)
-        .take_while(within_limit)
-        .collect();
-    let hot = hot_runs(&dumped);
-    let pending = Pending::new(
-        dumped
-            .into_iter()
-            .map(|process| (process.pid, process.lazy)),
-    );
-    let first = FirstPages { eager, hot };
+    let (pending, first) = owed(&dumped);
     Ok((source, pending, first))
 }
 
-fn located(
+pub(crate) fn located(
     dumped: &[DumpedProcess],
     pids: &HashMap<ImagePid, Pid>,
 ) -> Result<Vec<(ImagePid, Pid)>, TakeError> {

@@ -43,6 +43,17 @@ pub enum PendingError {
     Withheld(ImagePid, PageRange),
 }
 
+/// What became of one lazy page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageState {
+    /// Neither sent nor withheld.
+    Owed,
+    /// Sent, as far as is known without loss.
+    Sent,
+    /// Never to be sent.
+    Withheld,
+}
+
 /// Pages to send: one run of one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
@@ -105,6 +116,18 @@ impl Pending {
     /// Pages neither sent nor withheld.
     pub fn owed(&self) -> u64 {
         self.sum(|process| process.lazy.slots() - process.sent.count() - process.withheld.count())
+    }
+
+    /// What became of one lazy page. Panics when it is none.
+    pub fn state_of(&self, pid: ImagePid, page: PageIndex) -> PageState {
+        let process = &self.processes[&pid];
+        let slot = process.lazy.slot(page).expect("a lazy page");
+        match (process.sent.contains(slot), process.withheld.contains(slot)) {
+            (false, false) => PageState::Owed,
+            (true, false) => PageState::Sent,
+            (false, true) => PageState::Withheld,
+            (true, true) => unreachable!("page {page:?} of {pid} was sent although withheld"),
+        }
     }
 
     fn sum(&self, count: impl Fn(&Process) -> usize) -> u64 {

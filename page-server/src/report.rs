@@ -32,6 +32,8 @@ pub struct Record {
     pub cutover_us: u64,
     /// What was sent.
     pub pages: SentCounts,
+    /// Bytes of the skeleton: CRIU's images, with all memory that cannot be lazy (shared, locked, changed file pages).
+    pub skeleton_bytes: u64,
     /// How pushed pages were carried.
     pub push: Saved,
     /// Bytes of UDP payload.
@@ -65,6 +67,7 @@ impl Default for Record {
             resumed_at_unix_us: 0,
             cutover_us: 0,
             pages: SentCounts::default(),
+            skeleton_bytes: 0,
             push: Saved::default(),
             wire_bytes: WireBytes::default(),
             total_us: 0,
@@ -87,11 +90,14 @@ impl Record {
         }
     }
 
-    /// Writes the record as one line.
-    pub fn write(&self, path: &Path) -> io::Result<()> {
-        let mut line = serde_json::to_string(self)?;
-        line.push('\n');
-        fs::write(path, line)
+    /// Writes records, each as one line.
+    pub fn write_all(records: &[Self], path: &Path) -> io::Result<()> {
+        let mut lines = String::new();
+        for record in records {
+            lines.push_str(&serde_json::to_string(record)?);
+            lines.push('\n');
+        }
+        fs::write(path, lines)
     }
 }
 

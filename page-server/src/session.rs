@@ -8,6 +8,7 @@ mod postcopy;
 mod resume;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::criu::Criu;
@@ -24,6 +25,8 @@ use tokio::time::sleep;
 
 use crate::compression::Mode;
 use crate::destination::{self, Destination, abort, unexpected};
+use crate::engine::Engine;
+use crate::files::Files;
 use crate::framer::Form;
 use crate::freeze::{FreezeError, FreezePlan};
 use crate::frozen::FrozenWorkload;
@@ -31,12 +34,15 @@ use crate::guard::note_session;
 use crate::listen::{Listen, ListenPlan};
 use crate::push::Push;
 use crate::report::{Record, WireBytes};
+use crate::skeleton;
 use crate::transfer::Transfer;
 use crate::workload::Workload;
 
 /// Everything the operator decided.
 #[derive(Clone, Debug)]
 pub struct ServePlan {
+    /// Who freezes.
+    pub engine: Engine,
     /// Whom to move.
     pub workload: Workload,
     /// How to listen.
@@ -55,6 +61,8 @@ pub struct ServePlan {
     pub token: Option<Secret>,
     /// Whether to compress pushed pages.
     pub compress: Mode,
+    /// Files that move along.
+    pub files: Arc<Files>,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Command for when the workload is frozen and its skeleton complete.
@@ -110,6 +118,7 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
     migration.conclude(result)
 }
 
+pub(crate) use self::postcopy::settle;
 pub use self::resume::resume;
 
 struct Migration<'a> {
@@ -141,14 +150,15 @@ impl Migration<'_> {
         let result = self.migrate(listen, &mut destination).await;
         self.record.wire_bytes = WireBytes::of(destination.control.connection(), &destination.bulk);
         match &result {
-            Err(error) if error.failure != Failure::Peer => {
+            // Also to a destination that broke the protocol: its operator is to learn why.
+            Err(error) => {
                 let abort = abort(error.state, &error.text);
                 destination
                     .control
                     .farewell(&ToDestination::Abort(abort))
                     .await;
             }
-            _ => destination.control.close().await,
+            Ok(()) => destination.control.close().await,
         }
         result
     }
@@ -158,7 +168,16 @@ impl Migration<'_> {
         listen: &mut Listen,
         destination: &mut Destination,
     ) -> Result<(), SessionError> {
+        let bulk = destination.bulk.clone();
+        let _files = self.plan.files.serve(bulk, listen.bulk.thread.handle());
         self.advise(destination).await?;
+        if let Some(path) = self.plan.files.unasked() {
+            let text = format!(
+                "the destination did not ask for the files in {0}; give lazy-restorer --sync {0}, or leave it out here",
+                path.display()
+            );
+            return Err(self.fail(Failure::Refused, text));
+        }
         self.advance(Event::Ready)?;
         let mut workload = self.freeze(destination).await?;
         let remembered = self.remember(listen, destination, &mut workload);
@@ -232,11 +251,16 @@ impl Migration<'_> {
     }
 
     async fn advise(&mut self, destination: &mut Destination) -> Result<(), SessionError> {
-        let facts = self.plan.workload.facts(
+        let mut facts = self.plan.workload.facts(
             self.plan.criu.version(),
             self.plan.tcp_established,
             self.plan.shell_job,
         );
+        if let Engine::Runc(container) = &self.plan.engine {
+            let checked = container.check();
+            checked.map_err(|error| self.fail(Failure::Freeze, error))?;
+            facts.container = Some(Box::new(container.facts().clone()));
+        }
         let advise = ToDestination::Advise(facts);
         destination.send(self.state(), &advise).await?;
         self.expect(destination, ToSource::Ready).await
@@ -252,6 +276,7 @@ impl Migration<'_> {
         let directory = host::staging_directory(self.plan.work_dir.as_deref())
             .map_err(|error| self.fail(Failure::Freeze, format!("no place for images: {error}")))?;
         let plan = FreezePlan {
+            engine: self.plan.engine.clone(),
             criu: self.plan.criu.clone(),
             workload: self.plan.workload.clone(),
             directory: directory.path().to_owned(),
@@ -265,6 +290,7 @@ impl Migration<'_> {
             .map_err(|error| self.fail(Failure::Freeze, error))?;
         if let Some(frozen) = workload.ours() {
             self.record.frozen_at_unix_us = unix_us(frozen.frozen_at());
+            self.record.skeleton_bytes = skeleton::bytes(&frozen.plan().images());
         }
         Ok(workload)
     }
@@ -422,7 +448,7 @@ async fn lost(workload: &mut FrozenWorkload) -> FreezeError {
 }
 
 /// The error for a destination that does not come in time; without a limit it never comes to that.
-async fn too_late(limit: Option<Duration>) -> SessionError {
+pub(crate) async fn too_late(limit: Option<Duration>) -> SessionError {
     let Some(limit) = limit else {
         return std::future::pending().await;
     };
@@ -434,6 +460,6 @@ async fn too_late(limit: Option<Duration>) -> SessionError {
     SessionError::new(Failure::Connection, State::Hello, text)
 }
 
-fn interrupted(state: State, signal: &str) -> SessionError {
+pub(crate) fn interrupted(state: State, signal: &str) -> SessionError {
     SessionError::new(Failure::Interrupted, state, format!("stopped by {signal}"))
 }

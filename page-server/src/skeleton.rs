@@ -110,6 +110,14 @@ pub fn files(images: &Path) -> Result<Vec<SkeletonName>, SkeletonError> {
     Ok(names)
 }
 
+/// Bytes of all files of a skeleton.
+pub fn bytes(images: &Path) -> u64 {
+    let entries = fs::read_dir(images).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| Some(entry.metadata().ok()?.len()))
+        .sum()
+}
+
 /// Sends all files, then the end mark.
 pub async fn send(stream: &mut SendStream, images: &Path) -> Result<(), SkeletonError> {
     let names = files(images)?;

@@ -23,6 +23,8 @@ pub enum Need {
     Namespaces,
     /// A CRIU.
     Criu,
+    /// PostgreSQL's server.
+    Postgres,
     /// A program on `PATH`.
     Program(&'static str),
     /// That somebody asked for tests that take minutes, with `POSTCOPY_SOAK`.
@@ -36,6 +38,14 @@ pub const LONG_MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu, Need::Time];
 /// What a migration of redis needs.
 pub const REDIS_MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu, Need::Program("redis-server")];
 
+/// What a migration of a container with redis needs.
+pub const CONTAINER_MIGRATION: &[Need] = &[
+    Need::Namespaces,
+    Need::Criu,
+    Need::Program("runc"),
+    Need::Program("redis-server"),
+];
+
 impl Need {
     /// Why the machine does not meet the need.
     fn is_missing(self) -> Option<String> {
@@ -45,6 +55,10 @@ impl Need {
                 .into_iter()
                 .find_map(missing_program),
             Self::Criu => binaries::criu().err().map(|error| error.to_string()),
+            Self::Postgres if crate::postgres::programs().is_none() => {
+                Some("PostgreSQL is not installed".to_owned())
+            }
+            Self::Postgres => missing_program("cc"),
             Self::Program(program) => missing_program(program),
             Self::Time => std::env::var_os("POSTCOPY_SOAK")
                 .is_none()

@@ -25,6 +25,8 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 /// How the two programs are to be started; every field may be changed before they are.
 #[derive(Debug, Clone)]
 pub struct PairPlan {
+    /// Options that name what moves; without them it is the process given to [`Self::start_server`].
+    pub subject: Option<Vec<OsString>>,
     /// Options of `page-server serve` besides the necessary ones.
     pub server: Vec<OsString>,
     /// Options of `lazy-restorer restore` besides the necessary ones.
@@ -33,6 +35,8 @@ pub struct PairPlan {
     pub source_seen_at: Option<Ipv4Addr>,
     /// The environment of `lazy-restorer`.
     pub restorer_env: Vec<(String, String)>,
+    /// Directories that `lazy-restorer` sees in the place of others: what is there, and where.
+    pub destination_mounts: Vec<(PathBuf, PathBuf)>,
     /// CRIU on the source.
     pub source_criu: PathBuf,
     /// CRIU on the destination.
@@ -57,10 +61,12 @@ impl PairPlan {
         let criu = binaries::criu()?;
         let service = rig.service;
         Ok(Self {
+            subject: None,
             server: vec!["--tcp-established".into()],
             restorer: vec!["--pidns".into()],
             source_seen_at: None,
             restorer_env: Vec::new(),
+            destination_mounts: Vec::new(),
             source_criu: criu.clone(),
             destination_criu: criu,
             identities: Identities::make(&rig.make_folder("identities")?)?,
@@ -83,7 +89,11 @@ impl PairPlan {
     pub fn spawn_server(&self, rig: &Rig, pid: Pid) -> Result<Side> {
         let files = SideFiles::make(rig, "page-server")?;
         let mut command = rig.source.command(binaries::program("page-server")?);
-        command.args(["serve", "--pid", &pid.to_string()]);
+        command.arg("serve");
+        match &self.subject {
+            Some(subject) => command.args(subject),
+            None => command.args(["--pid", &pid.to_string()]),
+        };
         command.args(["--listen", &format!("{}:{PORT}", rig.source.address())]);
         command.arg("--identity").arg(&self.identities.source);
         command.arg("--criu").arg(&self.source_criu);
@@ -114,10 +124,28 @@ impl PairPlan {
         Ok(side)
     }
 
+    /// `lazy-restorer` on the destination, in a mount namespace of its own when it is to see other directories.
+    fn restorer_command(&self, rig: &Rig) -> Result<std::process::Command> {
+        let program = binaries::program("lazy-restorer")?;
+        if self.destination_mounts.is_empty() {
+            return Ok(rig.destination.command(program));
+        }
+        let mut script = String::from("set -e; ");
+        for (there, path) in &self.destination_mounts {
+            script += &format!("mount --bind '{}' '{}'; ", there.display(), path.display());
+        }
+        script += "exec \"$@\"";
+        let mut command = rig.destination.command("unshare");
+        command
+            .args(["--mount", "sh", "-c", &script, "sh"])
+            .arg(program);
+        Ok(command)
+    }
+
     /// Starts `lazy-restorer`.
     pub fn start_restorer(&self, rig: &Rig) -> Result<Side> {
         let files = SideFiles::make(rig, "lazy-restorer")?;
-        let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
+        let mut command = self.restorer_command(rig)?;
         let source = self.source_seen_at.unwrap_or(rig.source.address());
         command.args(["restore", "--from", &format!("{source}:{PORT}")]);
         command.arg("--identity").arg(&self.identities.destination);

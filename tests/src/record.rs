@@ -113,6 +113,8 @@ pub struct Record {
     pub cutover_us: u64,
     /// Pages by fate.
     pub pages: Pages,
+    /// Bytes of the skeleton, with everything that is not lazy in it.
+    pub skeleton_bytes: u64,
     /// How pushed pages were carried.
     pub push: Pushed,
     /// Bytes on the wire.

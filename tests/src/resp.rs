@@ -64,6 +64,19 @@ impl Connection {
         Ok(())
     }
 
+    /// Sends the first half of everything queued and returns the second.
+    pub fn send_half(&mut self) -> Result<Vec<u8>> {
+        let rest = self.request.split_off(self.request.len() / 2);
+        self.flush()?;
+        Ok(rest)
+    }
+
+    /// Sends bytes as they are.
+    pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
+        let sent = self.writer.write_all(bytes);
+        sent.context("the connection to redis broke while sending")
+    }
+
     /// Sends one command and returns its reply.
     pub fn call(&mut self, words: &[&[u8]]) -> Result<Reply> {
         self.queue(words);

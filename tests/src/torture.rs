@@ -121,10 +121,12 @@ impl Torture {
     /// between is no second workload at the same time.
     pub fn wait_for_original(&self, more: u64) -> Result<()> {
         let pulse = &self.board.pulse;
-        pulse.foreign_ticks.store(0, Ordering::Relaxed);
+        let ticks = pulse.ticks.load(Ordering::Relaxed);
         wait_until(PATIENCE, "the original's heart to beat", || {
-            pulse.foreign_ticks.swap(0, Ordering::Relaxed) != 0
+            pulse.ticks.load(Ordering::Relaxed) > ticks + 1
         })?;
+        // The first beat counted those of the copy.
+        pulse.foreign_ticks.store(0, Ordering::Relaxed);
         self.wait_for_rounds(more)
     }
 

@@ -94,7 +94,9 @@ fn the_original_is_thawed_by_force(rig: &Rig) -> Result<()> {
     ensure!(task::is_frozen(torture.pid()), "the original runs");
     let copy = restorer.restored_pid()?;
     let home = task::parent(copy).unwrap_or(copy);
-    restorer.process.kill();
+    // First of all: a copy that ends under a lazy-restorer has done its work.
+    kill(restorer.process.pid(), Signal::SIGKILL)?;
+    restorer.end()?;
     kill(home, Signal::SIGKILL)?;
     wait_until(PATIENCE, "the copy to end", || !task::is_alive(copy))?;
     thaw(&["--i-know-the-copy-is-dead"])?;

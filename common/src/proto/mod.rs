@@ -10,6 +10,7 @@ pub mod bulk;
 pub mod control;
 pub mod credit;
 pub mod demand;
+pub mod files;
 pub mod packed;
 pub mod pages;
 pub mod skeleton_name;

@@ -1,0 +1,25 @@
+//! Files of the workload: requests at the beginning of their own streams on the bulk connection.
+
+use serde::{Deserialize, Serialize};
+
+/// What the destination asks for; one request a stream, in the format of the control stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FilesRequest {
+    /// An `rsync` that sends the tree at `path`. `arguments` are those its other end asks for; the rest of the stream
+    /// is rsync's own protocol.
+    Rsync {
+        /// The tree.
+        path: String,
+        /// What follows `rsync` on its command line.
+        arguments: Vec<String>,
+    },
+    /// The files below `path` that the workload has mapped shared and writable: [`MappedFiles`] is the answer.
+    Mapped {
+        /// The tree.
+        path: String,
+    },
+}
+
+/// Paths relative to the tree, which the kernel need not have marked as changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MappedFiles(pub Vec<String>);

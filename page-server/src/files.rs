@@ -1,0 +1,302 @@
+//! Sends the workload's files by `rsync`, at the destination's wish, over streams of the bulk connection.
+//!
+//! The destination's rsync says with which arguments ours has to run. They are data of a peer: only a closed set is
+//! passed on, without a shell, and only the trees that the operator named are sent.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use common::proto::files::{FilesRequest, MappedFiles};
+use common::proto::stream;
+use nix::unistd::{Pid, syncfs};
+use procfs::process::{MMPermissions, MMapPath, Process};
+use quinn::{Connection, RecvStream, SendStream};
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+use tokio::runtime::Handle;
+use tokio::task::{JoinHandle, JoinSet};
+
+use crate::workload::tree_pids;
+
+/// Letters that may be among the short options of a sending rsync. Missing is `s`, which reads more options from the
+/// stream.
+const SHORT_OPTIONS: &str = "lHogDtpAXrRSIWvz";
+/// Long options of a sending rsync that may be passed on.
+const LONG_OPTIONS: &[&str] = &[
+    "--server",
+    "--sender",
+    "--numeric-ids",
+    "--files-from=-",
+    "--from0",
+];
+/// Bytes of an argument: all of ours are shorter.
+const MAX_ARGUMENT_BYTES: usize = 64;
+
+/// Why the files of a tree cannot be sent.
+#[derive(Debug, thiserror::Error)]
+pub enum FilesError {
+    /// The operator's path.
+    #[error("--sync {0}: give the absolute path of a directory below /, without `..`")]
+    Path(PathBuf),
+    /// The peer's.
+    #[error("the destination asks for {0:?}, which --sync does not name here")]
+    NotOffered(String),
+    /// An argument outside the set.
+    #[error("the destination asks for rsync with {0:?}")]
+    Argument(String),
+    /// The stream.
+    #[error(transparent)]
+    Proto(#[from] common::proto::ProtoError),
+    /// A program or file.
+    #[error("rsync: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Trees that may be sent, and which of them were.
+#[derive(Debug, Default)]
+pub struct Files {
+    root: Option<Pid>,
+    paths: Vec<PathBuf>,
+    sent: Mutex<BTreeSet<PathBuf>>,
+}
+
+/// Serves requests for files until it is dropped.
+#[derive(Debug)]
+pub struct Serving(JoinHandle<()>);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Files {
+    /// Offers the trees at `paths`, files of the workload under `root`.
+    pub fn offer(root: Pid, paths: &[PathBuf]) -> Result<Arc<Self>, FilesError> {
+        for path in paths {
+            let plain = path
+                .components()
+                .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+            if !plain || !path.is_absolute() || path.parent().is_none() || !path.is_dir() {
+                return Err(FilesError::Path(path.clone()));
+            }
+        }
+        Ok(Arc::new(Files {
+            root: Some(root),
+            paths: paths.to_vec(),
+            sent: Mutex::default(),
+        }))
+    }
+
+    /// The first tree nobody asked for: a destination that does not know of it would miss its files.
+    pub fn unasked(&self) -> Option<PathBuf> {
+        let sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        self.paths
+            .iter()
+            .find(|path| !sent.contains(*path))
+            .cloned()
+    }
+
+    /// Serves requests on `bulk`, on the thread of `thread`.
+    pub fn serve(self: &Arc<Self>, bulk: Connection, thread: &Handle) -> Serving {
+        let files = self.clone();
+        Serving(thread.spawn(async move {
+            let mut requests = JoinSet::new();
+            while let Ok((send, receive)) = bulk.accept_bi().await {
+                let files = files.clone();
+                requests.spawn(async move {
+                    if let Err(error) = files.answer(send, receive).await {
+                        tracing::warn!(%error, "files");
+                    }
+                });
+                while requests.try_join_next().is_some() {}
+            }
+        }))
+    }
+
+    async fn answer(
+        &self,
+        mut send: SendStream,
+        mut receive: RecvStream,
+    ) -> Result<(), FilesError> {
+        match stream::receive(&mut receive).await? {
+            FilesRequest::Mapped { path } => {
+                let path = self.offered(&path)?;
+                let mapped = self.root.map(|root| mapped_files(root, path));
+                stream::send(&mut send, &mapped.unwrap_or_default()).await?;
+            }
+            FilesRequest::Rsync { path, arguments } => {
+                let path = self.offered(&path)?;
+                let command = command(path, &arguments)?;
+                // What was stored through a mapping and is not written back is not marked as changed either.
+                syncfs(File::open(path)?).map_err(io::Error::from)?;
+                relay(command, send, receive).await?;
+                let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+                sent.insert(path.to_owned());
+            }
+        }
+        Ok(())
+    }
+
+    fn offered(&self, path: &str) -> Result<&Path, FilesError> {
+        let offered = self
+            .paths
+            .iter()
+            .find(|offered| **offered == Path::new(path));
+        offered
+            .map(PathBuf::as_path)
+            .ok_or_else(|| FilesError::NotOffered(path.to_owned()))
+    }
+}
+
+/// The sending rsync, when `arguments` are all of the closed set.
+fn command(path: &Path, arguments: &[String]) -> Result<Command, FilesError> {
+    let tree = format!("{}/", path.display());
+    for argument in arguments {
+        let known =
+            LONG_OPTIONS.contains(&argument.as_str()) || argument == "." || *argument == tree;
+        if !known && !are_short_options(argument) {
+            return Err(FilesError::Argument(argument.clone()));
+        }
+    }
+    let is_sender =
+        ["--server", "--sender"].map(String::from) == arguments[..arguments.len().min(2)];
+    if !is_sender || arguments.last() != Some(&tree) {
+        return Err(FilesError::Argument(arguments.join(" ")));
+    }
+    let mut command = Command::new("rsync");
+    command
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true);
+    Ok(command)
+}
+
+/// Whether an argument is a word of known short options, and after `e.` what the other rsync is capable of.
+fn are_short_options(argument: &str) -> bool {
+    let Some(word) = argument.strip_prefix('-') else {
+        return false;
+    };
+    let (options, capabilities) = word.split_once("e.").unwrap_or((word, ""));
+    argument.len() <= MAX_ARGUMENT_BYTES
+        && !options.is_empty()
+        && options.chars().all(|option| SHORT_OPTIONS.contains(option))
+        && capabilities
+            .chars()
+            .all(|letter| letter.is_ascii_alphanumeric() || letter == '.')
+}
+
+async fn relay(
+    mut command: Command,
+    mut send: SendStream,
+    mut receive: RecvStream,
+) -> Result<(), FilesError> {
+    let mut child = command.spawn()?;
+    let (Some(mut stdin), Some(mut stdout)) = (child.stdin.take(), child.stdout.take()) else {
+        return Err(io::Error::other("it has no pipes").into());
+    };
+    let there = async {
+        let copied = tokio::io::copy(&mut receive, &mut stdin).await;
+        drop(stdin);
+        copied
+    };
+    let back = async {
+        let copied = tokio::io::copy(&mut stdout, &mut send).await;
+        send.shutdown().await?;
+        copied
+    };
+    let (_, sent) = tokio::join!(there, back);
+    sent?;
+    let status = child.wait().await?;
+    // 24: a file vanished while it was read. The destination's end judges that.
+    match status.code() {
+        Some(0 | 24) => Ok(()),
+        _ => Err(io::Error::other(format!("the sender ended with {status}")).into()),
+    }
+}
+
+/// Files below `path` that the tree of `root` has mapped shared and writable.
+fn mapped_files(root: Pid, path: &Path) -> MappedFiles {
+    let processes = tree_pids(root);
+    let mut files = BTreeSet::new();
+    for process in processes {
+        let maps = Process::new(process.as_raw()).and_then(|process| process.maps());
+        for map in maps.into_iter().flatten() {
+            let changes = MMPermissions::SHARED | MMPermissions::WRITE;
+            let MMapPath::Path(file) = map.pathname else {
+                continue;
+            };
+            if map.perms.contains(changes)
+                && fs::metadata(&file).is_ok_and(|file| file.is_file())
+                && let Ok(relative) = file.strip_prefix(path)
+            {
+                files.insert(relative.to_string_lossy().into_owned());
+            }
+        }
+    }
+    MappedFiles(files.into_iter().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arguments(words: &str) -> Vec<String> {
+        words.split(' ').map(String::from).collect()
+    }
+
+    #[test]
+    fn what_rsync_asks_for_is_passed_on() {
+        for words in [
+            "--server --sender -lHogDtpAXrSe.iLsfxCIvu --numeric-ids . /srv/tree/",
+            "--server --sender -lHogDtpAXIRSe.LsfxCIvu --numeric-ids --files-from=- --from0 . /srv/tree/",
+        ] {
+            let result = command(Path::new("/srv/tree"), &arguments(words));
+            assert!(result.is_ok(), "{words}: {result:?}");
+        }
+    }
+
+    #[test]
+    fn everything_else_is_refused() {
+        for words in [
+            "--server -lHogDtpAXrSe.iLsfxCIvu . /srv/tree/",
+            "--server --sender -lHogDtpAXrSe.iLsfxCIvu . /etc/",
+            "--server --sender -lHogDtpAXrSe.iLsfxCIvu . /srv/tree/../../etc/",
+            "--server --sender -s . /srv/tree/",
+            "--server --sender -lse.iL . /srv/tree/",
+            "--server --sender --files-from=/etc/shadow . /srv/tree/",
+            "--server --sender --log-file=/etc/passwd . /srv/tree/",
+            "--server --sender --remove-source-files . /srv/tree/",
+            "--server --sender . /srv/tree/ /etc/",
+            "--server --sender . /etc/ /srv/tree/",
+            "--daemon --sender . /srv/tree/",
+            "",
+        ] {
+            let result = command(Path::new("/srv/tree"), &arguments(words));
+            assert!(result.is_err(), "{words}");
+        }
+    }
+
+    #[test]
+    fn only_plain_directories_are_offered() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let offer = |path: &Path| Files::offer(Pid::this(), &[path.to_owned()]);
+        let files = offer(directory.path()).expect("a directory");
+        assert_eq!(files.unasked().as_deref(), Some(directory.path()));
+        for path in [
+            "/",
+            "relative",
+            "/nonexistent",
+            "/tmp/../etc",
+            "/etc/passwd",
+        ] {
+            assert!(offer(Path::new(path)).is_err(), "{path}");
+        }
+    }
+}

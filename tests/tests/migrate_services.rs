@@ -1,0 +1,115 @@
+//! Trees and runtimes people have: each moves under its own clients.
+
+use std::process::ExitCode;
+
+use anyhow::{Result, ensure};
+use tests::crowd::Crowd;
+use tests::harness::{self, Need, Test};
+use tests::leftovers::assert_moved;
+use tests::pair::PairPlan;
+use tests::postgres::{self, Client, Postgres};
+use tests::random::seed_of_this_run;
+use tests::redis;
+use tests::rig::Rig;
+use tests::runtimes::{Language, Server};
+use tests::task;
+
+/// Connections to each server.
+const CONNECTIONS: usize = 24;
+/// Sessions of PostgreSQL: a process each.
+const SESSIONS: usize = 4;
+/// Rows of its table.
+const ROWS: usize = 20_000;
+
+fn main() -> ExitCode {
+    let needs = |program: &'static [Need]| program;
+    harness::main([
+        Test {
+            name: "python_with_forked_workers",
+            needs: needs(&[Need::Namespaces, Need::Criu, Need::Program("python3")]),
+            body: |rig| moves(rig, Language::Python),
+        },
+        Test {
+            name: "node",
+            needs: needs(&[Need::Namespaces, Need::Criu, Need::Program("node")]),
+            body: |rig| moves(rig, Language::Node),
+        },
+        Test {
+            name: "a_java_virtual_machine",
+            needs: needs(&[Need::Namespaces, Need::Criu, Need::Program("javac")]),
+            body: |rig| moves(rig, Language::Java),
+        },
+        Test {
+            name: "postgres_with_its_children",
+            needs: needs(&[Need::Namespaces, Need::Criu, Need::Postgres]),
+            body: postgres_with_its_children,
+        },
+    ])
+}
+
+fn moves(rig: &Rig, language: Language) -> Result<()> {
+    let server = Server::start(rig, language)?;
+    let address = rig.service.port(redis::PORT);
+    let crowd = Crowd::start(
+        rig.client.namespace(),
+        address,
+        CONNECTIONS,
+        seed_of_this_run(),
+    )?;
+    let migration = PairPlan::new(rig)?.migrate(rig, server.pid())?;
+    crowd.wait_for_rounds(20)?;
+    let report = crowd.end()?;
+    println!(
+        "{language:?}: {} replies, longest stall {} ms, frozen for {} ms",
+        report.replies,
+        report.longest_stall.as_millis(),
+        migration.source.cutover_us / 1000
+    );
+    assert_moved(rig, migration.pid)
+}
+
+fn postgres_with_its_children(rig: &Rig) -> Result<()> {
+    let postgres = Postgres::start(rig)?;
+    let address = rig.service.port(postgres::PORT);
+    let mut sessions = Vec::new();
+    for _ in 0..SESSIONS {
+        sessions.push(Client::connect(rig.client.namespace(), address)?);
+    }
+    let made =
+        format!("create table t as select i, md5(i::text) as d from generate_series(1, {ROWS}) i");
+    sessions[0].query(&made)?;
+    let mut expected = Vec::new();
+    for session in &mut sessions {
+        // A transaction that is open while the tree moves, with a cursor halfway through its rows.
+        session.query("begin")?;
+        session.query("declare c cursor for select d from t order by i")?;
+        expected = session.query(&format!("fetch {} from c", ROWS / 2))?;
+        session.query("select pg_advisory_lock_shared(7)")?;
+    }
+    let processes = task::descendants(postgres.pid()).len();
+    ensure!(processes > SESSIONS, "only {processes} children");
+    let migration = PairPlan::new(rig)?.migrate(rig, postgres.pid())?;
+    ensure!(expected.len() == ROWS / 2, "{} rows", expected.len());
+    for session in &mut sessions {
+        let rest = session.query("fetch all from c")?;
+        ensure!(rest.len() == ROWS / 2, "{} rows after the move", rest.len());
+        session.query("commit")?;
+        let sum = "select md5(string_agg(d, '' order by i)) = \
+                   (select md5(string_agg(md5(i::text), '' order by i)) from generate_series(1, 20000) i) from t";
+        let is_right = session.query(sum)?;
+        ensure!(is_right == ["t"], "the table is damaged: {is_right:?}");
+        let locks = "select count(*) from pg_locks where locktype = 'advisory'";
+        let locks = session.query(locks)?;
+        ensure!(locks == [SESSIONS.to_string()], "locks: {locks:?}");
+    }
+    // The postmaster lives and makes new children.
+    let mut late = Client::connect(rig.client.namespace(), address)?;
+    let rows = late.query("select count(*) from t")?;
+    ensure!(rows == [ROWS.to_string()], "{rows:?}");
+    println!(
+        "postgres: {processes} children, frozen for {} ms, {} bytes of skeleton",
+        migration.source.cutover_us / 1000,
+        migration.source.skeleton_bytes
+    );
+    assert_moved(rig, migration.pid)
+}
