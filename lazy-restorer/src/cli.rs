@@ -4,6 +4,7 @@ use std::env;
 use std::ffi::OsString;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use common::container::{ContainerError, Runtime};
@@ -21,7 +22,9 @@ use crate::engine::{Container, Engine};
 use crate::external::ExternalPlan;
 use crate::files::Files;
 use crate::ready::Ready;
+use crate::rehearsal::RehearsalPlan;
 use crate::session::MigratePlan;
+use crate::touches::Touches;
 
 /// For tests of the negotiation only: versions to offer instead of our own, separated by commas.
 const VERSIONS_VARIABLE: &str = "POSTCOPY_OFFER_VERSIONS";
@@ -149,6 +152,21 @@ pub struct Restore {
     /// For measurements: fetch nothing but what the workload touches
     #[arg(long, hide = true)]
     no_push: bool,
+    /// Record the order in which the workload first touches its memory to this file, for --replay; for a while nothing
+    /// is pushed then, so the workload is slower
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+    /// How long --record keeps the source from pushing, from the moment the workload runs here
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 10,
+        requires = "record"
+    )]
+    record_for: u64,
+    /// Have pages pushed in the order that an earlier migration of the same workload recorded with --record
+    #[arg(long, value_name = "FILE")]
+    replay: Option<PathBuf>,
     /// Write the PID of the restored root process, as this host numbers it, to this file
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
@@ -294,6 +312,17 @@ impl Restore {
         Ok(Engine::Runc(Box::new(container)))
     }
 
+    fn rehearsal(&self) -> Result<RehearsalPlan, String> {
+        let read = |file: &PathBuf| {
+            Touches::read(file).map_err(|error| format!("--replay {}: {error}", file.display()))
+        };
+        Ok(RehearsalPlan {
+            record: self.record.clone(),
+            hold: Duration::from_secs(self.record_for),
+            replay: self.replay.as_ref().map(read).transpose()?,
+        })
+    }
+
     /// Checks everything that can be checked before the source is asked.
     pub fn plan(&self) -> Result<MigratePlan, SessionError> {
         let fail = |failure, error: &dyn std::fmt::Display| {
@@ -322,6 +351,9 @@ impl Restore {
             },
             push: !self.no_push,
             files: Files::new(&self.sync).map_err(|error| fail(Failure::BadInput, &error))?,
+            rehearsal: self
+                .rehearsal()
+                .map_err(|error| fail(Failure::BadInput, &error))?,
             work_dir: self.work_dir.clone(),
             pidfile: self.pidfile.clone(),
             before_restore: self.before_restore.clone(),

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 
 use crate::keeper::KeeperHand;
 use crate::memory::{Arrival, MemberKey, Memory, MemoryError, Order};
+use crate::rehearsal::Recorder;
 use crate::uffd::UserFault;
 
 /// Requests written with one call.
@@ -34,6 +35,9 @@ pub enum TransferError {
     /// Memory cannot be changed.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// No memory for a decompressor.
+    #[error("cannot decompress: {0}")]
+    Decompressor(std::io::Error),
     /// The keeper is gone.
     #[error("the process that holds the page fault descriptors is gone: {0}")]
     Keeper(std::io::Error),
@@ -69,6 +73,8 @@ pub struct Orders {
     pub links: mpsc::UnboundedReceiver<SendStream>,
     /// Holds every descriptor that is watched.
     pub keeper: KeeperHand,
+    /// Notes requests.
+    pub recorder: Option<Recorder>,
     /// Where watchers report.
     pub failures: mpsc::Sender<TransferError>,
 }
@@ -102,7 +108,14 @@ impl Orders {
         let mut requests = Vec::with_capacity(batch.len() * DEMAND_FRAME_BYTES);
         for order in batch.drain(..) {
             match order {
-                Order::Demand(frame) => requests.extend_from_slice(&DemandFrame::encode(frame)),
+                Order::Demand(frame) => {
+                    if let (Some(recorder), DemandFrame::Request(pid, pages)) =
+                        (&self.recorder, frame)
+                    {
+                        recorder.note(pid, pages);
+                    }
+                    requests.extend_from_slice(&DemandFrame::encode(frame));
+                }
                 Order::Watch(key, uffd) => self.watch(key, uffd, memory)?,
             }
         }

@@ -4,11 +4,14 @@
 //! whoever installs pages holds it across the check and the ioctl. So no page is installed that a removal already
 //! read has outlawed (`docs/architecture.md`, "The rule of one lock").
 
+pub mod descriptor;
 mod family;
 
 use std::collections::HashMap;
+use std::fmt;
+use std::ops::DerefMut;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::images::{DumpedVma, ImagePid};
 use common::lazy_map::LazyMap;
@@ -18,6 +21,7 @@ use common::proto::demand::DemandFrame;
 use common::proto::pages::DataHeader;
 use tokio::sync::{Notify, mpsc};
 
+use self::descriptor::{Descriptor, Lock};
 use self::family::LiveFamily;
 pub use self::family::{Arrival, MemoryError};
 use crate::blocktime::Blocktime;
@@ -26,11 +30,11 @@ use crate::uffd::UserFault;
 
 /// What the memory asks of the rest of the program.
 #[derive(Debug)]
-pub enum Order {
+pub enum Order<D = UserFault> {
     /// Send this to the source.
     Demand(DemandFrame),
     /// Watch this descriptor for events.
-    Watch(MemberKey, Arc<UserFault>),
+    Watch(MemberKey, Arc<D>),
 }
 
 /// Names one member of one family.
@@ -63,10 +67,9 @@ pub struct PresentMap {
 }
 
 /// The memory of all restored processes.
-#[derive(Debug)]
-pub struct Memory {
-    families: HashMap<ImagePid, Mutex<LiveFamily>>,
-    orders: mpsc::UnboundedSender<Order>,
+pub struct Memory<D: Descriptor = UserFault> {
+    families: HashMap<ImagePid, D::Lock<LiveFamily<D>>>,
+    orders: mpsc::UnboundedSender<Order<D>>,
     totals: Totals,
     restored: AtomicBool,
     /// Signalled when the last owed page has come, or the processes are restored.
@@ -103,14 +106,14 @@ pub struct PageCounts {
     pub removed: u64,
 }
 
-impl Memory {
+impl<D: Descriptor> Memory<D> {
     /// The memory of `images`, all of it owed. Orders come out of the returned receiver.
-    pub fn new(images: Vec<ProcessImage>) -> (Arc<Self>, mpsc::UnboundedReceiver<Order>) {
+    pub fn new(images: Vec<ProcessImage>) -> (Arc<Self>, mpsc::UnboundedReceiver<Order<D>>) {
         let (orders, receiver) = mpsc::unbounded_channel();
         let lazy = images.iter().map(|image| image.lazy.slots() as u64).sum();
         let families = images
             .into_iter()
-            .map(|image| (image.pid, Mutex::new(LiveFamily::new(image))))
+            .map(|image| (image.pid, Lock::new(LiveFamily::new(image))))
             .collect();
         let memory = Memory {
             families,
@@ -126,14 +129,12 @@ impl Memory {
         (Arc::new(memory), receiver)
     }
 
-    fn family(&self, pid: ImagePid) -> Option<MutexGuard<'_, LiveFamily>> {
-        let family = self.families.get(&pid)?;
-        // A panic while the lock was held is a bug of ours; the map is still the best there is to go on with.
-        Some(family.lock().unwrap_or_else(PoisonError::into_inner))
+    fn family(&self, pid: ImagePid) -> Option<impl DerefMut<Target = LiveFamily<D>>> {
+        Some(self.families.get(&pid)?.lock())
     }
 
     /// A process being restored handed its descriptor over. Until [`restored`](Self::restored) only faults are answered.
-    pub fn attach(&self, pid: ImagePid, uffd: UserFault) -> Result<MemberKey, MemoryError> {
+    pub fn attach(&self, pid: ImagePid, uffd: D) -> Result<MemberKey, MemoryError> {
         let mut family = self.family(pid).ok_or(MemoryError::UnknownProcess(pid))?;
         let key = family.attach(uffd, &self.sink())?;
         Ok(key)
@@ -186,12 +187,10 @@ impl Memory {
     /// The source confirms that it will not send pages the workload removed.
     pub fn withheld(&self, pid: ImagePid, pages: PageRange) -> Result<(), MemoryError> {
         let mut family = self.family(pid).ok_or(MemoryError::UnknownProcess(pid))?;
-        family.confirm_withheld(pages)?;
+        let new = family.confirm_withheld(pages)?;
         drop(family);
-        self.totals
-            .withheld
-            .fetch_add(pages.count, Ordering::Relaxed);
-        self.settle(pages.count);
+        self.totals.withheld.fetch_add(new, Ordering::Relaxed);
+        self.settle(new);
         Ok(())
     }
 
@@ -280,7 +279,7 @@ impl Memory {
         all
     }
 
-    fn sink(&self) -> Sink<'_> {
+    fn sink(&self) -> Sink<'_, D> {
         Sink {
             orders: &self.orders,
             zero_faults: &self.totals.zero_faults,
@@ -288,14 +287,21 @@ impl Memory {
     }
 }
 
+impl<D: Descriptor> fmt::Debug for Memory<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut memory = f.debug_struct("Memory");
+        memory.field("totals", &self.totals).finish_non_exhaustive()
+    }
+}
+
 /// Where a family's orders go.
-struct Sink<'a> {
-    orders: &'a mpsc::UnboundedSender<Order>,
+struct Sink<'a, D> {
+    orders: &'a mpsc::UnboundedSender<Order<D>>,
     zero_faults: &'a AtomicU64,
 }
 
-impl Sink<'_> {
-    fn order(&self, order: Order) {
+impl<D> Sink<'_, D> {
+    fn order(&self, order: Order<D>) {
         // The receiver lives until the session ends; orders after that have no one to matter to.
         let _ = self.orders.send(order);
     }

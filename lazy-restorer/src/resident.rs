@@ -19,6 +19,7 @@ use crate::handover::{self, Handover, HandoverError};
 use crate::keeper::Keeper;
 use crate::memory::{Memory, MemoryError};
 use crate::push;
+use crate::rehearsal::{Rehearsal, RehearsalPlan};
 use crate::restore::{Prepared, Restore, RestoreError};
 use crate::skeleton;
 
@@ -47,6 +48,7 @@ pub struct Resident {
     credits: Option<Credits>,
     /// End with the link they belong to.
     link_tasks: JoinSet<()>,
+    rehearsal: Rehearsal,
     root_image: Option<ImagePid>,
     root: Option<Pid>,
     _directory: TempDir,
@@ -98,12 +100,15 @@ impl Resident {
         bulk: (SendStream, RecvStream),
         threads: &Threads,
         keeper: Keeper,
+        rehearsal: &RehearsalPlan,
     ) -> Result<Self, ResidentError> {
         let plan = prepared.plan();
         fs::create_dir_all(plan.work())?;
         let processes = skeleton::processes(&plan.images())?;
         // Parents come before children.
         let root_image = processes.first().map(|process| process.pid);
+        let pids: Vec<ImagePid> = processes.iter().map(|process| process.pid).collect();
+        let rehearsal = Rehearsal::new(rehearsal, &pids);
         let (memory, orders) = Memory::new(processes);
         let handovers = handover::listen(&plan.work())?;
         let gate = Gate::bind(&plan.gate())?;
@@ -113,6 +118,7 @@ impl Resident {
             orders,
             links,
             keeper: keeper.hand()?,
+            recorder: rehearsal.recorder(),
             failures: report.clone(),
         };
         let carrying_out = reported(orders.carry_out(memory.clone()), &report);
@@ -139,6 +145,7 @@ impl Resident {
             requests,
             credits: Some(link.credits),
             link_tasks: link.tasks,
+            rehearsal,
             root_image,
             root: None,
             _directory: directory,
@@ -197,10 +204,22 @@ impl Resident {
     /// Lets the source push.
     pub fn begin_push(&mut self, source: &Source, threads: &Threads) {
         if let Some(credits) = self.credits.take() {
-            let giving = push::give_credit(credits.stream, source.bulk.clone(), credits.installed);
+            let prelude = self.rehearsal.prelude(source.welcome.version);
+            let connection = source.bulk.clone();
+            let giving = async move {
+                let stream = push::begin(credits.stream, prelude).await?;
+                push::give_credit(stream, connection, credits.installed).await
+            };
             self.link_tasks
                 .spawn_on(reported(giving, &self.report), threads.bulk.handle());
         }
+    }
+
+    /// Takes no more from the link that is lost: what has come by now is what the source is told.
+    pub async fn unlink(&mut self) {
+        self.link_tasks.shutdown().await;
+        // What its tasks did not report yet is of no interest any more.
+        while self.failures.try_recv().is_ok() {}
     }
 
     /// Goes on over a new link, after the source knows what is here.
@@ -209,9 +228,6 @@ impl Resident {
         source: &mut Source,
         threads: &Threads,
     ) -> Result<(), ResidentError> {
-        // What the old link's tasks did not report yet is of no interest any more.
-        self.link_tasks.shutdown().await;
-        while self.failures.try_recv().is_ok() {}
         let bulk = source.take_bulk_stream().ok_or(TransferError::Link)?;
         let link = Link::open(source, bulk, &self.memory, &self.report, threads).await?;
         self.link_tasks = link.tasks;
@@ -240,6 +256,7 @@ impl Resident {
 
     /// The memory is whole: nothing of ours is needed any more.
     pub fn let_go(self) {
+        self.rehearsal.finish();
         release(self.keeper);
     }
 }

@@ -19,6 +19,7 @@ use common::session_file::{DEFAULT_DIRECTORY, SessionFile, Standing, Store};
 use common::token;
 use nix::unistd::Pid;
 
+use crate::compression::Mode;
 use crate::engine::{Container, Engine};
 use crate::external::ExternalPlan;
 use crate::files::Files;
@@ -173,6 +174,9 @@ pub struct Serve {
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
+    /// Compress pushed pages: when it makes the push faster, always, or never
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
+    compress: Mode,
     /// Write a record of the migration to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -315,6 +319,7 @@ impl Resume {
             wait: None,
             token: None,
             files: Arc::default(),
+            compress: Mode::default(),
             work_dir: None,
             on_frozen: None,
             on_thawed: source.on_thawed.clone(),
@@ -395,6 +400,7 @@ impl Serve {
             wait: self.wait.map(Duration::from_secs),
             token,
             files,
+            compress: self.compress,
             work_dir: self.work_dir.clone(),
             on_frozen: self.on_frozen.clone(),
             on_thawed: self.on_thawed.clone(),

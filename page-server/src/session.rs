@@ -23,9 +23,11 @@ use common::session_file::{Kept, SessionFile, Side, SourceSide, Store, Task, boo
 use common::stop::StopSignal;
 use tokio::time::sleep;
 
+use crate::compression::Mode;
 use crate::destination::{self, Destination, abort, unexpected};
 use crate::engine::Engine;
 use crate::files::Files;
+use crate::framer::Form;
 use crate::freeze::{FreezeError, FreezePlan};
 use crate::frozen::FrozenWorkload;
 use crate::guard::note_session;
@@ -58,6 +60,8 @@ pub struct ServePlan {
     pub token: Option<Secret>,
     /// Files that move along.
     pub files: Arc<Files>,
+    /// Whether to compress pushed pages.
+    pub compress: Mode,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Command for when the workload is frozen and its skeleton complete.
@@ -380,7 +384,9 @@ impl Migration<'_> {
         let stream = destination
             .take_push()
             .ok_or_else(|| failed(&"the bulk stream is in use"))?;
-        let push = Push::new(stream, workload.source.clone(), workload.book.clone());
+        let (source, book) = (workload.source.clone(), workload.book.clone());
+        let form = self.form(destination, workload);
+        let push = Push::new(stream, source, book, form).map_err(|error| failed(&error))?;
         let images = workload.images();
         let sending = listen.bulk.thread.handle().spawn(async move {
             let push = push.skeleton(&images).await?;
@@ -403,6 +409,15 @@ impl Migration<'_> {
             }
             Ok(Err(error)) => Err(failed(&error)),
             Err(error) => Err(failed(&error)),
+        }
+    }
+
+    /// In which form pages are pushed to this destination.
+    fn form(&self, destination: &Destination, workload: &FrozenWorkload) -> Form {
+        Form {
+            compress: self.plan.compress,
+            version: destination.version,
+            related: workload.book.is_of_many(),
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread;
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use common::digest::{page_hash, zero_page_hash};
@@ -13,12 +13,12 @@ use common::page::{PAGE_SIZE, PageIndex, PageRange, page_in_buffer};
 use common::proto::demand::DemandFrame;
 use common::proto::pages::DataHeader;
 use nix::errno::Errno;
-use userfaultfd::EventBuffer;
 
+use super::descriptor::Descriptor;
 use super::{MemberKey, Order, PresentMap, ProcessImage, Sink};
 use crate::blocktime::Blocktime;
 use crate::resolver::{Family, Fault, Install, MemberId};
-use crate::uffd::{MemoryEvent, Progress, ReadError, Stop, UserFault};
+use crate::uffd::{MemoryEvent, Progress, ReadError, Stop};
 
 /// Bytes of pages kept for a process that is not restored yet.
 const MAX_EARLY_BYTES: usize = 64 << 20;
@@ -75,33 +75,33 @@ enum Content<'a> {
 }
 
 #[derive(Debug)]
-pub(super) struct LiveFamily {
+pub(super) struct LiveFamily<D: Descriptor> {
     family: Family,
     vmas: Vec<DumpedVma>,
     /// A task hands its descriptor over before its mappings are registered with it. Until all are, only pages that
     /// faulted can be installed, and that the kernel knows no mapping for a page means nothing.
     restored: bool,
     /// Descriptors of the members that live.
-    uffds: HashMap<MemberId, Arc<UserFault>>,
+    uffds: HashMap<MemberId, Arc<D>>,
     /// Frames that wait for `restored`.
     early: Vec<(DataHeader, Arc<[u8]>)>,
     early_bytes: usize,
     /// Slots that threads wait for, since when.
     waiting: HashMap<usize, Instant>,
     blocktime: Blocktime,
-    buffer: Events,
+    buffer: Events<D::Buffer>,
 }
 
 /// The buffer for uffd messages; it has nothing to show.
-struct Events(EventBuffer);
+struct Events<B>(B);
 
-impl std::fmt::Debug for Events {
+impl<B> std::fmt::Debug for Events<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Events")
     }
 }
 
-impl LiveFamily {
+impl<D: Descriptor> LiveFamily<D> {
     pub(super) fn new(image: ProcessImage) -> Self {
         LiveFamily {
             family: Family::new(image.pid, Arc::new(image.lazy)),
@@ -112,7 +112,7 @@ impl LiveFamily {
             early_bytes: 0,
             waiting: HashMap::new(),
             blocktime: Blocktime::default(),
-            buffer: Events(UserFault::event_buffer()),
+            buffer: Events(D::buffer()),
         }
     }
 
@@ -120,11 +120,7 @@ impl LiveFamily {
         &self.blocktime
     }
 
-    pub(super) fn attach(
-        &mut self,
-        uffd: UserFault,
-        sink: &Sink<'_>,
-    ) -> Result<MemberKey, MemoryError> {
+    pub(super) fn attach(&mut self, uffd: D, sink: &Sink<'_, D>) -> Result<MemberKey, MemoryError> {
         if !self.uffds.is_empty() {
             return Err(MemoryError::AttachedTwice(self.family.pid()));
         }
@@ -133,7 +129,7 @@ impl LiveFamily {
     }
 
     /// All mappings are registered: installs what came before.
-    pub(super) fn restored(&mut self, sink: &Sink<'_>) -> Result<(), MemoryError> {
+    pub(super) fn restored(&mut self, sink: &Sink<'_, D>) -> Result<(), MemoryError> {
         self.restored = true;
         self.early_bytes = 0;
         for (header, payload) in std::mem::take(&mut self.early) {
@@ -142,7 +138,7 @@ impl LiveFamily {
         Ok(())
     }
 
-    fn watch(&mut self, member: MemberId, uffd: UserFault, sink: &Sink<'_>) -> MemberKey {
+    fn watch(&mut self, member: MemberId, uffd: D, sink: &Sink<'_, D>) -> MemberKey {
         let key = MemberKey {
             pid: self.family.pid(),
             member,
@@ -154,7 +150,11 @@ impl LiveFamily {
     }
 
     /// Reads and handles what waits on a member's descriptor, until nothing does.
-    pub(super) fn drain(&mut self, member: MemberId, sink: &Sink<'_>) -> Result<bool, MemoryError> {
+    pub(super) fn drain(
+        &mut self,
+        member: MemberId,
+        sink: &Sink<'_, D>,
+    ) -> Result<bool, MemoryError> {
         let mut faults = Vec::new();
         loop {
             self.read_events(member, &mut faults, sink)?;
@@ -163,7 +163,7 @@ impl LiveFamily {
             };
             if !self.resolve(member, page, sink)? {
                 faults.push(page);
-                thread::sleep(RETRY_PAUSE);
+                self.pause(member);
             }
         }
     }
@@ -174,7 +174,7 @@ impl LiveFamily {
         &mut self,
         member: MemberId,
         faults: &mut Vec<PageIndex>,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<(), MemoryError> {
         let Some(uffd) = self.uffds.get(&member).cloned() else {
             return Ok(());
@@ -195,9 +195,9 @@ impl LiveFamily {
     fn apply(
         &mut self,
         member: MemberId,
-        event: MemoryEvent,
+        event: MemoryEvent<D>,
         faults: &mut Vec<PageIndex>,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) {
         tracing::trace!(?member, ?event, "event");
         match event {
@@ -234,7 +234,7 @@ impl LiveFamily {
     }
 
     /// Asks again for what a lost link took with it.
-    pub(super) fn reconnect(&mut self, sink: &Sink<'_>) {
+    pub(super) fn reconnect(&mut self, sink: &Sink<'_, D>) {
         let waiting: Vec<usize> = self.waiting.keys().copied().collect();
         let (requests, discards) = self.family.reconnect(waiting);
         for pages in requests {
@@ -244,27 +244,34 @@ impl LiveFamily {
         self.discard(discards, sink);
     }
 
+    /// Lets the kernel's own threads come on before something is tried again.
+    fn pause(&self, member: MemberId) {
+        if let Some(uffd) = self.uffds.get(&member) {
+            uffd.pause(RETRY_PAUSE);
+        }
+    }
+
     fn wake(&self, member: MemberId, pages: PageRange) {
         if let Some(uffd) = self.uffds.get(&member) {
             uffd.wake(pages);
         }
     }
 
-    fn discard(&self, unneeded: Vec<PageRange>, sink: &Sink<'_>) {
+    fn discard(&self, unneeded: Vec<PageRange>, sink: &Sink<'_, D>) {
         for pages in unneeded {
             let frame = DemandFrame::Discard(self.family.pid(), pages);
             sink.order(Order::Demand(frame));
         }
     }
 
-    pub(super) fn exited(&mut self, member: MemberId, sink: &Sink<'_>) {
+    pub(super) fn exited(&mut self, member: MemberId, sink: &Sink<'_, D>) {
         let unneeded = self.family.exit(member);
         self.discard(unneeded, sink);
         self.uffds.remove(&member);
     }
 
     /// Forgets a member whose process has ended without anyone noticing. False when it is not there (any more).
-    pub(super) fn check(&mut self, member: MemberId, sink: &Sink<'_>) -> bool {
+    pub(super) fn check(&mut self, member: MemberId, sink: &Sink<'_, D>) -> bool {
         if self.uffds.get(&member).is_some_and(|uffd| uffd.is_gone()) {
             self.exited(member, sink);
         }
@@ -276,7 +283,7 @@ impl LiveFamily {
         &mut self,
         member: MemberId,
         page: PageIndex,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<bool, MemoryError> {
         match self.family.fault(member, page) {
             // A page that was put in place is there, or the kernel took it without a word (a child of fork whose parent
@@ -304,7 +311,7 @@ impl LiveFamily {
     }
 
     /// Installs one slot from the frames that wait for `restored`, if it is in one.
-    fn place_kept(&mut self, slot: usize, sink: &Sink<'_>) -> Result<(), MemoryError> {
+    fn place_kept(&mut self, slot: usize, sink: &Sink<'_, D>) -> Result<(), MemoryError> {
         let holding = self.early.iter().position(|(header, _)| {
             let slots = self.family.slots_of(header.pages);
             slots.is_some_and(|slots| slots.contains(&slot))
@@ -322,7 +329,7 @@ impl LiveFamily {
         &mut self,
         member: MemberId,
         page: PageIndex,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<bool, MemoryError> {
         let target = PageRange::new(page, 1);
         let Some(uffd) = self.uffds.get(&member).cloned() else {
@@ -352,7 +359,7 @@ impl LiveFamily {
         &mut self,
         header: &DataHeader,
         payload: &[u8],
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<NewPages, MemoryError> {
         let slots = self
             .family
@@ -400,7 +407,7 @@ impl LiveFamily {
         &mut self,
         header: &DataHeader,
         payload: &[u8],
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<(), MemoryError> {
         let Some(slots) = self.family.slots_of(header.pages) else {
             return Ok(());
@@ -436,7 +443,7 @@ impl LiveFamily {
         &mut self,
         slots: Range<usize>,
         content: Content<'_>,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<(), MemoryError> {
         for (index, slot) in slots.enumerate() {
             if self.waiting.contains_key(&slot) {
@@ -455,7 +462,7 @@ impl LiveFamily {
         &mut self,
         slots: Range<usize>,
         content: Content<'_>,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<(), MemoryError> {
         'plan: loop {
             for install in self.family.installs(slots.clone()) {
@@ -473,12 +480,16 @@ impl LiveFamily {
     }
 
     /// Reads the events that tell where pages went which something else was moved over.
-    fn await_departures(&mut self, member: MemberId, sink: &Sink<'_>) -> Result<(), MemoryError> {
+    fn await_departures(
+        &mut self,
+        member: MemberId,
+        sink: &Sink<'_, D>,
+    ) -> Result<(), MemoryError> {
         self.drain(member, sink)?;
         if self.uffds.get(&member).is_none_or(|uffd| uffd.is_quiet()) {
             self.family.assume_quiet(member);
         } else {
-            thread::sleep(RETRY_PAUSE);
+            self.pause(member);
         }
         Ok(())
     }
@@ -489,7 +500,7 @@ impl LiveFamily {
         install: Install,
         first_slot: usize,
         content: Content<'_>,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<bool, MemoryError> {
         let Install {
             member,
@@ -526,7 +537,7 @@ impl LiveFamily {
             Stop::EventsPending => {
                 self.drain(member, sink)?;
                 if done == 0 {
-                    thread::sleep(RETRY_PAUSE);
+                    self.pause(member);
                 }
             }
             // The range may only have been split by mprotect, which nobody reports: try each page by itself.
@@ -551,7 +562,7 @@ impl LiveFamily {
         install: Install,
         first_slot: usize,
         content: Content<'_>,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<(), MemoryError> {
         for page in 0..install.target.count {
             let single = Install {
@@ -578,15 +589,14 @@ impl LiveFamily {
         }
     }
 
-    pub(super) fn confirm_withheld(&mut self, pages: PageRange) -> Result<(), MemoryError> {
-        if self.family.confirm_withheld(pages) {
-            return Ok(());
-        }
-        Err(MemoryError::UnknownPages(self.family.pid(), pages))
+    /// Returns how many pages were not confirmed before.
+    pub(super) fn confirm_withheld(&mut self, pages: PageRange) -> Result<u64, MemoryError> {
+        let confirmed = self.family.confirm_withheld(pages);
+        confirmed.ok_or(MemoryError::UnknownPages(self.family.pid(), pages))
     }
 }
 
 fn out_of_memory() {
     tracing::warn!("this host has no memory for a page of the workload; trying again");
-    thread::sleep(NO_MEMORY_PAUSE);
+    sleep(NO_MEMORY_PAUSE);
 }
