@@ -31,7 +31,14 @@ const HOST: &str = "source";
 const VANISHED: i32 = 24;
 /// Everything a file is: hard links, ACLs, extended attributes, holes, owners by number. Nanoseconds of change times
 /// count, for a file may change twice in a second.
-const OPTIONS: &[&str] = &["-aHAXS", "--numeric-ids", "--modify-window=-1", "--quiet"];
+const OPTIONS: &[&str] = &[
+    "-aHAXS",
+    "--numeric-ids",
+    "--modify-window=-1",
+    "--quiet",
+    // Else the pipe it gives us refuses what it cannot take at once.
+    "--blocking-io",
+];
 
 /// Why files are not equal.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +47,10 @@ pub enum FilesError {
     #[error("cannot run rsync: {0}")]
     Io(#[from] io::Error),
     /// rsync.
-    #[error("the files in {path} did not come: rsync ended with {status}: {error}", path = path.display())]
+    #[error(
+        "the files in {path} did not come: rsync ended with {status}: {error}; was page-server given --sync {path} too?",
+        path = path.display()
+    )]
     Rsync {
         /// Which.
         path: PathBuf,

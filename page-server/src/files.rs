@@ -24,7 +24,7 @@ use crate::workload::tree_pids;
 
 /// Letters that may be among the short options of a sending rsync. Missing is `s`, which reads more options from the
 /// stream.
-const SHORT_OPTIONS: &str = "lHogDtpAXrRSIWvz";
+const SHORT_OPTIONS: &str = "lHogDtpAXrRSIWqvz";
 /// Long options of a sending rsync that may be passed on.
 const LONG_OPTIONS: &[&str] = &[
     "--server",
@@ -254,7 +254,7 @@ mod tests {
     #[test]
     fn what_rsync_asks_for_is_passed_on() {
         for words in [
-            "--server --sender -lHogDtpAXrSe.iLsfxCIvu --numeric-ids . /srv/tree/",
+            "--server --sender -qlHogDtpAXrSe.iLsfxCIvu --numeric-ids . /srv/tree/",
             "--server --sender -lHogDtpAXIRSe.LsfxCIvu --numeric-ids --files-from=- --from0 . /srv/tree/",
         ] {
             let result = command(Path::new("/srv/tree"), &arguments(words));
