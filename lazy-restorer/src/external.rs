@@ -581,6 +581,7 @@ impl External<'_> {
             pause = (pause * 2).min(RECONNECT_PAUSE.1);
         };
         self.advance(Event::Reconnected)?;
+        filling.unlink().await;
         self.tell_present(&filling.memory).await?;
         filling
             .reconnect(&mut self.source, &self.threads)
@@ -639,15 +640,19 @@ impl Filling {
         }
     }
 
+    /// Takes no more from the link that is lost: what has come by now is what the source is told.
+    async fn unlink(&mut self) {
+        self.link_tasks.shutdown().await;
+        // What its tasks did not report yet is of no interest any more.
+        while self.failures.try_recv().is_ok() {}
+    }
+
     /// Goes on over a new link, after the source knows what is here.
     async fn reconnect(
         &mut self,
         source: &mut Source,
         threads: &Threads,
     ) -> Result<(), crate::resident::ResidentError> {
-        // What the old link's tasks did not report yet is of no interest any more.
-        self.link_tasks.shutdown().await;
-        while self.failures.try_recv().is_ok() {}
         let bulk = source.take_bulk_stream().ok_or(TransferError::Link)?;
         let link = Link::open(source, bulk, &self.memory, &self.report, threads).await?;
         self.link_tasks = link.tasks;
