@@ -87,13 +87,13 @@ async fn pass_fault(below: Connection, above: Connection, mischief: Shared) -> R
         recv,
         above_send,
         mischief.clone(),
-        Mischief::to_source,
+        Mischief::upward,
     ));
     down.spawn(messages(
         above_recv,
         send,
         mischief.clone(),
-        Mischief::to_destination,
+        Mischief::downward,
     ));
     let demand = {
         let (below, above) = (below.clone(), above.clone());
