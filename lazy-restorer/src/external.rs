@@ -653,7 +653,6 @@ impl Filling {
         source: &mut Source,
         threads: &Threads,
     ) -> Result<(), crate::resident::ResidentError> {
-        // What the old link's tasks did not report yet is of no interest any more.
         let bulk = source.take_bulk_stream().ok_or(TransferError::Link)?;
         let link = Link::open(source, bulk, &self.memory, &self.report, threads).await?;
         self.link_tasks = link.tasks;

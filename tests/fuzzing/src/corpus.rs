@@ -7,6 +7,7 @@ use common::proto::control::{
     Abort, BulkHello, Hello, Present, Resume, Secret, SessionId, Tally, ToDestination, ToSource,
     Welcome,
 };
+use common::proto::credit::CreditFrame;
 use common::proto::demand::DemandFrame;
 use common::proto::pages::{DataHeader, DemandReply};
 use common::proto::stream;
@@ -47,6 +48,10 @@ pub fn corpus(target: &str) -> Vec<Vec<u8>> {
             .iter()
             .map(|header| header.encode().to_vec())
             .collect(),
+        "credit" => vec![
+            CreditFrame::Total(1 << 20).encode().to_vec(),
+            CreditFrame::Wanted(1).encode().to_vec(),
+        ],
         "skeleton_name" => ["inventory.img", "core-1.img", "tmpfs-dev-74.tar.gz.img"]
             .map(|name| name.as_bytes().to_vec())
             .to_vec(),

@@ -10,6 +10,7 @@ use common::images::{
 use common::limits::{MAX_FRAME_BYTES, MAX_FRAME_PAGES, MAX_LAZY_PAGES, MAX_SKELETON_CHUNK_BYTES};
 use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader, MAX_NAME_BYTES};
 use common::proto::control::{BulkHello, ToDestination, ToSource};
+use common::proto::credit::{CREDIT_BYTES, CreditFrame, WANTED_BYTES, WantedRun};
 use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
 use common::proto::pages::{DATA_HEADER_BYTES, DemandReply};
 use common::proto::skeleton_name::SkeletonName;
@@ -53,6 +54,10 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "bulk",
         run: bulk,
+    },
+    Target {
+        name: "credit",
+        run: credit,
     },
     Target {
         name: "skeleton_name",
@@ -156,6 +161,24 @@ fn bulk(bytes: &[u8]) -> bool {
             assert!(payload as usize <= MAX_SKELETON_CHUNK_BYTES);
         }
         taken = true;
+    }
+    taken
+}
+
+/// Credit, and runs that are wanted first.
+fn credit(bytes: &[u8]) -> bool {
+    let mut taken = false;
+    for frame in bytes.as_chunks::<CREDIT_BYTES>().0 {
+        if let Ok(decoded) = CreditFrame::decode(*frame) {
+            assert_eq!(decoded.encode(), *frame);
+            taken = true;
+        }
+    }
+    for run in bytes.as_chunks::<WANTED_BYTES>().0 {
+        if let Ok(decoded) = WantedRun::decode(run) {
+            assert!(decoded.pages().is_addressable());
+            assert_eq!(decoded.encode(), *run);
+        }
     }
     taken
 }
