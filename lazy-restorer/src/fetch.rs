@@ -12,7 +12,6 @@ use quinn::{ReadError, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use crate::keeper::KeeperHand;
 use crate::memory::{Arrival, MemberKey, Memory, MemoryError, Order};
 use crate::uffd::UserFault;
 
@@ -34,9 +33,6 @@ pub enum TransferError {
     /// Memory cannot be changed.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// The keeper is gone.
-    #[error("the process that holds the page fault descriptors is gone: {0}")]
-    Keeper(std::io::Error),
     /// A descriptor cannot be watched.
     #[error("cannot watch for page faults: {0}")]
     Watch(std::io::Error),
@@ -67,8 +63,6 @@ pub struct Orders {
     pub orders: mpsc::UnboundedReceiver<Order>,
     /// Streams to send requests on; each replaces the one before.
     pub links: mpsc::UnboundedReceiver<SendStream>,
-    /// Holds every descriptor that is watched.
-    pub keeper: KeeperHand,
     /// Where watchers report.
     pub failures: mpsc::Sender<TransferError>,
 }
@@ -90,7 +84,7 @@ impl Orders {
                     if count == 0 {
                         return Ok(());
                     }
-                    let requests = self.sort(&mut batch, &memory)?;
+                    let requests = self.sort(&mut batch, &memory);
                     link = send(link, &requests).await;
                 }
             }
@@ -98,26 +92,19 @@ impl Orders {
     }
 
     /// Begins to watch what is to be watched; returns the requests as bytes.
-    fn sort(&self, batch: &mut Vec<Order>, memory: &Arc<Memory>) -> Result<Vec<u8>, TransferError> {
+    fn sort(&self, batch: &mut Vec<Order>, memory: &Arc<Memory>) -> Vec<u8> {
         let mut requests = Vec::with_capacity(batch.len() * DEMAND_FRAME_BYTES);
         for order in batch.drain(..) {
             match order {
                 Order::Demand(frame) => requests.extend_from_slice(&DemandFrame::encode(frame)),
-                Order::Watch(key, uffd) => self.watch(key, uffd, memory)?,
+                Order::Watch(key, uffd) => self.watch(key, uffd, memory),
             }
         }
-        Ok(requests)
+        requests
     }
 
-    fn watch(
-        &self,
-        key: MemberKey,
-        uffd: Arc<UserFault>,
-        memory: &Arc<Memory>,
-    ) -> Result<(), TransferError> {
-        self.keeper.hold(&uffd).map_err(TransferError::Keeper)?;
+    fn watch(&self, key: MemberKey, uffd: Arc<UserFault>, memory: &Arc<Memory>) {
         report(watch(key, uffd, memory.clone()), self.failures.clone());
-        Ok(())
     }
 }
 

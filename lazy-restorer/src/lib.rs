@@ -6,6 +6,8 @@
 //! | [`connect`], [`advise`] | reaching the source, and saying early what cannot work |
 //! | [`skeleton`], [`restore`], [`gate`], [`nursery`] | staging the images, CRIU, and holding it at the point of no return |
 //! | [`handover`], [`keeper`], [`exits`] | userfault descriptors and processes as they come and go |
+//! | [`journal`] | what a successor must know, in memory that outlives us |
+//! | [`session_command`] | which sessions there are |
 //! | [`resident`] | the restored workload while it becomes whole |
 //! | [`resolver`] | what happens to every page: pure |
 //! | [`memory`], [`uffd`] | carrying that out under one lock |
@@ -20,6 +22,7 @@ pub mod exits;
 pub mod fetch;
 pub mod gate;
 pub mod handover;
+pub mod journal;
 pub mod keeper;
 pub mod memory;
 pub mod nursery;
@@ -31,5 +34,6 @@ pub mod resident;
 pub mod resolver;
 pub mod restore;
 pub mod session;
+pub mod session_command;
 pub mod skeleton;
 pub mod uffd;

@@ -1,13 +1,15 @@
 //! `lazy-restorer`: see `lazy-restorer --help`.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 use common::exit::{Failure, SessionError};
 use common::{host, logging};
-use lazy_restorer::cli::{Cli, Command, Restore};
+use lazy_restorer::cli::{Cli, Command, Restore, Resume};
+use lazy_restorer::keeper::Keeper;
 use lazy_restorer::report::Record;
-use lazy_restorer::{gate, keeper, nursery, session};
+use lazy_restorer::{gate, nursery, session, session_command};
 
 fn main() -> ExitCode {
     if let Some(code) = gate::run_if_called() {
@@ -15,7 +17,6 @@ fn main() -> ExitCode {
     }
     let cli = Cli::parse();
     match cli.command {
-        Command::Keeper { directory } => keeper::run(&directory),
         Command::Nursery {
             init: false,
             command,
@@ -24,37 +25,70 @@ fn main() -> ExitCode {
             init: true,
             command,
         } => nursery::init(&command),
-        Command::Restore(restore) => {
+        Command::Restore(command) => {
             logging::start(cli.verbose);
-            match run(&restore) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    eprintln!(
-                        "lazy-restorer: error: destination host {}, {error}",
-                        host::name()
-                    );
-                    error.failure.into()
-                }
-            }
+            concluded(restore(&command))
+        }
+        Command::Resume(command) => {
+            logging::start(cli.verbose);
+            concluded(resume(&command))
+        }
+        Command::Sessions(command) => concluded(session_command::list(&command)),
+    }
+}
+
+fn concluded(result: Result<(), SessionError>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!(
+                "lazy-restorer: error: destination host {}, {error}",
+                host::name()
+            );
+            error.failure.into()
         }
     }
 }
 
-fn run(restore: &Restore) -> Result<(), SessionError> {
-    let plan = restore.plan()?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| {
-            let state = common::session::State::Hello;
-            SessionError::new(Failure::Internal, state, error)
-        })?;
+fn restore(command: &Restore) -> Result<(), SessionError> {
+    let plan = command.plan()?;
+    let keeper = start_keeper()?;
     let mut record = Record::default();
-    let result = runtime.block_on(session::run(&plan, &mut record));
-    if let Some(path) = &restore.json
+    let result = runtime()?.block_on(session::run(&plan, keeper, &mut record));
+    write(&record, command.json.as_deref());
+    result
+}
+
+fn resume(command: &Resume) -> Result<(), SessionError> {
+    let (plan, file) = command.plan()?;
+    let keeper = start_keeper()?;
+    let mut record = Record::default();
+    let result = runtime()?.block_on(session::resume(&plan, file, keeper, &mut record));
+    write(&record, command.json.as_deref());
+    result
+}
+
+/// Before there is a second thread.
+fn start_keeper() -> Result<Keeper, SessionError> {
+    let text = |error| format!("cannot start the keeper: {error}");
+    Keeper::start().map_err(|error| internal(&text(error)))
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, SessionError> {
+    let built = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    built.map_err(|error| internal(&error))
+}
+
+fn internal(error: &dyn std::fmt::Display) -> SessionError {
+    SessionError::new(Failure::Internal, common::session::State::Hello, error)
+}
+
+fn write(record: &Record, path: Option<&Path>) {
+    if let Some(path) = path
         && let Err(error) = record.write(path)
     {
         eprintln!("lazy-restorer: cannot write {}: {error}", path.display());
     }
-    result
 }

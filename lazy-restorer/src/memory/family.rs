@@ -1,7 +1,10 @@
 //! A family with its descriptors: applies events to the map and the map to memory. Every method runs under the lock.
 
+mod succession;
+
 use std::collections::HashMap;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -13,11 +16,12 @@ use common::page::{PAGE_SIZE, PageIndex, PageRange, page_in_buffer};
 use common::proto::demand::DemandFrame;
 use common::proto::pages::DataHeader;
 use nix::errno::Errno;
-use userfaultfd::EventBuffer;
+use serde::{Deserialize, Serialize};
 
 use super::{MemberKey, Order, PresentMap, ProcessImage, Sink};
 use crate::blocktime::Blocktime;
-use crate::resolver::{Family, Fault, Install, MemberId};
+use crate::journal::{Inbox, Note};
+use crate::resolver::{Change, Family, Fault, Install, MemberId};
 use crate::uffd::{MemoryEvent, Progress, ReadError, Stop, UserFault};
 
 /// Bytes of pages kept for a process that is not restored yet.
@@ -54,6 +58,9 @@ pub enum MemoryError {
     /// Events cannot be read.
     #[error("{0}")]
     Read(#[from] ReadError),
+    /// What a successor must know cannot be written down.
+    #[error("cannot keep the journal of {0}: {1}")]
+    Journal(ImagePid, std::io::Error),
     /// The kernel refuses an install.
     #[error("the kernel refuses pages {1:?} of {0}: {2}")]
     Refused(ImagePid, PageRange, Errno),
@@ -89,16 +96,17 @@ pub(super) struct LiveFamily {
     /// Slots that threads wait for, since when.
     waiting: HashMap<usize, Instant>,
     blocktime: Blocktime,
-    buffer: Events,
+    inbox: Inbox,
+    counts: FamilyCounts,
 }
 
-/// The buffer for uffd messages; it has nothing to show.
-struct Events(EventBuffer);
-
-impl std::fmt::Debug for Events {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Events")
-    }
+/// What of a family came, and how.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct FamilyCounts {
+    pub(super) demanded: u64,
+    pub(super) pushed: u64,
+    pub(super) zero: u64,
+    pub(super) digest: u64,
 }
 
 impl LiveFamily {
@@ -112,7 +120,8 @@ impl LiveFamily {
             early_bytes: 0,
             waiting: HashMap::new(),
             blocktime: Blocktime::default(),
-            buffer: Events(UserFault::event_buffer()),
+            inbox: Inbox::default(),
+            counts: FamilyCounts::default(),
         }
     }
 
@@ -128,6 +137,7 @@ impl LiveFamily {
         if !self.uffds.is_empty() {
             return Err(MemoryError::AttachedTwice(self.family.pid()));
         }
+        self.note(Note::of_descriptor(Change::Attach, uffd.as_raw_fd()))?;
         let member = self.family.attach(&self.vmas);
         Ok(self.watch(member, uffd, sink))
     }
@@ -180,7 +190,8 @@ impl LiveFamily {
             return Ok(());
         };
         loop {
-            let events = uffd.read(&mut self.buffer.0)?;
+            self.make_room()?;
+            let events = self.inbox.read(&uffd, member)?;
             if events.is_empty() {
                 return Ok(());
             }
@@ -258,6 +269,10 @@ impl LiveFamily {
     }
 
     pub(super) fn exited(&mut self, member: MemberId, sink: &Sink<'_>) {
+        if let Err(error) = self.note(Change::Exit(member)) {
+            // A successor finds out by itself that the process is gone.
+            tracing::warn!(%error, "a process ended");
+        }
         let unneeded = self.family.exit(member);
         self.discard(unneeded, sink);
         self.uffds.remove(&member);
@@ -352,13 +367,14 @@ impl LiveFamily {
         &mut self,
         header: &DataHeader,
         payload: &[u8],
+        arrival: Arrival,
         sink: &Sink<'_>,
     ) -> Result<NewPages, MemoryError> {
         let slots = self
             .family
             .slots_of(header.pages)
             .ok_or(MemoryError::UnknownPages(header.pid, header.pages))?;
-        let new = self.account(header, payload, slots);
+        let new = self.account(header, payload, slots, arrival)?;
         self.place_frame(header, payload, sink)?;
         if !self.restored {
             self.keep(header, payload)?;
@@ -376,24 +392,44 @@ impl LiveFamily {
     }
 
     /// Marks slots received and adds up those that are new.
-    fn account(&mut self, header: &DataHeader, payload: &[u8], slots: Range<usize>) -> NewPages {
+    fn account(
+        &mut self,
+        header: &DataHeader,
+        payload: &[u8],
+        slots: Range<usize>,
+        arrival: Arrival,
+    ) -> Result<NewPages, MemoryError> {
         let mut new = NewPages::default();
+        let (mut mask, mut zeros) = (0_u16, 0_u16);
         let mut stored = payload.chunks_exact(PAGE_SIZE);
-        for (index, slot) in slots.enumerate() {
+        for (index, slot) in slots.clone().enumerate() {
             let page = header.pages.start.forward(index as u64);
             let content = (!header.is_zero(index)).then(|| stored.next()).flatten();
-            if !self.family.receive(slot) {
+            if self.family.received().contains(slot) {
                 continue;
             }
             let hash = match content {
                 Some(content) => page_hash(header.pid, page, content),
                 None => zero_page_hash(header.pid, page),
             };
+            mask |= 1 << index;
+            zeros |= u16::from(content.is_none()) << index;
             new.pages += 1;
             new.zero_pages += u64::from(content.is_none());
             new.digest = new.digest.wrapping_add(hash);
         }
-        new
+        if mask != 0 {
+            self.note(Note {
+                change: Change::Received(slots.start, mask),
+                detail: new.digest,
+                extra: u64::from(zeros) | u64::from(arrival == Arrival::Pushed) << 16,
+            })?;
+        }
+        for slot in slots {
+            self.family.receive(slot);
+        }
+        self.counts.add(new, arrival);
+        Ok(new)
     }
 
     fn place_frame(
@@ -476,6 +512,7 @@ impl LiveFamily {
     fn await_departures(&mut self, member: MemberId, sink: &Sink<'_>) -> Result<(), MemoryError> {
         self.drain(member, sink)?;
         if self.uffds.get(&member).is_none_or(|uffd| uffd.is_quiet()) {
+            self.note(Change::Quiet(member))?;
             self.family.assume_quiet(member);
         } else {
             thread::sleep(RETRY_PAUSE);
@@ -514,13 +551,13 @@ impl LiveFamily {
             progress => progress,
         };
         let done = pages as usize;
-        self.family.installed(member, slot..slot + done);
+        self.installed(member, slot..slot + done)?;
         let Some(stop) = stop else { return Ok(true) };
         let failed = PageRange::new(target.start.forward(pages), 1);
         match stop {
             Stop::AlreadyPresent => {
                 // Of a longer run the first page is the one that is there.
-                self.family.installed(member, slot + done..slot + done + 1);
+                self.installed(member, slot + done..slot + done + 1)?;
                 uffd.wake(failed);
             }
             Stop::EventsPending => {
@@ -534,6 +571,7 @@ impl LiveFamily {
                 self.place_singly(install, first_slot, content, sink)?;
             }
             Stop::NotMapped => {
+                self.note(Change::Gone(member, target))?;
                 self.family.gone(member, target);
                 uffd.wake(target);
             }
@@ -544,6 +582,14 @@ impl LiveFamily {
             }
         }
         Ok(false)
+    }
+
+    fn installed(&mut self, member: MemberId, slots: Range<usize>) -> Result<(), MemoryError> {
+        if !slots.is_empty() {
+            self.note(Change::Installed(member, slots.start, slots.len()))?;
+            self.family.installed(member, slots);
+        }
+        Ok(())
     }
 
     fn place_singly(
@@ -580,7 +626,7 @@ impl LiveFamily {
 
     pub(super) fn confirm_withheld(&mut self, pages: PageRange) -> Result<(), MemoryError> {
         if self.family.confirm_withheld(pages) {
-            return Ok(());
+            return self.note(Change::Withheld(pages));
         }
         Err(MemoryError::UnknownPages(self.family.pid(), pages))
     }
