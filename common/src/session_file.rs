@@ -106,8 +106,6 @@ pub struct DestinationSide {
     pub root: Option<Task>,
     /// All restored processes.
     pub tasks: Vec<Task>,
-    /// The source is to push what nobody asks for.
-    pub push: bool,
     /// Where the PID of the root goes.
     pub pidfile: Option<String>,
     /// The operator's command for when the copy runs, until it has been run.

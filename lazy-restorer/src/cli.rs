@@ -126,6 +126,9 @@ pub struct Resume {
     session: String,
     #[command(flatten)]
     lost: Lost,
+    /// For tests: fetch nothing but what the workload touches
+    #[arg(long, hide = true)]
+    no_push: bool,
     /// Write a record of the rest of the migration to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -176,7 +179,7 @@ impl Resume {
             criu_args: Vec::new(),
             pid_namespace: false,
             ignore_cpu_features: false,
-            push: side.push,
+            push: !self.no_push,
             work_dir: None,
             pidfile: side.pidfile.as_ref().map(PathBuf::from),
             before_restore: None,

@@ -509,7 +509,6 @@ impl Migration<'_> {
                 may_run: false,
                 root: resident.root().and_then(find),
                 tasks: resident.tasks().to_vec(),
-                push: self.plan.push,
                 pidfile: self
                     .plan
                     .pidfile

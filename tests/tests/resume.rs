@@ -113,13 +113,13 @@ fn successors_are_succeeded(rig: &Rig) -> Result<()> {
     let torture = torture(rig)?;
     let (plan, mut server, mut restorer) = half_way(rig, &torture)?;
     let copy = restorer.restored_pid()?;
-    for _ in 0..3 {
+    for options in [&["--no-push"][..], &["--no-push"], &[]] {
         for side in [&mut restorer, &mut server] {
             kill(side.process.pid(), Signal::SIGKILL)?;
             side.end()?;
         }
         server = plan.resume_server(rig, &[])?;
-        restorer = plan.resume_restorer(rig, &[])?;
+        restorer = plan.resume_restorer(rig, options)?;
         let said = |words: &str| restorer.process.stderr().contains(words);
         wait_until(PATIENCE, "the ends to meet", || said("reconnected"))?;
     }
