@@ -12,6 +12,7 @@ use tests::path::{Path, PathSpec, probe};
 use tests::rig::Rig;
 use tests::touch::Pattern;
 
+use crate::bare::{self, BareOrder};
 use crate::peer::Peer;
 
 /// What to measure.
@@ -70,12 +71,17 @@ impl Case {
 /// Measures, prints and writes.
 pub fn run(options: &FaultOptions) -> Result<()> {
     let (mut runs, mut failures) = (Vec::new(), Vec::new());
+    let mut bares = Vec::new();
     for spec in &options.path {
         let rig = Rig::new()?;
         let _path = Path::lay(&rig, *spec)?;
         eprintln!("{spec}: {}", probe::check(&rig, spec)?);
         drop(rig);
         for round in 0..options.repeat {
+            let bare = bare::measure(spec, bare_order(options))
+                .with_context(|| format!("QUIC alone over {spec}"))?;
+            eprintln!("{spec}, {bare}");
+            bares.push((spec.to_string(), bare));
             for case in cases(options, round) {
                 let run = run::measure(case, spec, options, round as u64)
                     .with_context(|| format!("{} over {spec}, {}", case.peer, case.title()));
@@ -91,12 +97,21 @@ pub fn run(options: &FaultOptions) -> Result<()> {
             }
         }
     }
-    let report = report::Report::new(options, runs, failures);
+    let report = report::Report::new(options, runs, &bares, failures);
     print!("{report}");
     options
         .json
         .as_ref()
         .map_or(Ok(()), |path| crate::write_json(path, &report))
+}
+
+fn bare_order(options: &FaultOptions) -> BareOrder {
+    BareOrder {
+        round_trips: options.idle_touches,
+        rate: options.rate,
+        mib: options.memory,
+        udp_payload: options.udp_payload,
+    }
 }
 
 /// All kinds of runs; who goes first changes from round to round.

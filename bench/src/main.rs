@@ -1,10 +1,12 @@
 //! `bench`: the demonstration, and the comparison with CRIU's own post-copy.
 
+mod bare;
 mod compare;
 mod demo;
 mod fault;
 mod load;
 mod memory;
+mod micro;
 mod path;
 mod peer;
 mod programs;
@@ -45,6 +47,8 @@ enum Command {
     Fault(fault::FaultOptions),
     /// Moves workloads of growing size, and shows what grows with them.
     Scale(scale::ScaleOptions),
+    /// Measures the hot pieces by themselves: resolver, frames, page reads, installs.
+    Micro(micro::MicroOptions),
     /// Lays paths between two hosts and measures whether they are what they claim: veth, 1g, rtt=10ms,loss=0.1%,rate=1g.
     Path {
         /// The paths.
@@ -76,6 +80,7 @@ fn main() -> ExitCode {
         Command::Compare(options) => compare::run(&options),
         Command::Fault(options) => fault::run(&options),
         Command::Scale(options) => scale::run(&options),
+        Command::Micro(options) => micro::run(&options),
         Command::Path { paths } => path::run(&paths),
     };
     match outcome {

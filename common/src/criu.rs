@@ -1,5 +1,7 @@
 //! The CRIU program: finding it, asking its version, quoting its log.
 
+pub mod under_runtime;
+
 use std::env;
 use std::ffi::OsString;
 use std::fs;
@@ -154,6 +156,16 @@ pub fn quote_errors(log: &Path) -> String {
         quoted.push(format!("and {skipped} more"));
     }
     format!("its log says {}", quoted.join(", "))
+}
+
+/// Whether a CRIU that wrote `log` came to its own end, a failed one included. One that was killed has let its tasks go
+/// as they were.
+pub fn ended_by_itself(log: &Path) -> bool {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    ["Dumping FAILED", "Dumping finished"]
+        .iter()
+        .any(|last_words| text.contains(last_words))
 }
 
 /// Seconds on CRIU's own clock, from its start, at which a line of its log was written.

@@ -5,9 +5,13 @@
 
 use std::io;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;
+
+/// The shortest slice the kernel gives.
+const BULK_SLICE: Duration = Duration::from_micros(100);
 
 /// How the kernel schedules the thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,20 +83,42 @@ impl Drop for IoThread {
 }
 
 fn schedule(priority: Priority) -> bool {
-    let (policy, level) = match priority {
-        Priority::Urgent => (libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, 1),
+    match priority {
+        Priority::Urgent => set_policy(libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, 1),
         Priority::Background {
             urgent_granted: true,
-        } => return true,
+        } => {
+            // Without it a woken thread of the workload may wait a little longer; nothing depends on it.
+            shorten_slice();
+            true
+        }
         Priority::Background {
             urgent_granted: false,
-        } => (libc::SCHED_IDLE, 0),
-    };
+        } => set_policy(libc::SCHED_IDLE, 0),
+    }
+}
+
+fn set_policy(policy: libc::c_int, level: libc::c_int) -> bool {
     let param = libc::sched_param {
         sched_priority: level,
     };
     // SAFETY: 0 is the calling thread, and `param` lives across the call.
     unsafe { libc::sched_setscheduler(0, policy, &raw const param) == 0 }
+}
+
+/// Asks for the CPU in short slices (Linux 6.12; older kernels ignore it), so that a thread of the workload whose page
+/// has come runs at once instead of after the 1.4 ms or more a thread is otherwise left alone on its CPU.
+fn shorten_slice() {
+    // SAFETY: plain numbers, for which zero is the default.
+    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
+    attributes.size = size_of::<libc::sched_attr>() as u32;
+    attributes.sched_policy = libc::SCHED_OTHER as u32;
+    attributes.sched_runtime = BULK_SLICE.as_nanos() as u64;
+    // SAFETY: 0 is the calling thread, and the attributes live across the call.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+    if result != 0 {
+        tracing::debug!(error = %io::Error::last_os_error(), "no short slices");
+    }
 }
 
 #[cfg(test)]

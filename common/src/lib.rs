@@ -10,7 +10,8 @@
 //! | [`digest`] | what both ends compare before the original is released |
 //! | [`session`] | the states of a migration and the only ways between them |
 //! | [`session_file`] | what a restarted program must know to go on with a session |
-//! | [`criu`], [`host`], [`operator`] | the CRIU program, this host, the operator's commands |
+//! | [`criu`], [`host`], [`mounts`], [`operator`] | the CRIU program, this host, the operator's commands |
+//! | [`container`], [`program_file`] | OCI containers and bundles; the programs both hosts must have |
 //! | [`lost`] | what is done about a link that stays lost |
 //! | [`io_thread`] | threads with a network runtime of their own |
 //! | [`exit`], [`logging`], [`stop`] | how a program fails, what it logs, and how it is asked to stop |
@@ -20,6 +21,7 @@
 //! | [`token`] | the one-time token of a migration |
 //! | [`limits`] | every bound, with its reason |
 
+pub mod container;
 pub mod control;
 pub mod criu;
 pub mod digest;
@@ -32,10 +34,12 @@ pub mod lazy_map;
 pub mod limits;
 pub mod logging;
 pub mod lost;
+pub mod mounts;
 pub mod operator;
 pub mod pacing;
 pub mod page;
 pub mod page_set;
+pub mod program_file;
 pub mod proto;
 pub mod quic;
 pub mod record;

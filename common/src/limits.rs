@@ -14,6 +14,10 @@ pub const MAX_FRAME_BYTES: usize = MAX_FRAME_PAGES * PAGE_SIZE;
 /// Bytes of one control message. The largest is a piece of the destination's present map.
 pub const MAX_CONTROL_BYTES: usize = 1 << 20;
 
+/// Executable files compared before the freeze, each with a path of a few hundred bytes at most: far below
+/// [`MAX_CONTROL_BYTES`]. The rest is not compared.
+pub const MAX_PROGRAM_FILES: usize = 1024;
+
 /// Words of a present map in one message: ten bytes each at worst, well below [`MAX_CONTROL_BYTES`].
 pub const MAX_PRESENT_WORDS: usize = 8192;
 

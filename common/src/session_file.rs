@@ -100,6 +100,8 @@ pub struct DestinationSide {
     pub keeper: Task,
     /// Whose tree the copy is: CRIU, or the init of the copy's PID namespace.
     pub anchor: Option<Task>,
+    /// That one puts the copy away by itself when what is below it is killed.
+    pub anchor_puts_away: bool,
     /// The copy may have been let run. Written before it is; as long as it is false the copy never ran.
     pub may_run: bool,
     /// The restored root.

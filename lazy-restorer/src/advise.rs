@@ -1,11 +1,15 @@
 //! "This cannot work", said before anything is frozen.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use common::container::ContainerFacts;
 use common::host::{self, CAP_SYS_ADMIN};
 use common::page::{PAGE_SIZE, pages_to_bytes};
+use common::program_file::{Difference, ProgramFile};
 use common::proto::control::WorkloadFacts;
 use userfaultfd::{FeatureFlags, UffdBuilder};
+
+use crate::engine::Engine;
 
 /// Memory beyond the workload's own that a restore needs.
 const MEMORY_SLACK: u64 = 64 << 20;
@@ -97,6 +101,34 @@ pub enum Objection {
         /// MiB there are.
         available: u64,
     },
+    /// A container comes.
+    #[error("the source moves a container; name it and its bundle here with --runc and --bundle")]
+    Container,
+    /// No container comes.
+    #[error(
+        "the source moves a process tree and not a container; leave --runc and --bundle out here"
+    )]
+    NoContainer,
+    /// The name cannot be used.
+    #[error("{0}")]
+    Name(String),
+    /// Another kind of container.
+    #[error(
+        "the bundle is another container's: its {what} lack [{missing}] and have [{extra}] besides"
+    )]
+    Bundle {
+        /// What differs.
+        what: &'static str,
+        /// Only the source has these.
+        missing: String,
+        /// Only the bundle has these.
+        extra: String,
+    },
+    /// Other files.
+    #[error(
+        "a program or library of the workload differs: {0}; make the files the same, or --ignore-programs if you know that it does not matter"
+    )]
+    Programs(String),
     /// No permission.
     #[error(
         "userfaultfd is not permitted here ({0}); run as root with CAP_SYS_PTRACE, or set vm.unprivileged_userfaultfd=1"
@@ -128,11 +160,20 @@ pub fn check_host() -> Result<(), Objection> {
         .map_err(|error| Objection::Userfaultfd(error.to_string()))
 }
 
+/// What the operator does not want compared.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Leniency {
+    /// CPU features.
+    pub cpu_features: bool,
+    /// Programs and libraries.
+    pub programs: bool,
+}
+
 /// Whether the workload can run here.
 pub fn check_workload(
     facts: &WorkloadFacts,
-    own_pid_namespace: bool,
-    ignore_cpu_features: bool,
+    engine: &Engine,
+    leniency: Leniency,
 ) -> Result<(), Objection> {
     let here = host::architecture();
     if facts.architecture != here {
@@ -145,15 +186,82 @@ pub fn check_workload(
     if facts.page_size != PAGE_SIZE as u64 {
         return Err(Objection::PageSize(facts.page_size));
     }
-    if !ignore_cpu_features {
+    if !leniency.cpu_features {
         check_cpu(&facts.cpu_features, &host::cpu_features())?;
     }
-    if !own_pid_namespace {
+    check_container(facts.container.as_ref(), engine)?;
+    if engine.needs_pids_of_host() {
         check_pids(&facts.pids, |pid| {
             Path::new(&format!("/proc/{pid}")).exists()
         })?;
     }
-    check_memory(facts.resident_pages, host::available_memory())
+    check_memory(facts.resident_pages, host::available_memory())?;
+    if leniency.programs {
+        return Ok(());
+    }
+    match engine {
+        Engine::Runc(container) => {
+            check_programs(&facts.programs, |path| container.bundle().locate(path))
+        }
+        Engine::Criu | Engine::Nursery => check_programs(&facts.programs, Path::to_owned),
+    }
+}
+
+/// Whether what moves and what shall become of it are both a container of the same kind, or both none.
+fn check_container(source: Option<&ContainerFacts>, engine: &Engine) -> Result<(), Objection> {
+    match (source, engine) {
+        (None, Engine::Runc(_)) => Err(Objection::NoContainer),
+        (None, _) => Ok(()),
+        (Some(_), Engine::Criu | Engine::Nursery) => Err(Objection::Container),
+        (Some(source), Engine::Runc(container)) => {
+            // Somebody may have taken the name since we started.
+            container
+                .check()
+                .map_err(|error| Objection::Name(error.to_string()))?;
+            let here = container.bundle().facts();
+            check_same("namespaces", &source.namespaces, &here.namespaces)?;
+            check_same("mounts", &source.mounts, &here.mounts)
+        }
+    }
+}
+
+fn check_same(what: &'static str, source: &[String], here: &[String]) -> Result<(), Objection> {
+    if source == here {
+        return Ok(());
+    }
+    let beyond = |these: &[String], those: &[String]| {
+        let only = these.iter().filter(|one| !those.contains(one));
+        only.cloned().collect::<Vec<_>>().join(" ")
+    };
+    Err(Objection::Bundle {
+        what,
+        missing: beyond(source, here),
+        extra: beyond(here, source),
+    })
+}
+
+/// Whether the programs of the workload are here, at the places `locate` names.
+fn check_programs(
+    programs: &[ProgramFile],
+    locate: impl Fn(&Path) -> PathBuf,
+) -> Result<(), Objection> {
+    let differs = |program: &ProgramFile| {
+        let here = locate(Path::new(&program.path));
+        let how = match program.difference(&here)? {
+            Difference::Missing => "is not here",
+            Difference::Content => "is another build here",
+        };
+        Some(format!("{} {how}", here.display()))
+    };
+    let mut differences = programs.iter().filter_map(differs);
+    let Some(first) = differences.next() else {
+        return Ok(());
+    };
+    let others = match differences.count() {
+        0 => String::new(),
+        count => format!(" (and {count} more)"),
+    };
+    Err(Objection::Programs(first + &others))
 }
 
 fn check_cpu(source: &[String], here: &[String]) -> Result<(), Objection> {
@@ -227,6 +335,31 @@ mod tests {
         assert!(error.to_string().contains("--pidns"));
         let error = check_pids(&(1..=20).collect::<Vec<_>>(), |_| true).expect_err("all");
         assert!(error.to_string().contains("8 and 12 more"));
+    }
+
+    #[test]
+    fn another_bundle_is_refused_with_the_difference() {
+        let error = check_same("mounts", &flags("/proc /usr"), &flags("/proc /data"));
+        let text = error.expect_err("they differ").to_string();
+        assert!(text.contains("lack [/usr] and have [/data]"), "{text}");
+        assert_eq!(check_same("mounts", &flags("/usr"), &flags("/usr")), Ok(()));
+    }
+
+    #[test]
+    fn other_programs_are_refused_by_name() {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(dir.path().join("redis"), "v1").expect("written");
+        let there = |name: &str| {
+            ProgramFile::of(&format!("/usr/{name}"), &dir.path().join("redis")).expect("readable")
+        };
+        let locate = |path: &Path| dir.path().join(path.file_name().unwrap_or_default());
+        assert_eq!(check_programs(&[there("redis")], locate), Ok(()));
+        let error = check_programs(&[there("lib"), there("ld")], locate).expect_err("missing");
+        assert!(error.to_string().contains("lib is not here (and 1 more)"));
+        let before = there("redis");
+        std::fs::write(dir.path().join("redis"), "v2").expect("written");
+        let error = check_programs(&[before], locate).expect_err("changed");
+        assert!(error.to_string().contains("redis is another build here"));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::identity::{Fingerprint, Identity, Trust};
@@ -17,8 +18,11 @@ use common::session::State;
 use common::session_file::{DEFAULT_DIRECTORY, Remembered, SessionFile, Standing, Store};
 use common::token;
 
-use crate::advise;
+use crate::advise::{self, Leniency};
 use crate::connect::ConnectPlan;
+use crate::engine::{Container, Engine};
+use crate::external::ExternalPlan;
+use crate::ready::Ready;
 use crate::session::MigratePlan;
 
 /// For tests of the negotiation only: versions to offer instead of our own, separated by commas.
@@ -46,6 +50,9 @@ pub enum Command {
     Resume(Resume),
     /// List the sessions of this host: served, orphaned (`resume` goes on with them) or stale
     Sessions(Sessions),
+    /// Stand in the place of `criu lazy-pages` for a restore that another program runs
+    #[command(after_help = LAZY_PAGES_HELP)]
+    LazyPages(Box<LazyPages>),
     /// Used by lazy-restorer itself: a PID namespace for the restored workload
     #[command(hide = true)]
     Nursery {
@@ -177,8 +184,8 @@ impl Resume {
             },
             criu: None,
             criu_args: Vec::new(),
-            pid_namespace: false,
-            ignore_cpu_features: false,
+            engine: Engine::Criu,
+            leniency: Leniency::default(),
             push: !self.no_push,
             work_dir: None,
             pidfile: side.pidfile.as_ref().map(PathBuf::from),
@@ -227,9 +234,32 @@ pub struct Restore {
     /// Restore into this host's PID namespace (the default)
     #[arg(long, conflicts_with = "pidns")]
     detach: bool,
+    /// Restore a container with this name
+    #[arg(long, value_name = "ID", requires = "bundle", conflicts_with_all = ["pidns", "detach"])]
+    runc: Option<String>,
+    /// The container's bundle
+    #[arg(long, value_name = "DIR", requires = "runc")]
+    bundle: Option<PathBuf>,
+    /// Directory of the container runtime's state [default: the runtime's own]
+    #[arg(long, value_name = "DIR", requires = "runc")]
+    runc_root: Option<PathBuf>,
+    /// The container runtime to use [default: runc from the search path]
+    #[arg(long, value_name = "PATH", requires = "runc")]
+    runtime: Option<PathBuf>,
+    /// One more argument for `runc restore`; may be given several times
+    #[arg(
+        long,
+        value_name = "ARG",
+        requires = "runc",
+        allow_hyphen_values = true
+    )]
+    runc_arg: Vec<String>,
     /// Do not refuse a workload of a CPU with more features than this host's
     #[arg(long)]
     ignore_cpu_features: bool,
+    /// Do not compare the programs and libraries the workload has mapped with this host's
+    #[arg(long)]
+    ignore_programs: bool,
     /// The CRIU to use [default: criu from the search path]
     #[arg(long, value_name = "PATH", env = CRIU_VARIABLE)]
     criu: Option<PathBuf>,
@@ -266,33 +296,159 @@ pub struct Restore {
     pub json: Option<PathBuf>,
 }
 
+const LAZY_PAGES_HELP: &str = "\
+Says `ready` when `criu restore --lazy-pages` may begin, and exits 0 when every page is here and both hosts agree on \
+it. The images must be those of the dump that page-server offers.
+
+Example:
+  lazy-restorer lazy-pages -D /var/tmp/images --from 10.0.0.1:7000 --identity /etc/postcopy --daemon
+  criu restore --images-dir /var/tmp/images --lazy-pages --restore-detached";
+
+/// Options of `lazy-pages`.
+#[derive(Debug, Args)]
+pub struct LazyPages {
+    /// Directory of the images that CRIU restores
+    #[arg(short = 'D', long, value_name = "DIR")]
+    images_dir: PathBuf,
+    /// CRIU's work directory, where it looks for lazy-pages.socket [default: the images' directory]
+    #[arg(short = 'W', long, value_name = "DIR")]
+    work_dir: Option<PathBuf>,
+    /// Address and UDP port of the waiting page-server
+    #[arg(long, value_name = "ADDR:PORT")]
+    from: String,
+    /// Directory of this host's identity (`page-server identity issue`)
+    #[arg(long, value_name = "DIR")]
+    identity: PathBuf,
+    /// Accept only a source with this certificate fingerprint; may be given several times
+    #[arg(long, value_name = "SHA256")]
+    accept: Vec<Fingerprint>,
+    /// The token that page-server wrote with --token-file
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Return when ready, and go on in the background
+    #[arg(short, long)]
+    pub daemon: bool,
+    /// Write one zero byte to this descriptor when ready, and close it
+    #[arg(long, value_name = "FD")]
+    pub status_fd: Option<i32>,
+    /// Write our PID to this file when ready
+    #[arg(long, value_name = "FILE")]
+    pidfile: Option<PathBuf>,
+    /// Largest UDP payload to send [default: found out by probing, up to 1452]
+    #[arg(long, value_name = "BYTES")]
+    mtu: Option<u16>,
+    /// Write a record of the migration to this file, as one JSON object
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+impl LazyPages {
+    /// Checks everything that can be checked before the source is asked.
+    pub fn plan(&self) -> Result<ExternalPlan, SessionError> {
+        let fail = |failure, error: &dyn std::fmt::Display| {
+            SessionError::new(failure, State::Hello, error)
+        };
+        advise::check_host().map_err(|error| fail(Failure::NotPermitted, &error))?;
+        let connect = ConnectOptions {
+            from: &self.from,
+            identity: &self.identity,
+            accept: &self.accept,
+            token_file: self.token_file.as_deref(),
+            mtu: self.mtu,
+        };
+        let work = self.work_dir.as_ref().unwrap_or(&self.images_dir);
+        Ok(ExternalPlan {
+            connect: connect.plan()?,
+            images: self.images_dir.clone(),
+            work: work.clone(),
+            ready: Ready {
+                status_fd: self.status_fd,
+                pidfile: self.pidfile.clone(),
+            },
+        })
+    }
+}
+
+/// How to reach the source, as every subcommand that does says it.
+struct ConnectOptions<'a> {
+    from: &'a str,
+    identity: &'a Path,
+    accept: &'a [Fingerprint],
+    token_file: Option<&'a Path>,
+    mtu: Option<u16>,
+}
+
+impl ConnectOptions<'_> {
+    fn plan(&self) -> Result<ConnectPlan, SessionError> {
+        let fail = |failure, error: &dyn std::fmt::Display| {
+            SessionError::new(failure, State::Hello, error)
+        };
+        let identity =
+            Identity::load(self.identity).map_err(|error| fail(Failure::Identity, &error))?;
+        let token = self.token_file.map(token::read).transpose();
+        Ok(ConnectPlan {
+            source: self
+                .source()
+                .map_err(|error| fail(Failure::BadInput, &error))?,
+            identity,
+            trust: trust(self.accept),
+            path: PathProfile { mtu: self.mtu },
+            versions: offered_versions(),
+            token: token.map_err(|error| fail(Failure::BadInput, &error))?,
+        })
+    }
+
+    fn source(&self) -> Result<SocketAddr, String> {
+        let mut addresses = self
+            .from
+            .to_socket_addrs()
+            .map_err(|error| format!("--from {}: {error}", self.from))?;
+        addresses
+            .next()
+            .ok_or_else(|| format!("--from {}: this name has no address", self.from))
+    }
+}
+
 impl Restore {
+    fn engine(&self) -> Result<Engine, ContainerError> {
+        let (Some(id), Some(bundle)) = (&self.runc, &self.bundle) else {
+            return Ok(if self.pidns {
+                Engine::Nursery
+            } else {
+                Engine::Criu
+            });
+        };
+        let runtime = Runtime::find(self.runtime.as_deref(), self.runc_root.as_deref())?;
+        let container = Container::plan(runtime, id, bundle, self.runc_arg.clone())?;
+        Ok(Engine::Runc(Box::new(container)))
+    }
+
     /// Checks everything that can be checked before the source is asked.
     pub fn plan(&self) -> Result<MigratePlan, SessionError> {
         let fail = |failure, error: &dyn std::fmt::Display| {
             SessionError::new(failure, State::Hello, error)
         };
         advise::check_host().map_err(|error| fail(Failure::NotPermitted, &error))?;
-        let identity =
-            Identity::load(&self.identity).map_err(|error| fail(Failure::Identity, &error))?;
         let criu =
             Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
-        let token = self.token_file.as_deref().map(token::read).transpose();
+        let connect = ConnectOptions {
+            from: &self.from,
+            identity: &self.identity,
+            accept: &self.accept,
+            token_file: self.token_file.as_deref(),
+            mtu: self.mtu,
+        };
         Ok(MigratePlan {
-            connect: ConnectPlan {
-                source: self
-                    .source()
-                    .map_err(|error| fail(Failure::BadInput, &error))?,
-                identity,
-                trust: trust(&self.accept),
-                path: PathProfile { mtu: self.mtu },
-                versions: offered_versions(),
-                token: token.map_err(|error| fail(Failure::BadInput, &error))?,
-            },
+            connect: connect.plan()?,
             criu: Some(criu),
             criu_args: self.criu_arg.clone(),
-            pid_namespace: self.pidns,
-            ignore_cpu_features: self.ignore_cpu_features,
+            engine: self
+                .engine()
+                .map_err(|error| fail(Failure::BadInput, &error))?,
+            leniency: Leniency {
+                cpu_features: self.ignore_cpu_features,
+                programs: self.ignore_programs,
+            },
             push: !self.no_push,
             work_dir: self.work_dir.clone(),
             pidfile: self.pidfile.clone(),
@@ -308,16 +464,6 @@ impl Restore {
                 accept: self.accept.iter().map(ToString::to_string).collect(),
             },
         })
-    }
-
-    fn source(&self) -> Result<SocketAddr, String> {
-        let mut addresses = self
-            .from
-            .to_socket_addrs()
-            .map_err(|error| format!("--from {}: {error}", self.from))?;
-        addresses
-            .next()
-            .ok_or_else(|| format!("--from {}: this name has no address", self.from))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Notices the end of restored processes: userfaultfd does not report it.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -44,6 +44,13 @@ pub fn pidfd_open(pid: Pid) -> Result<OwnedFd, Errno> {
     let fd = Errno::result(fd)?;
     // SAFETY: the descriptor is new and nobody else's.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Kills the process that `pidfd` names; one that has ended already is as good.
+pub fn pidfd_kill(pidfd: &OwnedFd) {
+    let (pidfd, signal) = (pidfd.as_raw_fd(), libc::SIGKILL);
+    // SAFETY: the call takes numbers and no signal information.
+    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd, signal, 0, 0) };
 }
 
 #[cfg(test)]

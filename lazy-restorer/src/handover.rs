@@ -57,18 +57,34 @@ impl From<nix::Error> for HandoverError {
     }
 }
 
+/// What was collected, as it comes.
+pub type Handovers = mpsc::UnboundedReceiver<Result<Handover, HandoverError>>;
+
 /// Binds the socket and collects what comes on it, in a thread of its own, until CRIU closes it.
-pub fn listen(
-    work: &Path,
-) -> Result<mpsc::UnboundedReceiver<Result<Handover, HandoverError>>, HandoverError> {
+pub fn listen(work: &Path) -> Result<Handovers, HandoverError> {
+    let listener = bind(work)?;
+    collect(move || listener.accept().map(|(stream, _)| stream))
+}
+
+/// Binds the socket.
+pub fn bind(work: &Path) -> Result<UnixListener, HandoverError> {
     let listener = UnixListener::bind(work.join(SOCKET_NAME))?;
     // Credentials are attached only to what is sent after this is set, so before CRIU can connect.
     setsockopt(&listener, sockopt::PassCred, &true)?;
+    Ok(listener)
+}
+
+/// Collects what comes on the stream that `accept` returns, in a thread of its own, until CRIU closes it.
+pub fn collect(
+    accept: impl FnOnce() -> io::Result<UnixStream> + Send + 'static,
+) -> Result<Handovers, HandoverError> {
     let (send, receive) = mpsc::unbounded_channel();
     thread::Builder::new()
         .name(String::from("handover"))
         .spawn(move || {
-            let result = accept(&listener, &send);
+            let result = accept()
+                .map_err(HandoverError::from)
+                .and_then(|stream| forward(&stream, &send));
             if let Err(error) = result {
                 // The session has ended when nobody listens.
                 let _ = send.send(Err(error));
@@ -77,13 +93,12 @@ pub fn listen(
     Ok(receive)
 }
 
-fn accept(
-    listener: &UnixListener,
+fn forward(
+    stream: &UnixStream,
     send: &mpsc::UnboundedSender<Result<Handover, HandoverError>>,
 ) -> Result<(), HandoverError> {
-    let (stream, _) = listener.accept()?;
-    setsockopt(&stream, sockopt::PassCred, &true)?;
-    while let Some(handover) = next(&stream)? {
+    setsockopt(stream, sockopt::PassCred, &true)?;
+    while let Some(handover) = next(stream)? {
         if send.send(Ok(handover)).is_err() {
             break;
         }

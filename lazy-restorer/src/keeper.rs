@@ -21,6 +21,8 @@ use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+use crate::restore::Anchor;
+
 pub use self::inheritance::{Inheritance, inherit};
 
 /// Bytes of a message at most.
@@ -47,7 +49,9 @@ enum Told {
     /// What it must know.
     Setup(Setup),
     /// CRIU's PID, or that of the init it restores under. Its tree is the copy.
-    Anchor(i32),
+    ///
+    /// The flag says that it puts the copy away by itself when what is below it is killed.
+    Anchor(i32, bool),
     /// The operator's `--before-restore` command is about to run.
     Prepared,
     /// A restored process.
@@ -105,8 +109,8 @@ impl Keeper {
     }
 
     /// Tells whose tree the copy is.
-    pub fn anchor(&self, pid: Pid) -> io::Result<()> {
-        self.tell(&Told::Anchor(pid.as_raw()))
+    pub fn anchor(&self, anchor: Anchor) -> io::Result<()> {
+        self.tell(&Told::Anchor(anchor.pid.as_raw(), anchor.puts_away))
     }
 
     /// The operator's `--before-restore` command is about to run.

@@ -3,6 +3,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`session`] | the phases in order |
+//! | [`external`] | the phases in the place of `criu lazy-pages`, for a restore that somebody else runs |
 //! | [`connect`], [`advise`] | reaching the source, and saying early what cannot work |
 //! | [`skeleton`], [`restore`], [`gate`], [`nursery`] | staging the images, CRIU, and holding it at the point of no return |
 //! | [`handover`], [`keeper`], [`exits`] | userfault descriptors and processes as they come and go |
@@ -18,7 +19,9 @@ pub mod advise;
 pub mod blocktime;
 pub mod cli;
 pub mod connect;
+pub mod engine;
 pub mod exits;
+pub mod external;
 pub mod fetch;
 pub mod gate;
 pub mod handover;
@@ -29,6 +32,7 @@ pub mod nursery;
 pub mod pacing;
 pub mod progress;
 pub mod push;
+pub mod ready;
 pub mod report;
 pub mod resident;
 pub mod resolver;

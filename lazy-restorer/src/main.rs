@@ -6,10 +6,10 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::exit::{Failure, SessionError};
 use common::{host, logging};
-use lazy_restorer::cli::{Cli, Command, Restore, Resume};
+use lazy_restorer::cli::{Cli, Command, LazyPages, Restore, Resume};
 use lazy_restorer::keeper::Keeper;
 use lazy_restorer::report::Record;
-use lazy_restorer::{gate, nursery, session, session_command};
+use lazy_restorer::{external, gate, nursery, ready, session, session_command};
 
 fn main() -> ExitCode {
     if let Some(code) = gate::run_if_called() {
@@ -34,6 +34,13 @@ fn main() -> ExitCode {
             concluded(resume(&command))
         }
         Command::Sessions(command) => concluded(session_command::list(&command)),
+        Command::LazyPages(lazy_pages) => match ready::in_background(lazy_pages.daemon) {
+            Some(code) => code,
+            None => {
+                logging::start(cli.verbose);
+                concluded(stand_in(&lazy_pages))
+            }
+        },
     }
 }
 
@@ -64,6 +71,15 @@ fn resume(command: &Resume) -> Result<(), SessionError> {
     let keeper = start_keeper()?;
     let mut record = Record::default();
     let result = runtime()?.block_on(session::resume(&plan, file, keeper, &mut record));
+    write(&record, command.json.as_deref());
+    result
+}
+
+fn stand_in(command: &LazyPages) -> Result<(), SessionError> {
+    let plan = command.plan()?;
+    let keeper = start_keeper()?;
+    let mut record = Record::default();
+    let result = runtime()?.block_on(external::run(&plan, keeper, &mut record));
     write(&record, command.json.as_deref());
     result
 }

@@ -21,11 +21,11 @@ use crate::handover::{self, Handover, HandoverError};
 use crate::keeper::Keeper;
 use crate::memory::{Memory, MemoryError, Order};
 use crate::push;
-use crate::restore::{Prepared, Restore, RestoreError, kill_tree};
+use crate::restore::{Anchor, Prepared, Restore, RestoreError, kill_copy};
 use crate::skeleton;
 
 /// Failures of transfer tasks that wait to be looked at.
-const FAILURES: usize = 8;
+pub(crate) const FAILURES: usize = 8;
 
 /// A restoring or restored workload.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ pub struct Resident {
     gate: Option<Gate>,
     keeper: Keeper,
     /// Whose tree the copy is.
-    anchor: Option<Pid>,
+    anchor: Option<Anchor>,
     criu_ended: bool,
     handed_over: bool,
     handovers: mpsc::UnboundedReceiver<Result<Handover, HandoverError>>,
@@ -84,7 +84,7 @@ pub struct Successor {
     /// Its orders.
     pub orders: mpsc::UnboundedReceiver<Order>,
     /// Whose tree the copy is.
-    pub anchor: Option<Pid>,
+    pub anchor: Option<Anchor>,
     /// Its root.
     pub root: Option<Pid>,
     /// Its directory.
@@ -316,7 +316,7 @@ impl Resident {
     }
 
     /// Whose tree the copy is.
-    pub fn anchor(&self) -> Option<Pid> {
+    pub fn anchor(&self) -> Option<Anchor> {
         self.anchor
     }
 
@@ -342,7 +342,7 @@ impl Resident {
     pub async fn abort(self) {
         match (self.restore, self.anchor) {
             (Some(restore), _) => restore.abort().await,
-            (None, Some(anchor)) => kill_tree(anchor),
+            (None, Some(anchor)) => kill_copy(anchor),
             (None, None) => {}
         }
         release(self.keeper);
@@ -378,22 +378,22 @@ fn release(keeper: Keeper) {
 
 /// Our ends of the streams of one link.
 #[derive(Debug)]
-struct Link {
-    requests: SendStream,
-    credits: Credits,
-    tasks: JoinSet<()>,
+pub(crate) struct Link {
+    pub(crate) requests: SendStream,
+    pub(crate) credits: Credits,
+    pub(crate) tasks: JoinSet<()>,
 }
 
 /// What is needed to give credit.
 #[derive(Debug)]
-struct Credits {
-    stream: SendStream,
-    installed: watch::Receiver<u64>,
+pub(crate) struct Credits {
+    pub(crate) stream: SendStream,
+    pub(crate) installed: watch::Receiver<u64>,
 }
 
 impl Link {
     /// Opens the demand stream and takes in what comes on both.
-    async fn open(
+    pub(crate) async fn open(
         source: &Source,
         (credits, pages): (SendStream, RecvStream),
         memory: &Arc<Memory>,
@@ -420,7 +420,7 @@ impl Link {
 }
 
 /// A task whose failure goes to `report`.
-fn reported(
+pub(crate) fn reported(
     task: impl Future<Output = Result<(), TransferError>> + Send + 'static,
     report: &mpsc::Sender<TransferError>,
 ) -> impl Future<Output = ()> + Send + 'static {

@@ -1,27 +1,36 @@
-//! Restoring by `criu restore --lazy-pages`, in this host's PID namespace or in one of its own.
+//! Restoring: the program that does it, from its start to its end or its abortion.
+//!
+//! What is started is the [`engine`](crate::engine)'s affair.
 
 use std::env;
-use std::ffi::OsString;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
+use std::time::Duration;
 
-use common::criu::{Criu, quote_errors};
+use common::criu::Criu;
+use common::mounts;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::all_processes;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::time::timeout;
 
+use crate::engine::{Container, Engine};
 use crate::gate::SOCKET_VARIABLE;
 use crate::nursery::{EXIT_LINE, INIT_LINE};
 
 /// Any byte will do.
 const GO: u8 = b'G';
+/// Time a runtime has to put away what it made, when its CRIU was killed.
+pub(crate) const PUTTING_AWAY: Duration = Duration::from_secs(10);
 
 /// How to restore.
 #[derive(Clone, Debug)]
 pub struct RestorePlan {
+    /// Who restores.
+    pub engine: Engine,
     /// The CRIU to use.
     pub criu: Criu,
     /// Directory of this migration.
@@ -32,8 +41,6 @@ pub struct RestorePlan {
     pub tcp_established: bool,
     /// The workload belongs to a shell's session.
     pub shell_job: bool,
-    /// Restore into a PID namespace of its own.
-    pub pid_namespace: bool,
 }
 
 /// Why the workload could not be restored. Nothing of it is left here.
@@ -57,7 +64,24 @@ pub enum RestoreError {
 pub struct Restore {
     child: Child,
     nursery: Option<Nursery>,
-    log: PathBuf,
+    plan: RestorePlan,
+}
+
+/// Whose tree a copy is that has not run yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Anchor {
+    /// The restoring program, or the init it restores under.
+    pub pid: Pid,
+    /// It puts the copy away by itself when what is below it is killed.
+    pub puts_away: bool,
+}
+
+/// Kills a copy that must not run any more.
+pub(crate) fn kill_copy(anchor: Anchor) {
+    match anchor.puts_away {
+        true => kill_below(anchor.pid),
+        false => kill_tree(anchor.pid),
+    }
 }
 
 /// The namespace's init and its reports.
@@ -85,37 +109,16 @@ impl RestorePlan {
         self.directory.join("gate")
     }
 
-    fn log(&self) -> PathBuf {
+    /// CRIU's log.
+    pub fn log(&self) -> PathBuf {
         self.work().join("restore.log")
-    }
-
-    fn arguments(&self, script: &Path) -> Vec<OsString> {
-        let mut arguments = self.criu.command("restore", &self.log());
-        let options: [(&str, &Path); 3] = [
-            ("--images-dir", &self.images()),
-            ("--work-dir", &self.work()),
-            ("--action-script", script),
-        ];
-        for (name, value) in options {
-            arguments.push(name.into());
-            arguments.push(value.into());
-        }
-        arguments.extend(["--lazy-pages", "--restore-detached"].map(OsString::from));
-        if self.tcp_established {
-            arguments.push("--tcp-established".into());
-        }
-        if self.shell_job {
-            arguments.push("--shell-job".into());
-        }
-        arguments.extend(self.criu_args.iter().map(OsString::from));
-        arguments
     }
 
     /// Prepares everything that can be done before the skeleton is there.
     pub async fn prepare(self) -> Result<Prepared, RestoreError> {
-        let nursery = match self.pid_namespace {
-            true => Some(Nursery::open(self.command(true)?).await?),
-            false => None,
+        let nursery = match self.engine {
+            Engine::Nursery => Some(Nursery::open(self.command()?).await?),
+            Engine::Criu | Engine::Runc(_) => None,
         };
         Ok(Prepared {
             plan: self,
@@ -123,17 +126,10 @@ impl RestorePlan {
         })
     }
 
-    fn command(&self, in_nursery: bool) -> Result<Command, RestoreError> {
+    fn command(&self) -> Result<Command, RestoreError> {
         let ourselves = env::current_exe()?;
-        let mut command = if in_nursery {
-            let mut command = Command::new(&ourselves);
-            command.args(["nursery", "--"]).arg(self.criu.program());
-            command
-        } else {
-            Command::new(self.criu.program())
-        };
+        let mut command = self.engine.command(self, &ourselves)?;
         command
-            .args(self.arguments(&ourselves))
             .env(SOCKET_VARIABLE, self.gate())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -159,20 +155,19 @@ impl Prepared {
 
     /// Starts CRIU. It needs the images, the lazy-pages socket and the gate to be there.
     pub async fn start(self) -> Result<Restore, RestoreError> {
-        let log = self.plan.log();
         let Some((child, mut nursery)) = self.nursery else {
-            let child = self.plan.command(false)?.spawn()?;
+            let child = self.plan.command()?.spawn()?;
             return Ok(Restore {
                 child,
                 nursery: None,
-                log,
+                plan: self.plan,
             });
         };
         nursery.go.write_all(&[GO]).await?;
         Ok(Restore {
             child,
             nursery: Some(nursery),
-            log,
+            plan: self.plan,
         })
     }
 }
@@ -213,12 +208,16 @@ async fn next_report(
 }
 
 impl Restore {
-    /// Whose tree the copy is: the namespace's init, or CRIU as long as it restores.
-    pub fn anchor(&self) -> Option<Pid> {
-        match &self.nursery {
-            Some(nursery) => Some(nursery.init),
-            None => Some(Pid::from_raw(self.child.id()? as i32)),
-        }
+    /// Whose tree the copy is: the namespace's init, or the restoring program as long as it restores.
+    pub fn anchor(&self) -> Option<Anchor> {
+        let pid = match &self.nursery {
+            Some(nursery) => nursery.init,
+            None => Pid::from_raw(self.child.id()? as i32),
+        };
+        Some(Anchor {
+            pid,
+            puts_away: matches!(self.plan.engine, Engine::Runc(_)),
+        })
     }
 
     /// Waits until CRIU has ended; an error when it failed. May be cancelled.
@@ -239,7 +238,10 @@ impl Restore {
         };
         Err(RestoreError::Restore {
             status,
-            log: quote_errors(&self.log),
+            log: self
+                .plan
+                .engine
+                .quote(&self.plan.directory, &self.plan.log()),
         })
     }
 
@@ -247,15 +249,31 @@ impl Restore {
     pub async fn abort(mut self) {
         if let Some(nursery) = &self.nursery {
             kill_quietly(nursery.init);
+        } else if let Engine::Runc(container) = self.plan.engine.clone() {
+            self.abort_container(&container).await;
         } else if let Some(criu) = self.child.id() {
             kill_tree(Pid::from_raw(criu as i32));
         }
         if let Err(error) = self.child.wait().await {
             tracing::warn!(%error, "waiting for CRIU");
         }
+        mounts::detach_below(&self.plan.directory);
         if let Some(mut nursery) = self.nursery {
             // The pipe ends when init and with it the whole namespace is gone.
             while let Ok(Some(_)) = nursery.reports.next_line().await {}
+        }
+    }
+}
+
+impl Restore {
+    async fn abort_container(&mut self, container: &Container) {
+        let Some(runtime) = self.child.id() else {
+            return;
+        };
+        kill_below(Pid::from_raw(runtime as i32));
+        if timeout(PUTTING_AWAY, self.child.wait()).await.is_err() {
+            kill_tree(Pid::from_raw(runtime as i32));
+            container.remove_remains();
         }
     }
 }
@@ -277,6 +295,11 @@ pub(crate) fn kill_tree(root: Pid) {
         next += 1;
     }
     family.into_iter().for_each(kill_quietly);
+}
+
+/// Kills all descendants of a process that has no reason to start another.
+pub(crate) fn kill_below(root: Pid) {
+    children(root).into_iter().for_each(kill_tree);
 }
 
 fn children(parent: Pid) -> Vec<Pid> {

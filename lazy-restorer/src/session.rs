@@ -7,6 +7,8 @@
 mod postcopy;
 mod resume;
 
+pub(crate) use self::postcopy::parts;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,8 +30,9 @@ use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use crate::advise;
+use crate::advise::{self, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
+use crate::engine::Engine;
 use crate::gate::Held;
 use crate::keeper::{Keeper, Setup};
 use crate::report::Record;
@@ -46,10 +49,10 @@ pub struct MigratePlan {
     pub criu: Option<Criu>,
     /// More arguments for `criu restore`.
     pub criu_args: Vec<String>,
-    /// Restore into a PID namespace of its own.
-    pub pid_namespace: bool,
-    /// Do not compare CPU features.
-    pub ignore_cpu_features: bool,
+    /// Who restores.
+    pub engine: Engine,
+    /// What is not compared.
+    pub leniency: Leniency,
     /// Let the source push; else only what is touched comes.
     pub push: bool,
     /// Where to put the migration's directory.
@@ -141,8 +144,7 @@ impl Migration<'_> {
         self.advance(Event::Welcomed)?;
         let result = self.migrate(&mut source, keeper).await;
         let last = match &result {
-            // A source that gave up before the point of no return knows all there is to know.
-            Err(error) if error.failure == Failure::Peer && error.state.source_may_thaw() => None,
+            // Also to a source that broke the protocol: its operator is to learn why.
             Err(error) => Some(ToSource::Abort(Abort {
                 host: host::name(),
                 state: error.state,
@@ -260,11 +262,7 @@ impl Migration<'_> {
             ToDestination::Advise(facts) => facts,
             message => return Err(unexpected(self.state(), &message)),
         };
-        let checked = advise::check_workload(
-            &facts,
-            self.plan.pid_namespace,
-            self.plan.ignore_cpu_features,
-        );
+        let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency);
         checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
         Ok(facts)
     }
@@ -282,7 +280,7 @@ impl Migration<'_> {
             criu_args: self.plan.criu_args.clone(),
             tcp_established: facts.tcp_established,
             shell_job: facts.shell_job,
-            pid_namespace: self.plan.pid_namespace,
+            engine: self.plan.engine.clone(),
         })
     }
 
@@ -505,7 +503,8 @@ impl Migration<'_> {
                 bulk_port: welcome.bulk_port,
                 version: welcome.version,
                 keeper,
-                anchor: resident.anchor().and_then(find),
+                anchor: resident.anchor().and_then(|anchor| find(anchor.pid)),
+                anchor_puts_away: resident.anchor().is_some_and(|anchor| anchor.puts_away),
                 may_run: false,
                 root: resident.root().and_then(find),
                 tasks: resident.tasks().to_vec(),

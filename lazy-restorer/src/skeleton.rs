@@ -5,7 +5,9 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use common::images::{ImageError, ReadImagesError, read_processes, without_network_lock};
+use common::images::{
+    DumpedProcess, ImageError, ReadImagesError, read_processes, without_network_lock,
+};
 use common::limits::MAX_SKELETON_FILES;
 use common::proto::ProtoError;
 use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader, MAX_NAME_BYTES};
@@ -197,12 +199,26 @@ impl Staging {
 /// What the staged images say about each process's memory.
 pub fn processes(directory: &Path) -> Result<Vec<ProcessImage>, ReadImagesError> {
     let dumped = read_processes(directory)?.into_iter();
-    let image = dumped.map(|process| ProcessImage {
+    Ok(dumped.map(memory_image).collect())
+}
+
+/// What of a dumped process matters to its memory.
+pub fn memory_image(process: DumpedProcess) -> ProcessImage {
+    ProcessImage {
         pid: process.pid,
         lazy: process.lazy,
         vmas: process.layout.vmas,
-    });
-    Ok(image.collect())
+    }
+}
+
+/// Takes the end of a skeleton without files: the images are here already.
+pub async fn expect_none(mut stream: RecvStream) -> Result<RecvStream, SkeletonError> {
+    let mut header = [0; BULK_HEADER_BYTES];
+    stream.read_exact(&mut header).await?;
+    match BulkHeader::decode(&header)? {
+        BulkHeader::SkeletonEnd { files: 0, bytes: 0 } => Ok(stream),
+        _ => Err(SkeletonError::Order("files that nobody needs")),
+    }
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::freeze::FreezeError;
+use crate::freezer;
 use crate::hook::Verdict;
 use crate::network_lock;
 use crate::rescue::{dump_log, rescue};
@@ -124,6 +125,7 @@ impl Adopted {
         network_lock::remove(&dump_log(&self.left.directory), None);
         // Whoever CRIU did not kill stands still by the stop that waited for this.
         self.signal(Signal::SIGKILL);
+        freezer::thaw_noted(&self.left.directory);
         self.remove_directory();
         told
     }
@@ -141,6 +143,7 @@ impl Adopted {
             rescue(self.left.root, &self.left.directory);
         }
         self.signal(Signal::SIGCONT);
+        freezer::thaw_noted(&self.left.directory);
         self.remove_directory();
         Ok(())
     }

@@ -2,12 +2,14 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use common::images::ImagePid;
+use common::images::{DumpedProcess, ImagePid};
+use common::limits::MAX_EAGER_PAGES;
 use common::page::PageRange;
 use common::proto::control::Tally;
 
 use crate::pending::{Pending, PendingError, Recovered, Run};
 use crate::push_order::PushOrder;
+use crate::skeleton::eager_runs;
 
 /// The one lock between the fault thread and the bulk thread. It is never held while memory is read.
 #[derive(Debug)]
@@ -39,7 +41,31 @@ pub struct SentCounts {
     pub resent: u64,
 }
 
+/// All lazy pages of `dumped`, and those that their threads touch first.
+pub fn owed(dumped: &[DumpedProcess]) -> (Pending, Vec<Run>) {
+    let mut pages = 0;
+    let within_limit = |run: &Run| {
+        pages += run.pages.count;
+        pages <= MAX_EAGER_PAGES
+    };
+    let eager = dumped
+        .iter()
+        .flat_map(eager_runs)
+        .take_while(within_limit)
+        .collect();
+    let lazy = dumped
+        .iter()
+        .map(|process| (process.pid, process.lazy.clone()));
+    (Pending::new(lazy), eager)
+}
+
 impl Book {
+    /// Opens the book on the lazy pages of `dumped`; what their threads touch first is pushed first.
+    pub fn of(dumped: &[DumpedProcess]) -> Self {
+        let (pending, eager) = owed(dumped);
+        Book::new(pending, &eager)
+    }
+
     /// Opens the book on everything owed; `eager` pages are pushed first.
     pub fn new(pending: Pending, eager: &[Run]) -> Self {
         let counts = SentCounts {

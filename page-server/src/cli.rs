@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::host::{self, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
@@ -17,8 +18,11 @@ use common::session_file::{DEFAULT_DIRECTORY, Remembered, SessionFile, Standing,
 use common::token;
 use nix::unistd::Pid;
 
+use crate::engine::{Container, Engine};
+use crate::external::ExternalPlan;
 use crate::identity_command::IdentityCommand;
 use crate::listen::ListenPlan;
+use crate::offer::Dumped;
 use crate::session::ServePlan;
 use crate::workload::Workload;
 
@@ -43,6 +47,9 @@ pub enum Command {
     /// Move a running process tree to the host that asks for it
     #[command(after_help = SERVE_HELP)]
     Serve(Box<Serve>),
+    /// Serve the memory of a workload that another program froze by `criu dump --lazy-pages`
+    #[command(after_help = ATTACH_HELP)]
+    Attach(Box<Attach>),
     /// Go on with a session whose page-server was killed after the cutover
     Resume(Resume),
     /// List the sessions of this host: served, orphaned (`resume` goes on with them) or stale
@@ -72,12 +79,45 @@ Example: move redis and its service address
       --tcp-established --on-frozen 'ip address del 10.0.0.100/24 dev eth0' \\
       --on-thawed 'ip address add 10.0.0.100/24 dev eth0'";
 
+const ATTACH_HELP: &str = "\
+Waits until the dump is complete and CRIU waits for its lazy-pages daemon, whose place this pair takes: nobody else may \
+connect to CRIU's port. When every page has arrived CRIU kills the frozen workload; whatever fails before the cutover \
+leaves it running here, and CRIU ends with an error.
+
+Example:
+  criu dump --tree $PID --images-dir /var/tmp/images --lazy-pages --address 127.0.0.1 --port 27000 &
+  page-server attach --images /var/tmp/images --pid $PID --listen 10.0.0.1:7000 --identity /etc/postcopy";
+
 /// Options of `serve`.
 #[derive(Debug, Args)]
 pub struct Serve {
     /// PID of the workload's root process; its descendants move along
-    #[arg(long)]
-    pid: i32,
+    #[arg(long, required_unless_present_any = ["images", "runc"], conflicts_with_all = ["images", "runc"])]
+    pid: Option<i32>,
+    /// Serve a full dump that lies in this directory, in place of a running workload
+    #[arg(long, value_name = "DIR", conflicts_with = "runc")]
+    images: Option<PathBuf>,
+    /// Serve the images to this many destinations, at the same time or one after the other
+    #[arg(long, value_name = "N", default_value = "1", requires = "images",
+        value_parser = clap::value_parser!(u16).range(1..))]
+    fan_out: u16,
+    /// Move the running container with this name instead
+    #[arg(long, value_name = "ID")]
+    runc: Option<String>,
+    /// Directory of the container runtime's state [default: the runtime's own]
+    #[arg(long, value_name = "DIR", requires = "runc")]
+    runc_root: Option<PathBuf>,
+    /// The container runtime to use [default: runc from the search path]
+    #[arg(long, value_name = "PATH", requires = "runc")]
+    runtime: Option<PathBuf>,
+    /// One more argument for `runc checkpoint`; may be given several times
+    #[arg(
+        long,
+        value_name = "ARG",
+        requires = "runc",
+        allow_hyphen_values = true
+    )]
+    runc_arg: Vec<String>,
     /// Address and UDP port to wait for the destination on
     #[arg(long, value_name = "ADDR:PORT")]
     listen: SocketAddr,
@@ -249,6 +289,8 @@ impl Resume {
         let criu = Criu::find(Some(Path::new(&source.criu_program)))
             .map_err(|error| fail(Failure::BadInput, &error))?;
         Ok(ServePlan {
+            // Whoever called CRIU, it is CRIU's script that we talk to now.
+            engine: Engine::Criu,
             workload: Workload::frozen(Pid::from_raw(source.root.pid)),
             listen: ListenPlan {
                 fault: source.fault,
@@ -277,28 +319,63 @@ impl Resume {
 }
 
 impl Serve {
+    /// The plan for serving images, when that is what is asked for.
+    pub fn images_plan(&self) -> Result<Option<ExternalPlan>, SessionError> {
+        let Some(images) = &self.images else {
+            return Ok(None);
+        };
+        let listen = ListenOptions {
+            listen: self.listen,
+            bulk_port: self.bulk_port,
+            identity: &self.identity,
+            accept: &self.accept,
+            mtu: self.mtu,
+        };
+        Ok(Some(ExternalPlan {
+            images: images.clone(),
+            attach_to: None,
+            dumped: Dumped {
+                tcp_established: self.tcp_established,
+                shell_job: self.shell_job,
+            },
+            fan_out: self.fan_out.into(),
+            listen: listen.plan()?,
+            wait: self.wait.map(Duration::from_secs),
+            token: self.token_file.as_deref().map(new_token).transpose()?,
+            work_dir: self.work_dir.clone(),
+            ready: |address| println!("listening on {address}"),
+        }))
+    }
+
     /// Checks everything that can be checked before anyone connects.
     pub fn plan(&self) -> Result<ServePlan, SessionError> {
         let fail = |failure, error: &dyn std::fmt::Display| {
             SessionError::new(failure, State::Hello, error)
         };
         check_privileges()?;
-        let identity =
-            Identity::load(&self.identity).map_err(|error| fail(Failure::Identity, &error))?;
-        let workload = Workload::find(Pid::from_raw(self.pid))
+        let listen = ListenOptions {
+            listen: self.listen,
+            bulk_port: self.bulk_port,
+            identity: &self.identity,
+            accept: &self.accept,
+            mtu: self.mtu,
+        };
+        let listen = listen.plan()?;
+        let engine = self
+            .engine()
             .map_err(|error| fail(Failure::BadInput, &error))?;
+        let root = match &engine {
+            Engine::Runc(container) => container.init(),
+            Engine::Criu => Pid::from_raw(self.pid.unwrap_or_default()),
+        };
+        let workload = Workload::find(root).map_err(|error| fail(Failure::BadInput, &error))?;
         let criu =
             Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
         let token = self.token_file.as_deref().map(new_token).transpose()?;
         Ok(ServePlan {
+            engine,
             workload,
-            listen: ListenPlan {
-                fault: self.listen,
-                bulk: SocketAddr::new(self.listen.ip(), self.bulk_port()),
-                identity,
-                trust: trust(&self.accept),
-                path: PathProfile { mtu: self.mtu },
-            },
+            listen,
             criu,
             criu_args: self.criu_arg.clone(),
             tcp_established: self.tcp_established,
@@ -314,6 +391,109 @@ impl Serve {
                 identity: absolute(&self.identity),
                 accept: self.accept.iter().map(ToString::to_string).collect(),
             },
+        })
+    }
+
+    fn engine(&self) -> Result<Engine, ContainerError> {
+        let Some(id) = &self.runc else {
+            return Ok(Engine::Criu);
+        };
+        let runtime = Runtime::find(self.runtime.as_deref(), self.runc_root.as_deref())?;
+        Container::find(runtime, id, self.runc_arg.clone()).map(Engine::Runc)
+    }
+}
+
+/// Options of `attach`.
+#[derive(Debug, Args)]
+pub struct Attach {
+    /// Directory of the dump's images
+    #[arg(long, value_name = "DIR")]
+    images: PathBuf,
+    /// PID of the root process that is being dumped
+    #[arg(long)]
+    pid: i32,
+    /// Address and UDP port to wait for the destination on
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: SocketAddr,
+    /// UDP port for bulk data at the same address [default: the port after --listen's]
+    #[arg(long, value_name = "PORT")]
+    bulk_port: Option<u16>,
+    /// Directory of this host's identity (`page-server identity init`)
+    #[arg(long, value_name = "DIR")]
+    identity: PathBuf,
+    /// Accept only a destination with this certificate fingerprint; may be given several times
+    #[arg(long, value_name = "SHA256")]
+    accept: Vec<Fingerprint>,
+    /// Write a one-time token to this file and require it of the destination
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Give up when no destination has come within this time [default: wait until stopped]
+    #[arg(long, value_name = "SECONDS")]
+    wait: Option<u64>,
+    /// The dump was made with --tcp-established
+    #[arg(long)]
+    tcp_established: bool,
+    /// The dump was made with --shell-job
+    #[arg(long)]
+    shell_job: bool,
+    /// Directory for the skeleton's links [default: /run, /dev/shm or /tmp, the first that is a tmpfs]
+    #[arg(long, value_name = "DIR")]
+    work_dir: Option<PathBuf>,
+    /// Largest UDP payload to send [default: found out by probing, up to 1452]
+    #[arg(long, value_name = "BYTES")]
+    mtu: Option<u16>,
+    /// Write a record of the migration to this file, as one JSON object
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+impl Attach {
+    /// Checks everything that can be checked before anyone connects.
+    pub fn plan(&self) -> Result<ExternalPlan, SessionError> {
+        check_privileges()?;
+        let listen = ListenOptions {
+            listen: self.listen,
+            bulk_port: self.bulk_port,
+            identity: &self.identity,
+            accept: &self.accept,
+            mtu: self.mtu,
+        };
+        Ok(ExternalPlan {
+            images: self.images.clone(),
+            attach_to: Some(Pid::from_raw(self.pid)),
+            dumped: Dumped {
+                tcp_established: self.tcp_established,
+                shell_job: self.shell_job,
+            },
+            fan_out: 1,
+            listen: listen.plan()?,
+            wait: self.wait.map(Duration::from_secs),
+            token: self.token_file.as_deref().map(new_token).transpose()?,
+            work_dir: self.work_dir.clone(),
+            ready: |address| println!("listening on {address}"),
+        })
+    }
+}
+
+/// Where and for whom to listen, as every subcommand that serves says it.
+struct ListenOptions<'a> {
+    listen: SocketAddr,
+    bulk_port: Option<u16>,
+    identity: &'a Path,
+    accept: &'a [Fingerprint],
+    mtu: Option<u16>,
+}
+
+impl ListenOptions<'_> {
+    fn plan(&self) -> Result<ListenPlan, SessionError> {
+        let identity = Identity::load(self.identity)
+            .map_err(|error| SessionError::new(Failure::Identity, State::Hello, error))?;
+        Ok(ListenPlan {
+            fault: self.listen,
+            bulk: SocketAddr::new(self.listen.ip(), self.bulk_port()),
+            identity,
+            trust: trust(self.accept),
+            path: PathProfile { mtu: self.mtu },
         })
     }
 

@@ -10,7 +10,7 @@ use common::host;
 use common::images::ImagePid;
 use common::limits::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, MAX_LAZY_PAGES, MAX_PROCESSES};
 use common::proto::control::{
-    Abort, Hello, Present, Secret, SessionId, ToDestination, ToSource, Welcome,
+    Abort, Hello, Present, Resume, Secret, SessionId, ToDestination, ToSource, Welcome,
 };
 use common::proto::version;
 use common::session::State;
@@ -61,13 +61,30 @@ async fn welcome(
     session: SessionId,
     token: Option<&Secret>,
 ) -> Result<Destination, String> {
-    let mut control = open_control(&connection).await?;
-    let hello = match timeout(HANDSHAKE_TIMEOUT, control.next()).await {
-        Ok(Ok(ToSource::Hello(hello))) => hello,
-        Ok(Ok(_)) => return Err(String::from("it does not begin with a hello")),
-        Ok(Err(error)) => return Err(error.to_string()),
-        Err(_) => return Err(String::from("it says nothing")),
-    };
+    match first_message(&connection).await? {
+        (control, ToSource::Hello(hello)) => {
+            welcome_hello(listen, control, hello, session, token).await
+        }
+        _ => Err(String::from("it does not begin with a hello")),
+    }
+}
+
+async fn first_message(connection: &Connection) -> Result<(Control<ToSource>, ToSource), String> {
+    let mut control = open_control(connection).await?;
+    match timeout(HANDSHAKE_TIMEOUT, control.next()).await {
+        Ok(Ok(message)) => Ok((control, message)),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(String::from("it says nothing")),
+    }
+}
+
+async fn welcome_hello(
+    listen: &mut Listen,
+    mut control: Control<ToSource>,
+    hello: Hello,
+    session: SessionId,
+    token: Option<&Secret>,
+) -> Result<Destination, String> {
     let version = match check(&hello, token) {
         Ok(version) => version,
         Err(text) => {
@@ -106,36 +123,75 @@ pub async fn readmit(
     session: SessionId,
     old: &Acquaintance,
 ) -> Result<Destination, String> {
-    let mut control = open_control(&connection).await?;
-    let resume = match timeout(HANDSHAKE_TIMEOUT, control.next()).await {
-        Ok(Ok(ToSource::Resume(resume))) => resume,
-        Ok(Ok(_)) => {
-            let text = String::from("this page-server serves another destination");
-            refuse(control, &text).await;
-            return Err(text);
-        }
-        Ok(Err(error)) => return Err(error.to_string()),
-        Err(_) => return Err(String::from("it says nothing")),
+    let (control, message) = first_message(&connection).await?;
+    let ToSource::Resume(resume) = message else {
+        let text = String::from("this page-server serves another destination");
+        refuse(control, &text).await;
+        return Err(text);
     };
-    if resume.session != session || !resume.secret.matches(&old.secret) {
+    let known = HashMap::from([(session, old.clone())]);
+    let (_, destination) = take_back(listen, control, &resume, &known).await?;
+    Ok(destination)
+}
+
+/// Who called.
+#[derive(Debug)]
+pub enum Caller {
+    /// A destination that was given this session.
+    New(SessionId, Destination),
+    /// The destination of this session, again.
+    Back(SessionId, Destination),
+}
+
+/// Lets a destination in that is new, as `session` if that is given, or known; turns everybody else away.
+pub async fn receive(
+    listen: &mut Listen,
+    connection: Connection,
+    session: Option<SessionId>,
+    token: Option<&Secret>,
+    known: &HashMap<SessionId, Acquaintance>,
+) -> Result<Caller, String> {
+    match (first_message(&connection).await?, session) {
+        ((control, ToSource::Resume(resume)), _) => {
+            let (session, destination) = take_back(listen, control, &resume, known).await?;
+            Ok(Caller::Back(session, destination))
+        }
+        ((control, ToSource::Hello(hello)), Some(session)) => {
+            let welcomed = welcome_hello(listen, control, hello, session, token).await?;
+            Ok(Caller::New(session, welcomed))
+        }
+        ((control, ToSource::Hello(_)), None) => {
+            let text =
+                String::from("this page-server serves as many destinations as it was told to");
+            refuse(control, &text).await;
+            Err(text)
+        }
+        _ => Err(String::from("it does not begin with a hello")),
+    }
+}
+
+async fn take_back(
+    listen: &mut Listen,
+    mut control: Control<ToSource>,
+    resume: &Resume,
+    known: &HashMap<SessionId, Acquaintance>,
+) -> Result<(SessionId, Destination), String> {
+    let old = known.get(&resume.session);
+    let Some(old) = old.filter(|old| resume.secret.matches(&old.secret)) else {
         let text = String::from("this page-server serves another session");
         refuse(control, &text).await;
         return Err(text);
-    }
+    };
     let bulk_port = listen.bulk.address().port();
     let welcome = ToDestination::WelcomeBack { bulk_port };
     control
         .send(&welcome)
         .await
         .map_err(|error| error.to_string())?;
-    take_bulk(
-        listen,
-        control,
-        session,
-        old.secret.clone(),
-        old.host.clone(),
-    )
-    .await
+    let Acquaintance { secret, host } = old.clone();
+    let session = resume.session;
+    let destination = take_bulk(listen, control, session, secret, host).await?;
+    Ok((session, destination))
 }
 
 /// Completes a destination by its bulk connection.
@@ -267,17 +323,22 @@ pub fn abort(state: State, text: &str) -> Abort {
 }
 
 impl Destination {
-    /// Our direction of the bulk stream, once.
-    pub fn take_push(&mut self) -> Option<SendStream> {
-        self.push.take()
-    }
-
     /// What it is known by when it comes again.
     pub fn acquaintance(&self) -> Acquaintance {
         Acquaintance {
             secret: self.secret.clone(),
             host: self.host.clone(),
         }
+    }
+
+    /// Our direction of the bulk stream, once.
+    pub fn take_push(&mut self) -> Option<SendStream> {
+        self.push.take()
+    }
+
+    /// Whether its streams have not been used yet.
+    pub fn is_new(&self) -> bool {
+        self.push.is_some()
     }
 
     /// The destination's direction of the bulk stream, which carries its credit; once.

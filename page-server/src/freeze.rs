@@ -1,28 +1,26 @@
-//! Freezing by `criu dump --lazy-pages`, with the end of the dump in our hands.
+//! Freezing by CRIU, with the end of the dump in our hands.
 //!
-//! CRIU serves nobody: its page-server descriptor is a socket whose other end is closed. Its `post-dump` script is
+//! Who calls CRIU is the [`engine`](crate::engine)'s affair. CRIU serves nobody: its page-server descriptor is a socket whose other end is closed. Its `post-dump` script is
 //! our [`hook`](crate::hook), which waits for our verdict while we serve the frozen memory. No TCP port is opened.
 
 use std::env;
-use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, SystemTime};
 
-use common::criu::{Criu, log_time, quote_errors};
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use common::criu::{Criu, log_time};
 use nix::sys::signal::Signal;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::Pid;
+use procfs::process::Process;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::process::{Child, Command};
-use tokio::time::timeout;
+use tokio::process::Child;
+use tokio::time::{Instant, sleep, timeout};
 
+use crate::engine::{Engine, dead_page_server};
+use crate::freezer;
 use crate::guard::{Guard, note_committed};
 use crate::hook::{ON_THAWED_VARIABLE, SOCKET_VARIABLE, Verdict};
 use crate::network_lock;
@@ -31,10 +29,14 @@ use crate::workload::{Workload, signal_all};
 
 /// Time CRIU has to let tasks go, or to kill them.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Pause between looks at a CRIU that is not our child.
+const CRIU_PAUSE: Duration = Duration::from_millis(5);
 
 /// What to freeze and how.
 #[derive(Clone, Debug)]
 pub struct FreezePlan {
+    /// Who calls CRIU.
+    pub engine: Engine,
     /// The CRIU to use.
     pub criu: Criu,
     /// Who is frozen.
@@ -91,7 +93,10 @@ fn prepare<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> FreezeError 
 /// our silence for that verdict.
 #[derive(Debug)]
 pub struct Frozen {
+    /// CRIU, or the runtime that called it.
     child: Child,
+    /// CRIU.
+    criu: Option<Pid>,
     hook: UnixStream,
     /// Keeps the hook's socket bound, so that a later `page-server` finds nothing stale.
     _listener: UnixListener,
@@ -107,41 +112,14 @@ impl FreezePlan {
         self.directory.join("images")
     }
 
-    fn work(&self) -> PathBuf {
+    /// Where CRIU works.
+    pub fn work(&self) -> PathBuf {
         self.directory.join("work")
     }
 
-    fn log(&self) -> PathBuf {
+    /// CRIU's log.
+    pub fn log(&self) -> PathBuf {
         dump_log(&self.directory)
-    }
-
-    fn arguments(&self, page_server: &OwnedFd, hook: &Path) -> Vec<OsString> {
-        let mut arguments = self.criu.command("dump", &self.log());
-        let options: [(&str, OsString); 6] = [
-            ("--tree", self.workload.root().to_string().into()),
-            ("--images-dir", self.images().into()),
-            ("--work-dir", self.work().into()),
-            ("--ps-socket", page_server.as_raw_fd().to_string().into()),
-            ("--action-script", hook.into()),
-            ("--lazy-pages", OsString::new()),
-        ];
-        for (name, value) in options {
-            arguments.push(name.into());
-            if !value.is_empty() {
-                arguments.push(value);
-            }
-        }
-        if self.tcp_established {
-            arguments.push("--tcp-established".into());
-            if self.criu.locks_by_nftables() {
-                arguments.extend(["--network-lock", "nftables"].map(OsString::from));
-            }
-        }
-        if self.shell_job {
-            arguments.push("--shell-job".into());
-        }
-        arguments.extend(self.criu_args.iter().map(OsString::from));
-        arguments
     }
 
     /// Freezes the workload. On failure CRIU has let it run again.
@@ -163,17 +141,20 @@ impl FreezePlan {
                 return Err(self.dump_error(status));
             }
         };
+        let criu = script_of(&hook);
         let tasks = self.workload.pids();
         // Should CRIU be killed now, ptrace would let the tasks run; this stop is pending then and catches them.
         signal_all(&tasks, Signal::SIGSTOP);
-        let frozen_at = seized_at(&self.log(), started).unwrap_or(started);
+        let seized_at = || seized_at(&self.log(), started);
+        let frozen_at = freezer::frozen_at(&self.directory).or_else(seized_at);
         Ok(Frozen {
             child,
+            criu,
             hook,
             _listener: listener,
             plan: self,
             tasks,
-            frozen_at,
+            frozen_at: frozen_at.unwrap_or(started),
             _guard: guard,
         })
     }
@@ -182,9 +163,9 @@ impl FreezePlan {
         let page_server = dead_page_server().map_err(prepare("page-server socket"))?;
         let _leash = guard.leash().map_err(prepare("guard"))?;
         let program = env::current_exe().map_err(prepare("own program"))?;
-        let mut command = Command::new(self.criu.program());
+        let command = self.engine.command(self, &page_server, &program);
+        let mut command = command.map_err(prepare("command"))?;
         command
-            .args(self.arguments(&page_server, &program))
             .env(SOCKET_VARIABLE, socket)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -197,18 +178,19 @@ impl FreezePlan {
         command.spawn().map_err(prepare("starting CRIU"))
     }
 
-    /// CRIU has ended. Of a signal it ended with the workload in its hands.
+    /// CRIU has ended, perhaps with the workload in its hands.
     fn rescue_after(&self, status: ExitStatus) {
-        if status.signal().is_some() {
+        if self.engine.criu_was_killed(status, &self.log()) {
             rescue(self.workload.root(), &self.directory);
         }
+        freezer::thaw_noted(&self.directory);
     }
 
     fn dump_error(&self, status: ExitStatus) -> FreezeError {
         FreezeError::Dump {
             pid: self.workload.root(),
             status,
-            log: quote_errors(&self.log()),
+            log: self.engine.quote(&self.directory, &self.log()),
         }
     }
 }
@@ -226,7 +208,7 @@ impl Frozen {
 
     /// CRIU, as long as it holds them.
     pub fn criu(&self) -> Option<Pid> {
-        Some(Pid::from_raw(self.child.id()?.cast_signed()))
+        self.criu
     }
 
     /// The plan this came from.
@@ -255,13 +237,16 @@ impl Frozen {
             Err(FreezeError::Stuck) => self.kill_criu().await?,
             ended => ended?,
         };
-        self.plan.rescue_after(status);
         // CRIU may also have ended by itself before.
         signal_all(&self.tasks, Signal::SIGCONT);
+        self.plan.rescue_after(status);
         Ok(())
     }
 
     async fn kill_criu(&mut self) -> Result<ExitStatus, FreezeError> {
+        if let Some(criu) = self.criu {
+            signal_all(&[criu], Signal::SIGKILL);
+        }
         self.child.start_kill().map_err(prepare("killing CRIU"))?;
         self.wait().await
     }
@@ -281,6 +266,8 @@ impl Frozen {
             ended => {
                 // CRIU has died and killed nobody: they stand still by the stop that waited for this, as themselves.
                 signal_all(&self.tasks, Signal::SIGKILL);
+                freezer::thaw_noted(&self.plan.directory);
+                self.plan.engine.forget();
                 Err(self.plan.dump_error(ended?))
             }
         }
@@ -294,10 +281,19 @@ impl Frozen {
     }
 
     async fn wait(&mut self) -> Result<ExitStatus, FreezeError> {
-        timeout(RELEASE_TIMEOUT, self.child.wait())
+        let deadline = Instant::now() + RELEASE_TIMEOUT;
+        let status = timeout(RELEASE_TIMEOUT, self.child.wait())
             .await
             .map_err(|_| FreezeError::Stuck)?
-            .map_err(prepare("waiting for CRIU"))
+            .map_err(prepare("waiting for CRIU"))?;
+        // A runtime that was killed leaves CRIU behind.
+        while self.criu.is_some_and(is_alive) {
+            if Instant::now() > deadline {
+                return Err(FreezeError::Stuck);
+            }
+            sleep(CRIU_PAUSE).await;
+        }
+        Ok(status)
     }
 
     /// Resolves when CRIU ends although nobody told it to.
@@ -309,16 +305,17 @@ impl Frozen {
     }
 }
 
-/// A socket for CRIU to inherit whose other end is closed: CRIU then serves nobody.
-fn dead_page_server() -> nix::Result<OwnedFd> {
-    let (page_server, _peer) = socketpair(
-        AddressFamily::Unix,
-        SockType::Stream,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )?;
-    fcntl(&page_server, FcntlArg::F_SETFD(FdFlag::empty()))?;
-    Ok(page_server)
+/// The CRIU whose script is at the other end of `hook`, as this host numbers it.
+fn script_of(hook: &UnixStream) -> Option<Pid> {
+    let script = hook.peer_cred().ok()?.pid()?;
+    let criu = Process::new(script).ok()?.stat().ok()?.ppid;
+    // A parent that is gone has left the script to an init.
+    (criu > 1).then(|| Pid::from_raw(criu))
+}
+
+fn is_alive(pid: Pid) -> bool {
+    let stat = Process::new(pid.as_raw()).and_then(|process| process.stat());
+    stat.is_ok_and(|stat| stat.state != 'Z')
 }
 
 /// When CRIU seized the first task, from the times in its log, which count from its start.

@@ -5,16 +5,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::images::{DumpedProcess, ImagePid, ReadImagesError, read_processes};
-use common::limits::MAX_EAGER_PAGES;
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::adopt::{Adopted, Left};
-use crate::book::Book;
+use crate::book::{Book, owed};
 use crate::freeze::{FreezeError, FreezePlan, Frozen};
 use crate::memory::{FrozenProcesses, MemoryError, PageSource};
 use crate::pending::{Pending, Run};
-use crate::skeleton::eager_runs;
 use crate::workload::Workload;
 
 /// A frozen workload that can be served.
@@ -128,25 +126,11 @@ fn open(
     let dumped = read_processes(images)?;
     let pids = workload.by_image_pid();
     let source = FrozenProcesses::open(located(&dumped, &pids)?)?;
-    let mut pages = 0;
-    let within_limit = |run: &Run| {
-        pages += run.pages.count;
-        pages <= MAX_EAGER_PAGES
-    };
-    let eager: Vec<_> = dumped
-        .iter()
-        .flat_map(eager_runs)
-        .take_while(within_limit)
-        .collect();
-    let pending = Pending::new(
-        dumped
-            .into_iter()
-            .map(|process| (process.pid, process.lazy)),
-    );
+    let (pending, eager) = owed(&dumped);
     Ok((source, pending, eager))
 }
 
-fn located(
+pub(crate) fn located(
     dumped: &[DumpedProcess],
     pids: &HashMap<ImagePid, Pid>,
 ) -> Result<Vec<(ImagePid, Pid)>, TakeError> {

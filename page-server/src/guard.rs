@@ -13,9 +13,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::{Pid, setsid};
 
+use crate::engine::inheritable;
 use crate::rescue::rescue;
 
 /// The file that says that the workload has been given away.
@@ -44,10 +44,8 @@ impl Guard {
     }
 
     /// A writing end for a child to inherit: the guard waits for the end of whoever has it.
-    pub fn leash(&self) -> io::Result<PipeWriter> {
-        let leash = self.pipe.try_clone()?;
-        fcntl(&leash, FcntlArg::F_SETFD(FdFlag::empty()))?;
-        Ok(leash)
+    pub fn leash(&self) -> io::Result<OwnedFd> {
+        inheritable(&self.pipe)
     }
 }
 

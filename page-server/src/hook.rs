@@ -1,6 +1,6 @@
 //! The `post-dump` action script of CRIU: this very program, in another role.
 //!
-//! CRIU runs it when all images are complete and the tasks still frozen, and does with the tasks what its exit code
+//! CRIU runs it first before the dump: for a container it freezes the cgroup then ([`freezer`]). CRIU runs it again when all images are complete and the tasks still frozen, and does with the tasks what its exit code
 //! says: 0 kills them, anything else lets them run again with their network unlocked. It asks `page-server` over a
 //! local socket and waits. If `page-server` dies before the point of no return it lets the tasks run; after it,
 //! it holds them until a new `page-server` takes over, for the copy on the destination may be running.
@@ -16,6 +16,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use crate::freezer;
 use crate::workload::{signal_all, tree_pids};
 
 /// Names the socket of the waiting `page-server`; set for CRIU and inherited by its scripts.
@@ -63,12 +64,27 @@ impl Verdict {
 pub fn run_if_called() -> Option<ExitCode> {
     let action = env::var_os(ACTION_VARIABLE)?;
     let socket = PathBuf::from(env::var_os(SOCKET_VARIABLE)?);
-    let code = if action == "post-dump" {
-        wait_for_verdict(&socket)
-    } else {
-        0
+    let code = match action.to_str() {
+        Some("pre-dump") => freeze_cgroup(),
+        Some("post-dump") => wait_for_verdict(&socket),
+        _ => 0,
     };
     Some(ExitCode::from(code))
+}
+
+/// Freezes the workload's cgroup ahead of CRIU, where that is wanted.
+fn freeze_cgroup() -> u8 {
+    if let (Some(note), Some(root)) = (env::var_os(freezer::NOTE_VARIABLE), root()) {
+        // CRIU freezes it all the same, only slower.
+        let _ = freezer::freeze(root, Path::new(&note));
+    }
+    0
+}
+
+/// The root task.
+fn root() -> Option<Pid> {
+    let root = env::var(ROOT_VARIABLE).ok()?;
+    root.parse().ok().map(Pid::from_raw)
 }
 
 /// Waits for the verdict and returns the exit code that carries it out.
@@ -119,10 +135,9 @@ fn thaw_alone() -> u8 {
             .stdin(Stdio::null())
             .status();
     }
-    let root = env::var(ROOT_VARIABLE).ok();
-    if let Some(root) = root.and_then(|root| root.parse().ok()) {
+    if let Some(root) = root() {
         // `page-server` may have stopped them, against CRIU's death; that stop would outlive the freeze.
-        signal_all(&tree_pids(Pid::from_raw(root)), Signal::SIGCONT);
+        signal_all(&tree_pids(root), Signal::SIGCONT);
     }
     1
 }

@@ -3,8 +3,10 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`session`] | the phases in order |
-//! | [`workload`], [`freeze`], [`frozen`], [`hook`], [`network_lock`] | who is moved, and CRIU's hold on them |
+//! | [`workload`], [`engine`], [`freeze`], [`frozen`], [`hook`], [`freezer`], [`network_lock`] | who is moved, and CRIU's hold on them |
 //! | [`guard`], [`rescue`] | what is done when we or CRIU are killed |
+//! | [`external`], [`visit`] | the phases when somebody else made the dump, for one or several destinations |
+//! | [`offer`], [`thin`], [`image_pages`], [`attach`] | that dump: its images, its pages, and the CRIU that may hold it |
 //! | [`adopt`], [`session_command`] | taking over what a killed `page-server` left frozen |
 //! | [`listen`], [`destination`] | the two ports, and the one destination that was let in |
 //! | [`skeleton`] | CRIU's images on their way |
@@ -14,18 +16,25 @@
 //! | [`cli`], [`identity_command`], [`report`] | what the operator says and is told |
 
 pub mod adopt;
+pub mod attach;
 pub mod book;
 pub mod cli;
 pub mod destination;
+pub mod engine;
+pub mod external;
 pub mod frame;
 pub mod freeze;
+pub mod freezer;
 pub mod frozen;
 pub mod guard;
 pub mod hook;
 pub mod identity_command;
+pub mod image_pages;
+mod iptables_lock;
 pub mod listen;
 pub mod memory;
 pub mod network_lock;
+pub mod offer;
 pub mod pending;
 pub mod push;
 pub mod push_order;
@@ -36,5 +45,7 @@ pub mod session;
 pub mod session_command;
 pub mod skeleton;
 mod sockets;
+pub mod thin;
 pub mod transfer;
+pub mod visit;
 pub mod workload;

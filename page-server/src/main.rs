@@ -7,9 +7,9 @@ use clap::Parser;
 use common::exit::{Failure, SessionError};
 use common::{host, logging};
 use nix::unistd::Pid;
-use page_server::cli::{Cli, Command, Resume, Serve, Thaw};
+use page_server::cli::{Attach, Cli, Command, Resume, Serve, Thaw};
 use page_server::report::Record;
-use page_server::{guard, hook, identity_command, session, session_command};
+use page_server::{external, guard, hook, identity_command, session, session_command};
 
 fn main() -> ExitCode {
     if let Some(code) = hook::run_if_called() {
@@ -27,6 +27,7 @@ fn main() -> ExitCode {
         },
         Command::Guard { pid, directory } => guard::run(Pid::from_raw(pid), &directory),
         Command::Serve(command) => concluded(serve(&command)),
+        Command::Attach(command) => concluded(attach(&command)),
         Command::Resume(command) => concluded(resume(&command)),
         Command::Sessions(command) => concluded(session_command::list(&command)),
         Command::Thaw(command) => concluded(thaw(&command)),
@@ -44,10 +45,22 @@ fn concluded(result: Result<(), SessionError>) -> ExitCode {
 }
 
 fn serve(command: &Serve) -> Result<(), SessionError> {
+    if let Some(plan) = command.images_plan()? {
+        let (records, result) = runtime()?.block_on(external::run(&plan));
+        write(&records, command.json.as_deref());
+        return result;
+    }
     let plan = command.plan()?;
     let mut record = Record::default();
     let result = runtime()?.block_on(session::run(&plan, &mut record));
-    write(&record, command.json.as_deref());
+    write(&[record], command.json.as_deref());
+    result
+}
+
+fn attach(command: &Attach) -> Result<(), SessionError> {
+    let plan = command.plan()?;
+    let (records, result) = runtime()?.block_on(external::run(&plan));
+    write(&records, command.json.as_deref());
     result
 }
 
@@ -55,7 +68,7 @@ fn resume(command: &Resume) -> Result<(), SessionError> {
     let (plan, file) = command.plan()?;
     let mut record = Record::default();
     let result = runtime()?.block_on(session::resume(&plan, file, &mut record));
-    write(&record, command.json.as_deref());
+    write(&[record], command.json.as_deref());
     result
 }
 
@@ -73,9 +86,9 @@ fn runtime() -> Result<tokio::runtime::Runtime, SessionError> {
     })
 }
 
-fn write(record: &Record, path: Option<&Path>) {
+fn write(records: &[Record], path: Option<&Path>) {
     if let Some(path) = path
-        && let Err(error) = record.write(path)
+        && let Err(error) = Record::write_all(records, path)
     {
         eprintln!("page-server: cannot write {}: {error}", path.display());
     }

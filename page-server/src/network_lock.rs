@@ -15,12 +15,16 @@ const TABLE_PREFIX: &str = "CRIU-";
 
 /// Removes the table of the CRIU that wrote `log`, if there is one, from the network namespace of `inhabitant` or ours.
 pub fn remove(log: &Path, inhabitant: Option<Pid>) {
+    if let Some(run) = fs::read_to_string(log).ok().as_deref().and_then(run_id) {
+        remove_of_run(&run, inhabitant);
+    }
+}
+
+/// The same for the CRIU whose run is called `run`.
+pub fn remove_of_run(run: &str, inhabitant: Option<Pid>) {
     let nft = |arguments: &[&str]| nft(inhabitant, arguments);
-    let Some(run) = fs::read_to_string(log).ok().as_deref().and_then(run_id) else {
-        return;
-    };
     let listed = nft(&["list", "tables", "inet"]).unwrap_or_default();
-    for table in tables(&listed).filter(|table| belongs(table, &run)) {
+    for table in tables(&listed).filter(|table| belongs(table, run)) {
         let delete = ["delete", "table", "inet", table];
         // An inhabitant that has died meanwhile was most likely one of our own namespace.
         let removed = nft(&delete).or_else(|| self::nft(None, &delete));
@@ -33,8 +37,10 @@ pub fn remove(log: &Path, inhabitant: Option<Pid>) {
     }
 }
 
+/// The identifier of the run; called by a runtime CRIU makes itself a second one, and that counts.
 fn run_id(log: &str) -> Option<String> {
-    let line = log.lines().find_map(|line| line.split_once(RUN_ID))?;
+    let lines = log.lines().rev();
+    let line = lines.filter_map(|line| line.split_once(RUN_ID)).next()?;
     let id = line.1.trim();
     (!id.is_empty()).then(|| id.to_owned())
 }
@@ -83,6 +89,8 @@ mod tests {
     fn the_run_is_found_in_the_log() {
         let log = format!("(00.000000) CRIU run id = {RUN}\n(00.000032) Version: 4.2.1\n");
         assert_eq!(run_id(&log).as_deref(), Some(RUN));
+        let twice = format!("(00.000000) CRIU run id = first\n{log}");
+        assert_eq!(run_id(&twice).as_deref(), Some(RUN));
         assert_eq!(run_id("(00.0) Version: 4.2.1"), None);
     }
 

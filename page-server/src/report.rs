@@ -84,11 +84,14 @@ impl Record {
         }
     }
 
-    /// Writes the record as one line.
-    pub fn write(&self, path: &Path) -> io::Result<()> {
-        let mut line = serde_json::to_string(self)?;
-        line.push('\n');
-        fs::write(path, line)
+    /// Writes records, each as one line.
+    pub fn write_all(records: &[Self], path: &Path) -> io::Result<()> {
+        let mut lines = String::new();
+        for record in records {
+            lines.push_str(&serde_json::to_string(record)?);
+            lines.push('\n');
+        }
+        fs::write(path, lines)
     }
 }
 

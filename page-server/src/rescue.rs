@@ -10,7 +10,7 @@ use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::unistd::Pid;
 
 use crate::workload::{self, signal_all};
-use crate::{network_lock, sockets};
+use crate::{freezer, network_lock, sockets};
 
 /// Where CRIU writes the log of the dump that keeps its things in `directory`.
 pub fn dump_log(directory: &Path) -> PathBuf {
@@ -25,11 +25,12 @@ pub fn rescue(root: Pid, directory: &Path) {
     let connections = end_repair(&tasks);
     network_lock::remove(&dump_log(directory), Some(root));
     signal_all(&tasks, Signal::SIGCONT);
+    freezer::thaw_noted(directory);
     tracing::warn!(%root, connections, "CRIU was killed while it held the workload; it runs on");
 }
 
 /// Ends the repair mode of every TCP socket of `tasks`, and returns how many had it.
-fn end_repair(tasks: &[Pid]) -> usize {
+pub(crate) fn end_repair(tasks: &[Pid]) -> usize {
     let sockets = tasks.iter().flat_map(|task| sockets::of(*task));
     // A socket that is no TCP socket does not know the option; one that several tasks share has it once.
     sockets

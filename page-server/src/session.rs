@@ -23,6 +23,7 @@ use common::stop::StopSignal;
 use tokio::time::sleep;
 
 use crate::destination::{self, Destination, abort, unexpected};
+use crate::engine::Engine;
 use crate::freeze::{FreezeError, FreezePlan};
 use crate::frozen::FrozenWorkload;
 use crate::guard::note_session;
@@ -35,6 +36,8 @@ use crate::workload::Workload;
 /// Everything the operator decided.
 #[derive(Clone, Debug)]
 pub struct ServePlan {
+    /// Who freezes.
+    pub engine: Engine,
     /// Whom to move.
     pub workload: Workload,
     /// How to listen.
@@ -86,6 +89,7 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
     migration.conclude(result)
 }
 
+pub(crate) use self::postcopy::settle;
 pub use self::resume::resume;
 
 struct Migration<'a> {
@@ -117,14 +121,15 @@ impl Migration<'_> {
         let result = self.migrate(listen, &mut destination).await;
         self.record.wire_bytes = WireBytes::of(destination.control.connection(), &destination.bulk);
         match &result {
-            Err(error) if error.failure != Failure::Peer => {
+            // Also to a destination that broke the protocol: its operator is to learn why.
+            Err(error) => {
                 let abort = abort(error.state, &error.text);
                 destination
                     .control
                     .farewell(&ToDestination::Abort(abort))
                     .await;
             }
-            _ => destination.control.close().await,
+            Ok(()) => destination.control.close().await,
         }
         result
     }
@@ -208,11 +213,16 @@ impl Migration<'_> {
     }
 
     async fn advise(&mut self, destination: &mut Destination) -> Result<(), SessionError> {
-        let facts = self.plan.workload.facts(
+        let mut facts = self.plan.workload.facts(
             self.plan.criu.version(),
             self.plan.tcp_established,
             self.plan.shell_job,
         );
+        if let Engine::Runc(container) = &self.plan.engine {
+            let checked = container.check();
+            checked.map_err(|error| self.fail(Failure::Freeze, error))?;
+            facts.container = Some(container.facts().clone());
+        }
         let advise = ToDestination::Advise(facts);
         destination.send(self.state(), &advise).await?;
         self.expect(destination, ToSource::Ready).await
@@ -228,6 +238,7 @@ impl Migration<'_> {
         let directory = host::staging_directory(self.plan.work_dir.as_deref())
             .map_err(|error| self.fail(Failure::Freeze, format!("no place for images: {error}")))?;
         let plan = FreezePlan {
+            engine: self.plan.engine.clone(),
             criu: self.plan.criu.clone(),
             workload: self.plan.workload.clone(),
             directory: directory.path().to_owned(),
@@ -387,7 +398,7 @@ async fn lost(workload: &mut FrozenWorkload) -> FreezeError {
 }
 
 /// The error for a destination that does not come in time; without a limit it never comes to that.
-async fn too_late(limit: Option<Duration>) -> SessionError {
+pub(crate) async fn too_late(limit: Option<Duration>) -> SessionError {
     let Some(limit) = limit else {
         return std::future::pending().await;
     };
@@ -399,6 +410,6 @@ async fn too_late(limit: Option<Duration>) -> SessionError {
     SessionError::new(Failure::Connection, State::Hello, text)
 }
 
-fn interrupted(state: State, signal: &str) -> SessionError {
+pub(crate) fn interrupted(state: State, signal: &str) -> SessionError {
     SessionError::new(Failure::Interrupted, state, format!("stopped by {signal}"))
 }

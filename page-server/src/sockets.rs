@@ -24,7 +24,8 @@ pub fn of(task: Pid) -> Vec<OwnedFd> {
         .collect()
 }
 
-fn pidfd_open(task: Pid) -> io::Result<OwnedFd> {
+/// A descriptor that names a process for good, and is readable once it has ended.
+pub fn pidfd_open(task: Pid) -> io::Result<OwnedFd> {
     // SAFETY: the call takes two numbers and returns a new descriptor or -1.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, task.as_raw(), 0) };
     new_descriptor(fd)

@@ -1,15 +1,18 @@
 //! The processes to move, as this host sees them before the freeze.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
+use std::path::PathBuf;
 
 use common::host;
 use common::images::ImagePid;
+use common::limits::MAX_PROGRAM_FILES;
 use common::page::{PAGE_SIZE, bytes_to_pages};
+use common::program_file::ProgramFile;
 use common::proto::control::WorkloadFacts;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use procfs::process::Process;
+use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
 
 /// Kernel flag of a thread that belongs to the kernel (`PF_KTHREAD`, `include/linux/sched.h`).
 const PF_KTHREAD: u32 = 0x0020_0000;
@@ -101,7 +104,25 @@ impl Workload {
             resident_pages: resident.sum(),
             tcp_established,
             shell_job,
+            container: None,
+            programs: self.programs(),
         }
+    }
+
+    /// What the tree has mapped executable. What cannot be read (it was deleted, or is no file) is not compared.
+    fn programs(&self) -> Vec<ProgramFile> {
+        let processes = self.processes();
+        let mappings = processes.iter().flat_map(executable_mappings);
+        let mut by_path = BTreeMap::new();
+        for (path, content) in mappings {
+            if by_path.len() < MAX_PROGRAM_FILES {
+                by_path.entry(path).or_insert(content);
+            }
+        }
+        let programs = by_path.iter();
+        programs
+            .filter_map(|(path, content)| ProgramFile::of(path, content).ok())
+            .collect()
     }
 
     fn name(&self) -> String {
@@ -170,6 +191,25 @@ pub fn signal_all(tasks: &[Pid], signal: Signal) {
             tracing::debug!(%task, %signal, %error, "signal");
         }
     }
+}
+
+/// Files a process has mapped executable: where it sees each, and where we can read it.
+fn executable_mappings(process: &Process) -> Vec<(String, PathBuf)> {
+    let pid = process.pid;
+    let file = |map: MemoryMap| {
+        let MMapPath::Path(path) = &map.pathname else {
+            return None;
+        };
+        let path = path.to_str()?;
+        let (start, end) = map.address;
+        let is_program = map.perms.contains(MMPermissions::EXECUTE) && !path.ends_with("(deleted)");
+        is_program.then(|| {
+            let content = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+            (path.to_owned(), PathBuf::from(content))
+        })
+    };
+    let maps = process.maps().into_iter().flatten();
+    maps.filter_map(file).collect()
 }
 
 fn image_pid(process: &Process) -> Option<ImagePid> {

@@ -36,6 +36,14 @@ pub const LONG_MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu, Need::Time];
 /// What a migration of redis needs.
 pub const REDIS_MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu, Need::Program("redis-server")];
 
+/// What a migration of a container with redis needs.
+pub const CONTAINER_MIGRATION: &[Need] = &[
+    Need::Namespaces,
+    Need::Criu,
+    Need::Program("runc"),
+    Need::Program("redis-server"),
+];
+
 impl Need {
     /// Why the machine does not meet the need.
     fn is_missing(self) -> Option<String> {

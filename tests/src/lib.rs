@@ -1,17 +1,21 @@
 //! The rig for end-to-end tests and benchmarks: two hosts and a client on one machine, workloads, and the means to
 //! start both programs as an operator would.
 //!
-//! The programs under test are found on disk and never linked, so the rig knows them only by their command line.
+//! The programs under test are found on disk and never linked, so the rig knows them only by their command line. Faulty
+//! peers speak the protocol, so they use what `common` says of it.
 
 pub mod beating_redis;
 pub mod binaries;
 pub mod board;
 pub mod client_times;
+pub mod container;
 pub mod criu_baseline;
 pub mod dataset;
 pub mod exit_code;
+pub mod external;
 pub mod failure;
 pub mod fake_criu;
+pub mod faulty_peer;
 pub mod gate;
 pub mod harness;
 pub mod host;
@@ -41,3 +45,4 @@ pub mod task;
 pub mod torture;
 pub mod touch;
 pub mod wait;
+pub mod warm;

@@ -25,6 +25,8 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 /// How the two programs are to be started; every field may be changed before they are.
 #[derive(Debug, Clone)]
 pub struct PairPlan {
+    /// Options that name what moves; without them it is the process given to [`Self::start_server`].
+    pub subject: Option<Vec<OsString>>,
     /// Options of `page-server serve` besides the necessary ones.
     pub server: Vec<OsString>,
     /// Options of `lazy-restorer restore` besides the necessary ones.
@@ -57,6 +59,7 @@ impl PairPlan {
         let criu = binaries::criu()?;
         let service = rig.service;
         Ok(Self {
+            subject: None,
             server: vec!["--tcp-established".into()],
             restorer: vec!["--pidns".into()],
             source_seen_at: None,
@@ -83,7 +86,11 @@ impl PairPlan {
     pub fn spawn_server(&self, rig: &Rig, pid: Pid) -> Result<Side> {
         let files = SideFiles::make(rig, "page-server")?;
         let mut command = rig.source.command(binaries::program("page-server")?);
-        command.args(["serve", "--pid", &pid.to_string()]);
+        command.arg("serve");
+        match &self.subject {
+            Some(subject) => command.args(subject),
+            None => command.args(["--pid", &pid.to_string()]),
+        };
         command.args(["--listen", &format!("{}:{PORT}", rig.source.address())]);
         command.arg("--identity").arg(&self.identities.source);
         command.arg("--criu").arg(&self.source_criu);

@@ -11,7 +11,7 @@ use tests::harness::{self, LONG_MIGRATION, MIGRATION, Test};
 use tests::leftovers::assert_moved;
 use tests::pair::PairPlan;
 use tests::random::{mix, seed_of_this_run};
-use tests::relay::{Faults, Relay};
+use tests::relay::{Darkness, Faults, Relay};
 use tests::rig::Rig;
 use tests::torture::{Torture, TorturePlan};
 
@@ -22,11 +22,13 @@ const BAD_PATHS: u64 = 3;
 const GIVEN_UP_MS: u64 = 5000;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, harness::Body); 5] = [
+    let tests: [(&'static str, harness::Body); 7] = [
         ("packets_are_lost_and_mangled", packets_are_lost_and_mangled),
         ("ports_change", ports_change),
         ("an_outage_of_50_ms", |rig| outage(rig, &[50])),
         ("an_outage_of_5_s", |rig| outage(rig, &[5000])),
+        ("only_the_fault_port_is_lost", |rig| partial_outage(rig, 0)),
+        ("only_the_bulk_port_is_lost", |rig| partial_outage(rig, 1)),
         ("a_flapping_link", |rig| {
             outage(rig, &[300, 100, 5000, 150, 200, 50, 4500, 400, 1000])
         }),
@@ -68,7 +70,7 @@ fn packets_are_lost_and_mangled(rig: &Rig) -> Result<()> {
         };
         let another = Rig::new()?;
         let rig = if number == 0 { rig } else { &another };
-        let relay = Relay::start(rig, bad_path(seed), &[])?;
+        let relay = Relay::start(rig, bad_path(seed), Darkness::default())?;
         move_through(rig, &PairPlan::new(rig)?, &relay, seed)
             .with_context(|| format!("run {number}, POSTCOPY_SEED={seed}; {}", relay.report()))?;
         let counters = relay.counters;
@@ -89,26 +91,40 @@ fn ports_change(rig: &Rig) -> Result<()> {
         rebind_every: 300,
         ..Faults::default()
     };
-    let relay = Relay::start(rig, faults, &[])?;
+    let relay = Relay::start(rig, faults, Darkness::default())?;
     move_through(rig, &PairPlan::new(rig)?, &relay, seed).with_context(|| relay.report())?;
     assert_happened(&relay, "rebound", &relay.counters.rebound)
 }
 
 /// The path goes dark first of all in the moment the workload is let run: its memory has only begun to move.
 fn outage(rig: &Rig, stretches_ms: &[u64]) -> Result<()> {
+    darkness(rig, Darkness::of(stretches_ms))
+}
+
+/// Only one of the two connections is lost: they are given up together.
+fn partial_outage(rig: &Rig, port: usize) -> Result<()> {
+    let stretches_ms = vec![7000];
+    let port = Some(port);
+    darkness(rig, Darkness { stretches_ms, port })
+}
+
+fn darkness(rig: &Rig, darkness: Darkness) -> Result<()> {
+    let lost = darkness
+        .stretches_ms
+        .iter()
+        .any(|length| *length >= GIVEN_UP_MS);
     let seed = seed_of_this_run();
     let faults = Faults {
         delay_us: 200,
         ..bad_path(seed)
     };
-    let relay = Relay::start(rig, faults, stretches_ms)?;
+    let relay = Relay::start(rig, faults, darkness)?;
     let mut plan = PairPlan::new(rig)?;
     plan.on_resumed = format!("{}; {}", relay.go_dark(), plan.on_resumed);
     move_through(rig, &plan, &relay, seed).with_context(|| relay.report())?;
     assert_happened(&relay, "swallowed", &relay.counters.swallowed)?;
     let log = std::fs::read_to_string(rig.folder().join("logs/lazy-restorer.err"))
         .context("lazy-restorer has no log")?;
-    let lost = stretches_ms.iter().any(|length| *length >= GIVEN_UP_MS);
     ensure!(
         log.contains("reconnected") == lost,
         "the link was to be lost: {lost}, but the destination says: {log}"

@@ -8,6 +8,7 @@ use tests::touch::Pattern;
 
 use super::run::Run;
 use super::{Case, FaultOptions};
+use crate::bare::Bare;
 use crate::peer::Peer;
 use crate::stats::Summary;
 use crate::table::Table;
@@ -30,6 +31,9 @@ pub struct Report {
 #[derive(Debug, Serialize)]
 struct OnePath {
     path: String,
+    /// What QUIC alone does, in microseconds and MiB/s.
+    bare_p50_us: Option<Summary>,
+    bare_bulk_mib_s: Option<Summary>,
     rows: Vec<Row>,
     targets: Vec<Target>,
 }
@@ -56,11 +60,16 @@ struct Row {
 
 impl Report {
     /// Puts the runs together.
-    pub fn new(options: &FaultOptions, runs: Vec<Run>, failures: Vec<String>) -> Self {
+    pub fn new(
+        options: &FaultOptions,
+        runs: Vec<Run>,
+        bares: &[(String, Bare)],
+        failures: Vec<String>,
+    ) -> Self {
         let paths = options
             .path
             .iter()
-            .map(|spec| OnePath::of(&spec.to_string(), &runs))
+            .map(|spec| OnePath::of(&spec.to_string(), &runs, bares))
             .collect();
         Self {
             memory_mib: options.memory,
@@ -75,7 +84,13 @@ impl Report {
 }
 
 impl OnePath {
-    fn of(path: &str, runs: &[Run]) -> Self {
+    fn of(path: &str, runs: &[Run], bares: &[(String, Bare)]) -> Self {
+        let bare = |value: fn(&Bare) -> f64| {
+            let here = bares.iter().filter(|(of, _)| of == path);
+            Summary::of(&here.map(|(_, bare)| value(bare)).collect::<Vec<_>>())
+        };
+        let bare_p50_us = bare(|bare| bare.p50_us);
+        let bare_bulk_mib_s = bare(|bare| bare.bulk_mib_s);
         let mut cases: Vec<Case> = Vec::new();
         let here: Vec<&Run> = runs.iter().filter(|run| run.path == path).collect();
         for run in &here {
@@ -88,9 +103,16 @@ impl OnePath {
             .into_iter()
             .map(|case| Row::of(case, here.iter().copied().filter(|run| run.case == case)))
             .collect();
-        let targets = Targets { rows: &rows }.all();
+        let targets = Targets {
+            rows: &rows,
+            bare_p50_us,
+            bare_bulk_mib_s,
+        }
+        .all();
         Self {
             path: path.to_owned(),
+            bare_p50_us,
+            bare_bulk_mib_s,
             rows,
             targets,
         }
@@ -130,6 +152,8 @@ impl Row {
 
 struct Targets<'a> {
     rows: &'a [Row],
+    bare_p50_us: Option<Summary>,
+    bare_bulk_mib_s: Option<Summary>,
 }
 
 impl Targets<'_> {
@@ -169,6 +193,18 @@ impl Targets<'_> {
                 p99(loaded),
                 p99(criu),
                 most(0.2),
+            ),
+            Target::ratio(
+                "fault p50, idle, over QUIC alone",
+                p50(idle),
+                self.bare_p50_us.map(|of| of.median),
+                most(1.5),
+            ),
+            Target::ratio(
+                "bulk over QUIC alone",
+                bulk(still),
+                self.bare_bulk_mib_s.map(|of| of.median),
+                Bound::AtLeast(0.75),
             ),
             Target::ratio(
                 "bulk over CRIU's",

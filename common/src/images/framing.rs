@@ -31,6 +31,14 @@ impl<'a> Messages<'a> {
 
     /// Decodes the next message, or returns `None` at the end of the file.
     pub(super) fn next<M: Message + Default>(&mut self) -> Result<Option<M>, ImageError> {
+        match self.next_bytes()? {
+            Some(message) => Ok(Some(M::decode(message)?)),
+            None => Ok(None),
+        }
+    }
+
+    /// The bytes of the next message, or `None` at the end of the file.
+    pub(super) fn next_bytes(&mut self) -> Result<Option<&'a [u8]>, ImageError> {
         if self.rest.is_empty() {
             return Ok(None);
         }
@@ -38,7 +46,7 @@ impl<'a> Messages<'a> {
         if length > MAX_IMAGE_MESSAGE_BYTES {
             return Err(ImageError::TooLong(length));
         }
-        Ok(Some(M::decode(self.take(length)?)?))
+        self.take(length).map(Some)
     }
 
     fn word(&mut self) -> Result<u32, ImageError> {
@@ -57,13 +65,24 @@ impl<'a> Messages<'a> {
     }
 }
 
+/// The beginning of a file of the kind `magic`.
+pub(super) fn header(magic: u32) -> Vec<u8> {
+    [COMMON_MAGIC.to_le_bytes(), magic.to_le_bytes()].concat()
+}
+
+/// Appends a message, given in parts, to a file.
+pub(super) fn append(file: &mut Vec<u8>, parts: &[&[u8]]) {
+    let length: usize = parts.iter().map(|part| part.len()).sum();
+    file.extend((length as u32).to_le_bytes());
+    parts.iter().for_each(|part| file.extend(*part));
+}
+
 /// Writes image files for tests of the parsers.
 #[cfg(test)]
 pub(super) fn write<M: Message>(magic: u32, messages: &[M]) -> Vec<u8> {
-    let mut file = [COMMON_MAGIC.to_le_bytes(), magic.to_le_bytes()].concat();
+    let mut file = header(magic);
     for message in messages {
-        file.extend((message.encoded_len() as u32).to_le_bytes());
-        message.encode(&mut file).expect("a Vec grows");
+        append(&mut file, &[&message.encode_to_vec()]);
     }
     file
 }

@@ -4,6 +4,7 @@
 //! structs are ours and name only the fields we use.
 
 mod core;
+mod fingerprint;
 mod framing;
 mod inventory;
 mod mm;
@@ -12,9 +13,12 @@ mod process;
 mod pstree;
 
 pub use self::core::{ThreadRegisters, parse_core};
-pub use self::inventory::without_network_lock;
+pub use self::fingerprint::{ImagesDigest, images_digest};
+pub use self::inventory::{run_id, without_network_lock};
 pub use self::mm::{AddressSpaceLayout, DumpedVma, parse_mm};
-pub use self::pagemap::{Pagemap, parse_pagemap};
+pub use self::pagemap::{
+    Pagemap, StoredPages, StoredRun, parse_pagemap, parse_stored_pages, without_lazy_content,
+};
 pub use self::process::{DumpedProcess, ReadImagesError, read_processes};
 pub use self::pstree::{ImagePid, TreeEntry, parse_pstree};
 

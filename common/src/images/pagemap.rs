@@ -3,7 +3,7 @@
 use prost::Message;
 
 use super::ImageError;
-use super::framing::Messages;
+use super::framing::{Messages, append, header};
 use crate::lazy_map::LazyMap;
 use crate::page::{PageRange, VirtAddr};
 
@@ -32,6 +32,17 @@ struct PagemapEntry {
     nr_pages: Option<u64>,
 }
 
+impl PagemapEntry {
+    fn pages(&self) -> PageRange {
+        let count = self.nr_pages.unwrap_or(u64::from(self.compat_nr_pages));
+        PageRange::new(VirtAddr(self.vaddr).page(), count)
+    }
+
+    fn is(&self, flag: u32) -> bool {
+        self.flags.unwrap_or(PRESENT) & flag != 0
+    }
+}
+
 /// What a pagemap image says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pagemap {
@@ -53,18 +64,79 @@ pub fn parse_pagemap(file: &[u8]) -> Result<Pagemap, ImageError> {
     let mut lazy = Vec::new();
     let mut eager_pages = 0;
     while let Some(entry) = messages.next::<PagemapEntry>()? {
-        let count = entry.nr_pages.unwrap_or(u64::from(entry.compat_nr_pages));
-        let flags = entry.flags.unwrap_or(PRESENT);
-        if flags & LAZY != 0 {
-            lazy.push(PageRange::new(VirtAddr(entry.vaddr).page(), count));
-        } else if flags & PRESENT != 0 {
-            eager_pages += count;
+        if entry.is(LAZY) {
+            lazy.push(entry.pages());
+        } else if entry.is(PRESENT) {
+            eager_pages += entry.pages().count;
         }
     }
     Ok(Pagemap {
         lazy: LazyMap::new(lazy)?,
         eager_pages,
     })
+}
+
+/// Where a full dump keeps the pages of one process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StoredPages {
+    /// They are in `pages-N.img` of this number.
+    pub file: u32,
+    /// Runs in address order; each follows the one before in the file.
+    pub runs: Vec<StoredRun>,
+}
+
+/// A run of pages in a file of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredRun {
+    /// Their addresses.
+    pub pages: PageRange,
+    /// Whether `criu restore --lazy-pages` leaves them to a lazy-pages daemon.
+    pub lazy: bool,
+}
+
+/// Reads where the pages of a full dump are. A lazy page that is not there is an error: whoever dumped it has it.
+pub fn parse_stored_pages(file: &[u8]) -> Result<StoredPages, ImageError> {
+    let mut messages = Messages::open(file, PAGEMAP_MAGIC)?;
+    let head = messages
+        .next::<PagemapHead>()?
+        .ok_or(ImageError::Missing("pagemap head"))?;
+    let mut stored = StoredPages {
+        file: head.pages_id,
+        runs: Vec::new(),
+    };
+    while let Some(entry) = messages.next::<PagemapEntry>()? {
+        let lazy = entry.is(LAZY);
+        if entry.is(PRESENT) {
+            let pages = entry.pages();
+            stored.runs.push(StoredRun { pages, lazy });
+        } else if lazy {
+            return Err(ImageError::Missing(
+                "content of its lazy pages (the dump was itself a lazy one)",
+            ));
+        }
+    }
+    Ok(stored)
+}
+
+/// The pagemap of a full dump as a lazy dump would have written it: lazy pages are not present.
+///
+/// A field given twice counts as given last, so what else an entry says need not be understood.
+pub fn without_lazy_content(file: &[u8]) -> Result<Vec<u8>, ImageError> {
+    const FLAGS_FIELD: u8 = 4 << 3;
+    let mut messages = Messages::open(file, PAGEMAP_MAGIC)?;
+    let mut changed = header(PAGEMAP_MAGIC);
+    let head = messages
+        .next_bytes()?
+        .ok_or(ImageError::Missing("pagemap head"))?;
+    append(&mut changed, &[head]);
+    while let Some(message) = messages.next_bytes()? {
+        let entry = PagemapEntry::decode(message)?;
+        match entry.is(LAZY) {
+            true => append(&mut changed, &[message, &[FLAGS_FIELD, LAZY as u8]]),
+            false => append(&mut changed, &[message]),
+        }
+    }
+    Ok(changed)
 }
 
 #[cfg(test)]
@@ -132,5 +204,37 @@ mod tests {
     #[test]
     fn a_forged_count_is_refused() {
         assert!(parse_pagemap(&image(&[(0x1000, u64::MAX, LAZY)])).is_err());
+    }
+
+    #[test]
+    fn stored_pages_follow_each_other() {
+        let file = image(&[(0x1000, 2, LAZY | PRESENT), (0x5000, 3, PRESENT)]);
+        let stored = parse_stored_pages(&file).expect("a full dump");
+        assert_eq!(stored.file, 1);
+        let run = |page, count, lazy| StoredRun {
+            pages: PageRange::new(PageIndex(page), count),
+            lazy,
+        };
+        assert_eq!(stored.runs, [run(1, 2, true), run(5, 3, false)]);
+        assert!(
+            parse_stored_pages(&image(&[(0x1000, 2, LAZY)])).is_err(),
+            "a lazy dump holds no lazy pages"
+        );
+    }
+
+    #[test]
+    fn without_lazy_content_only_that_changes() {
+        let file = image(&[(0x1000, 2, LAZY | PRESENT), (0x5000, 3, PRESENT)]);
+        let thin = without_lazy_content(&file).expect("a valid image");
+        assert_eq!(
+            parse_pagemap(&thin).expect("valid"),
+            parse_pagemap(&file).expect("valid")
+        );
+        let error = parse_stored_pages(&thin).expect_err("no content is left");
+        assert!(matches!(error, ImageError::Missing(_)), "{error}");
+        for end in 0..file.len() {
+            // Cut between two messages it is a shorter file.
+            let _ = without_lazy_content(&file[..end]);
+        }
     }
 }

@@ -5,7 +5,9 @@ use std::fmt;
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
-use crate::images::ImagePid;
+use crate::container::ContainerFacts;
+use crate::images::{ImagePid, ImagesDigest};
+use crate::program_file::ProgramFile;
 use crate::session::State;
 
 /// Identifies one migration in logs, session files and when reconnecting.
@@ -95,6 +97,8 @@ pub enum ToSource {
     PresentEnd,
     /// Part of what of one process was confirmed never to come, after [`Resume`]; the words of a bitmap too.
     Withheld(Present),
+    /// All checks passed, and the images of this dump are here already: only memory is needed. In place of `Ready`.
+    ReadyWithImages(ImagesDigest),
 }
 
 /// Messages of the source to the destination.
@@ -192,6 +196,10 @@ pub struct WorkloadFacts {
     pub tcp_established: bool,
     /// The workload belongs to a shell's session.
     pub shell_job: bool,
+    /// What the container is made of, when the workload is one.
+    pub container: Option<ContainerFacts>,
+    /// What the workload has mapped executable.
+    pub programs: Vec<ProgramFile>,
 }
 
 /// What one end counted, for the comparison at the end.

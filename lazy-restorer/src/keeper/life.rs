@@ -9,6 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use common::mounts;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
@@ -20,7 +21,7 @@ use super::{MESSAGE_BYTES, Setup, Told, link_of};
 use crate::exits::pidfd_open;
 use crate::gate::GO;
 use crate::journal::Journal;
-use crate::restore::kill_tree;
+use crate::restore::{Anchor, kill_copy};
 use crate::uffd::UserFault;
 
 /// Time that killed processes have to end.
@@ -52,7 +53,7 @@ fn live(socket: RawFd, parent: Pid) {
 #[derive(Default)]
 struct Known {
     setup: Setup,
-    anchor: Option<Pid>,
+    anchor: Option<Anchor>,
     processes: Vec<OwnedFd>,
     prepared: bool,
     committed: bool,
@@ -87,8 +88,11 @@ impl Known {
     fn take(&mut self, told: Told) -> bool {
         match told {
             Told::Setup(setup) => self.setup = setup,
-            Told::Anchor(pid) => {
-                self.anchor = Some(Pid::from_raw(pid));
+            Told::Anchor(pid, puts_away) => {
+                self.anchor = Some(Anchor {
+                    pid: Pid::from_raw(pid),
+                    puts_away,
+                });
                 self.watch(pid);
             }
             Told::Prepared => self.prepared = true,
@@ -149,6 +153,7 @@ impl Known {
             // Another session's file keeps it.
             let _ = fs::remove_dir(state);
         }
+        mounts::detach_below(&self.setup.directory);
         // Nobody reads what we say; a directory that stays is all that can go wrong.
         let _ = fs::remove_dir_all(&self.setup.directory);
     }
@@ -156,7 +161,7 @@ impl Known {
     /// Nothing has run here yet, and the source lets the workload run on: nothing may be left of the copy.
     fn abort(self) {
         if let Some(anchor) = self.anchor {
-            kill_tree(anchor);
+            kill_copy(anchor);
         }
         // A task in a page fault that nobody answers dies all the same, but what reads its memory would wait.
         for (fd, link) in descriptors() {
@@ -179,6 +184,7 @@ impl Known {
                 .status();
         }
         if self.setup.directory.is_absolute() {
+            mounts::detach_below(&self.setup.directory);
             let _ = fs::remove_dir_all(&self.setup.directory);
         }
     }

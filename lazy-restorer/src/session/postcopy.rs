@@ -19,7 +19,7 @@ use crate::connect::{Source, reconnect};
 use crate::fetch::TransferError;
 use crate::progress::Progress;
 use crate::resident::{Resident, ResidentError};
-use crate::restore::kill_tree;
+use crate::restore::{kill_copy, kill_tree};
 
 /// Time between two looks at how far the memory has come.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -156,7 +156,7 @@ impl Migration<'_> {
             return Ok(());
         }
         if let Some(anchor) = resident.anchor() {
-            kill_tree(anchor);
+            kill_copy(anchor);
         }
         for task in resident.tasks().iter().filter(|task| task.is_alive()) {
             kill_tree(Pid::from_raw(task.pid));
@@ -351,7 +351,7 @@ impl Migration<'_> {
 }
 
 /// The words of a bitmap, in as many messages as it needs.
-fn parts(pid: ImagePid, words: &[u64]) -> impl Iterator<Item = Present> {
+pub(crate) fn parts(pid: ImagePid, words: &[u64]) -> impl Iterator<Item = Present> {
     let chunks = words.chunks(MAX_PRESENT_WORDS).enumerate();
     chunks.map(move |(index, words)| Present {
         pid,

@@ -22,6 +22,7 @@ use crate::keeper::{Keeper, Setup, inherit};
 use crate::memory::{Left, Memory};
 use crate::report::Record;
 use crate::resident::{Resident, Successor};
+use crate::restore::Anchor;
 use crate::skeleton;
 
 /// Time the first program's CRIU has to let the tasks run, and its keeper to undo what never ran.
@@ -162,7 +163,13 @@ impl Migration<'_> {
         Ok(Successor {
             memory,
             orders,
-            anchor: side.anchor.filter(|task| task.is_alive()).map(pid_of),
+            anchor: side
+                .anchor
+                .filter(|task| task.is_alive())
+                .map(|task| Anchor {
+                    pid: pid_of(task),
+                    puts_away: side.anchor_puts_away,
+                }),
             root: side.root.filter(|task| task.is_alive()).map(pid_of),
             directory,
             keeper,

@@ -13,10 +13,12 @@ use quinn::Connection;
 use tokio::time::{Instant, sleep_until};
 
 use super::Migration;
+use crate::book::Book;
 use crate::destination::{self, Acquaintance, Destination, Unsettled, unexpected};
 use crate::frame;
 use crate::frozen::FrozenWorkload;
 use crate::listen::Listen;
+use crate::memory::PageSource;
 use crate::pending::Run;
 use crate::push::Push;
 use crate::transfer::Transfer;
@@ -227,7 +229,7 @@ impl Migration<'_> {
                 },
             };
             self.advance(Event::Reconnected)?;
-            match settle(&mut destination, workload).await {
+            match settle(&mut destination, &workload.book, workload.source.as_ref()).await {
                 Ok(()) => {
                     eprintln!("page-server: the destination is back");
                     self.advance(Event::Settled)?;
@@ -396,15 +398,18 @@ fn serve_again(
 }
 
 /// Learns what the destination has, and owes it the rest.
-async fn settle(destination: &mut Destination, workload: &FrozenWorkload) -> Result<(), Unsettled> {
-    let book = &workload.book;
+pub(crate) async fn settle(
+    destination: &mut Destination,
+    book: &Book,
+    source: &dyn PageSource,
+) -> Result<(), Unsettled> {
     let nonsense = || Unsettled::Lost(String::from("it claims pages that it cannot have"));
     let present = destination.present().await?;
     let (mut lost, mut known) = (0_u64, 0_u64);
     for (pid, words) in present.received {
         let recovered = book.recover(pid, words).ok_or_else(nonsense)?;
-        lost = lost.wrapping_add(digest_of(workload, &recovered.lost)?);
-        known = known.wrapping_add(digest_of(workload, &recovered.known)?);
+        lost = lost.wrapping_add(digest_of(source, &recovered.lost)?);
+        known = known.wrapping_add(digest_of(source, &recovered.known)?);
     }
     for (pid, words) in present.withheld {
         if !book.recover_withheld(pid, words) {
@@ -416,11 +421,11 @@ async fn settle(destination: &mut Destination, workload: &FrozenWorkload) -> Res
 }
 
 /// The sum of the hashes of pages, which are read for it.
-fn digest_of(workload: &FrozenWorkload, runs: &[Run]) -> Result<u64, Unsettled> {
+fn digest_of(source: &dyn PageSource, runs: &[Run]) -> Result<u64, Unsettled> {
     let mut sum = 0_u64;
     for run in runs {
         let all = (1 << run.pages.count) - 1;
-        let frame = frame::read(workload.source.as_ref(), *run, all);
+        let frame = frame::read(source, *run, all);
         let frame = frame.map_err(|error| Unsettled::Lost(error.to_string()))?;
         sum = sum.wrapping_add(frame.digest);
     }

@@ -64,8 +64,27 @@ pub struct RelayPlan {
     pub ports: Vec<(SocketAddrV4, SocketAddrV4)>,
     /// What happens to packets.
     pub faults: Faults,
+    /// When the path goes dark.
+    pub darkness: Darkness,
+}
+
+/// When the path, or a part of it, goes dark.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Darkness {
     /// Milliseconds of darkness and of light, in turns, once the relay was told.
-    pub outages_ms: Vec<u64>,
+    pub stretches_ms: Vec<u64>,
+    /// The only port that goes dark, by index; all of them when not given.
+    pub port: Option<usize>,
+}
+
+impl Darkness {
+    /// On the whole path.
+    pub fn of(stretches_ms: &[u64]) -> Self {
+        Self {
+            stretches_ms: stretches_ms.to_vec(),
+            port: None,
+        }
+    }
 }
 
 /// What the relay did to how many packets.
@@ -107,7 +126,7 @@ impl Relay {
     pub const GO_DARK: Signal = Signal::SIGUSR1;
 
     /// Starts a relay to the source's two ports on the rig's client machine.
-    pub fn start(rig: &Rig, faults: Faults, outages_ms: &[u64]) -> Result<Self> {
+    pub fn start(rig: &Rig, faults: Faults, darkness: Darkness) -> Result<Self> {
         let host = rig.client.clone();
         let at = SocketAddrV4::new;
         let both = [PORT, PORT + 1];
@@ -116,7 +135,7 @@ impl Relay {
                 .map(|port| (at(host.address(), port), at(rig.source.address(), port)))
                 .to_vec(),
             faults,
-            outages_ms: outages_ms.to_vec(),
+            darkness,
         };
         let file = rig.make_folder("relay")?.join("counters");
         let counters = shared_file::map(&file)?;

@@ -40,7 +40,8 @@ pub fn run(plan: &RelayPlan, counters: &'static RelayCounters) -> Result<()> {
             .collect::<std::io::Result<_>>()
             .context("cannot bind a port")?,
         faults: plan.faults,
-        outages: Outages::new(&plan.outages_ms),
+        outages: Outages::new(&plan.darkness.stretches_ms),
+        dark_port: plan.darkness.port,
         told_at: None,
         numbers: BTreeMap::new(),
         waiting: BinaryHeap::new(),
@@ -63,6 +64,8 @@ struct Forwarder {
     ports: Vec<Port>,
     faults: Faults,
     outages: Outages,
+    /// The only port that goes dark.
+    dark_port: Option<usize>,
     /// When the outages began.
     told_at: Option<Instant>,
     /// Packets so far on each lane.
@@ -130,7 +133,7 @@ impl Forwarder {
 
     /// Decides what becomes of a packet.
     fn pass(&mut self, lane: Lane, client: u64, packet: &[u8]) {
-        if self.is_dark() {
+        if self.dark_port.is_none_or(|port| port == lane.port) && self.is_dark() {
             count(&self.counters.swallowed);
             return;
         }

@@ -1,0 +1,100 @@
+//! `runc restore --lazy-pages` of an OCI container from a bundle.
+//!
+//! The runtime takes no CRIU options of ours, so the gate comes by a configuration file (see
+//! [`common::criu::under_runtime`]). When CRIU fails the runtime removes what it made of the container; so an
+//! unfinished restore is put away by killing everything below the runtime, not the runtime.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use common::container::{Bundle, ContainerError, Runtime};
+use common::criu::under_runtime;
+use nix::mount::{MntFlags, umount2};
+use tokio::process::Command;
+
+use crate::restore::RestorePlan;
+
+/// A container to be.
+#[derive(Clone, Debug)]
+pub struct Container {
+    runtime: Runtime,
+    id: String,
+    bundle: Bundle,
+    /// More arguments for `runc restore`.
+    arguments: Vec<String>,
+}
+
+impl Container {
+    /// The container `id` that `bundle` is to become; nobody may have this name yet.
+    pub fn plan(
+        runtime: Runtime,
+        id: &str,
+        bundle: &Path,
+        arguments: Vec<String>,
+    ) -> Result<Self, ContainerError> {
+        let container = Container {
+            bundle: Bundle::read(bundle)?,
+            runtime,
+            id: id.to_owned(),
+            arguments,
+        };
+        container.check()?;
+        Ok(container)
+    }
+
+    /// Makes sure that the name is still free.
+    pub fn check(&self) -> Result<(), ContainerError> {
+        self.runtime.check_free(&self.id)
+    }
+
+    /// Its bundle.
+    pub fn bundle(&self) -> &Bundle {
+        &self.bundle
+    }
+
+    /// Removes what a runtime that was killed has left. Its processes are dead already.
+    pub fn remove_remains(&self) {
+        // Bound there by `runc restore` for CRIU; a mount point cannot be removed.
+        let _ = umount2(
+            &self.runtime.directory_of(&self.id).join("criu-root"),
+            MntFlags::MNT_DETACH,
+        );
+        if let Err(error) = self.runtime.delete(&self.id) {
+            tracing::warn!(%error, "something of the container may be left here");
+        }
+    }
+}
+
+/// Where the runtime writes its own log.
+pub(super) fn log(directory: &Path) -> PathBuf {
+    directory.join("runtime.log")
+}
+
+pub(super) fn command(
+    container: &Container,
+    plan: &RestorePlan,
+    script: &Path,
+) -> io::Result<Command> {
+    let options = [("action-script", script.display().to_string())];
+    let environment =
+        under_runtime::environment(&plan.criu, &plan.directory, &options, &plan.criu_args)?;
+    let mut command = Command::new(container.runtime.program());
+    command
+        .args(container.runtime.arguments(&log(&plan.directory)))
+        .args(["restore", "--detach", "--lazy-pages"])
+        .arg("--image-path")
+        .arg(plan.images())
+        .arg("--work-path")
+        .arg(plan.work())
+        .arg("--bundle")
+        .arg(container.bundle.directory())
+        .envs(environment);
+    if plan.tcp_established {
+        command.arg("--tcp-established");
+    }
+    if plan.shell_job {
+        command.arg("--shell-job");
+    }
+    command.args(&container.arguments).arg(&container.id);
+    Ok(command)
+}

@@ -1,0 +1,726 @@
+//! In the place of `criu lazy-pages`: somebody else runs `criu restore --lazy-pages`, and only memory is ours.
+//!
+//! CRIU is told nothing on its socket, so its tasks cannot be held back at the point of no return: they run the moment
+//! after it said that they are restored. Therefore the source gives the workload away *before* the socket is bound. A
+//! restore that fails gives it back: the tasks that were rebuilt are killed first, and never ran.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use common::control::ControlError;
+use common::exit::{Failure, SessionError};
+use common::host;
+use common::images::{ImagesDigest, images_digest, read_processes};
+use common::limits::RECONNECT_PAUSE;
+use common::operator::Facts;
+use common::proto::control::{Abort, ToDestination, ToSource};
+use common::record::{Phases, unix_us};
+use common::session::{Event, Session, State};
+use common::stop::StopSignal;
+use nix::unistd::Pid;
+use quinn::SendStream;
+use tempfile::TempDir;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{interval, sleep, timeout};
+
+use crate::connect::{ConnectPlan, Source, Threads, connect, reconnect};
+use crate::exits::{self, pidfd_kill, pidfd_open};
+use crate::fetch::{Orders, TransferError};
+use crate::handover::{self, Handover, HandoverError, Handovers, SOCKET_NAME};
+use crate::keeper::{Keeper, Setup};
+use crate::memory::{Memory, ProcessImage};
+use crate::progress::Progress;
+use crate::ready::Ready;
+use crate::report::Record;
+use crate::resident::{Credits, FAILURES, Link, reported};
+use crate::session::parts;
+use crate::{advise, push, skeleton};
+
+/// Time between two looks at how far the memory has come.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+/// Time in which the control stream may explain better why another stream broke.
+const EXPLANATION: Duration = Duration::from_millis(500);
+/// Time to try to reach a source again that nobody here needs.
+const RETURN_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Everything the operator decided.
+#[derive(Clone, Debug)]
+pub struct ExternalPlan {
+    /// How to reach the source.
+    pub connect: ConnectPlan,
+    /// Directory of the images that CRIU restores.
+    pub images: PathBuf,
+    /// CRIU's work directory, where it looks for the socket.
+    pub work: PathBuf,
+    /// Whom to tell when `criu restore` may begin.
+    pub ready: Ready,
+}
+
+/// Provides one restore with its memory, and fills `record` as far as it comes.
+pub async fn run(
+    plan: &ExternalPlan,
+    keeper: Keeper,
+    record: &mut Record,
+) -> Result<(), SessionError> {
+    let mut phases = Phases::start(State::Hello);
+    let result = perform(plan, keeper, record, &mut phases).await;
+    record.phases = phases.done().to_vec();
+    record.total_us = phases.total_us();
+    record.conclude(&result);
+    result
+}
+
+async fn perform(
+    plan: &ExternalPlan,
+    keeper: Keeper,
+    record: &mut Record,
+    phases: &mut Phases,
+) -> Result<(), SessionError> {
+    let fail =
+        |failure, error: &dyn std::fmt::Display| SessionError::new(failure, State::Hello, error);
+    let mut stop = StopSignal::install().map_err(|error| fail(Failure::Internal, &error))?;
+    let dump = Dump::read(&plan.images).map_err(|error| fail(Failure::BadInput, &error))?;
+    let threads = Threads::start()?;
+    let source = tokio::select! {
+        source = connect(&plan.connect, &threads) => source?,
+        name = stop.wait() => return Err(fail(Failure::Interrupted, &format!("stopped by {name}"))),
+    };
+    record.session = source.welcome.session.to_string();
+    let mut external = External {
+        plan,
+        record,
+        phases,
+        stop,
+        threads,
+        session: Session::default(),
+        source,
+        copy_may_run: false,
+        keeper: Some(keeper),
+    };
+    let result = external.migrate(dump).await;
+    let last = match &result {
+        // A source that gave up before the point of no return knows all there is to know.
+        Err(error) if error.failure == Failure::Peer && error.state.source_may_thaw() => None,
+        Err(error) => Some(ToSource::Abort(Abort {
+            host: host::name(),
+            state: error.state,
+            text: error.text.clone(),
+            copy_is_dead: !external.copy_may_run,
+        })),
+        Ok(()) => None,
+    };
+    external.source.close(last).await;
+    result
+}
+
+/// What the images say.
+struct Dump {
+    digest: ImagesDigest,
+    processes: Vec<ProcessImage>,
+}
+
+impl Dump {
+    fn read(images: &Path) -> Result<Self, String> {
+        let explain = |error| format!("{}: {error}", images.display());
+        let processes = read_processes(images).map_err(explain)?;
+        let digest = images_digest(images, &processes).map_err(explain)?;
+        Ok(Dump {
+            digest,
+            processes: processes.into_iter().map(skeleton::memory_image).collect(),
+        })
+    }
+}
+
+struct External<'a> {
+    plan: &'a ExternalPlan,
+    record: &'a mut Record,
+    phases: &'a mut Phases,
+    stop: StopSignal,
+    threads: Threads,
+    session: Session,
+    source: Source,
+    /// CRIU may have let the tasks run.
+    copy_may_run: bool,
+    keeper: Option<Keeper>,
+}
+
+/// The memory while it is filled.
+struct Filling {
+    memory: Arc<Memory>,
+    keeper: Keeper,
+    requests: mpsc::UnboundedSender<SendStream>,
+    report: mpsc::Sender<TransferError>,
+    failures: mpsc::Receiver<TransferError>,
+    credits: Option<Credits>,
+    /// End with the link they belong to.
+    link_tasks: JoinSet<()>,
+    /// The restored tasks.
+    tasks: Vec<OwnedFd>,
+    /// For the keeper, which removes it.
+    _directory: TempDir,
+}
+
+/// What ends a stretch of waiting.
+enum Ended {
+    /// The source cannot be reached any more.
+    LinkLost(String),
+    /// What was waited for.
+    Done,
+}
+
+impl External<'_> {
+    fn state(&self) -> State {
+        self.session.state()
+    }
+
+    fn advance(&mut self, event: Event) -> Result<(), SessionError> {
+        let next = self
+            .session
+            .apply(event)
+            .map_err(|error| self.fail(Failure::Internal, error))?;
+        self.phases.enter(next);
+        Ok(())
+    }
+
+    fn fail(&self, failure: Failure, text: impl std::fmt::Display) -> SessionError {
+        SessionError::new(failure, self.state(), text)
+    }
+
+    fn understood(
+        &self,
+        message: Result<ToDestination, ControlError>,
+    ) -> Result<ToDestination, SessionError> {
+        match message {
+            Ok(ToDestination::Abort(abort)) => {
+                let text = format!(
+                    "source host {} gave up in phase {}: {}",
+                    abort.host, abort.state, abort.text
+                );
+                Err(self.fail(Failure::Peer, text))
+            }
+            Ok(message) => Ok(message),
+            Err(error) => Err(self.fail(Failure::Connection, format!("lost the source: {error}"))),
+        }
+    }
+
+    async fn next(&mut self) -> Result<ToDestination, SessionError> {
+        let state = self.state();
+        tokio::select! {
+            message = self.source.control.next() => self.understood(message),
+            name = self.stop.wait() => Err(interrupted(state, name)),
+        }
+    }
+
+    async fn expect(&mut self, expected: &ToDestination) -> Result<(), SessionError> {
+        match self.next().await? {
+            message if message == *expected => Ok(()),
+            message => Err(self.unexpected(&message)),
+        }
+    }
+
+    fn unexpected(&self, message: &ToDestination) -> SessionError {
+        let text = format!("the source broke the protocol: unexpected {message:?}");
+        self.fail(Failure::Peer, text)
+    }
+
+    async fn send(&mut self, message: ToSource) -> Result<(), SessionError> {
+        let Err(error) = self.source.control.send(&message).await else {
+            return Ok(());
+        };
+        // A source that gave up said why before it closed.
+        match timeout(EXPLANATION, self.source.control.next()).await {
+            Ok(said) => match self.understood(said) {
+                Err(reason) if reason.failure == Failure::Peer => Err(reason),
+                _ => self.understood(Err(error)).map(drop),
+            },
+            Err(_) => self.understood(Err(error)).map(drop),
+        }
+    }
+
+    async fn migrate(&mut self, dump: Dump) -> Result<(), SessionError> {
+        self.advance(Event::Welcomed)?;
+        let facts = match self.next().await? {
+            ToDestination::Advise(facts) => facts,
+            message => return Err(self.unexpected(&message)),
+        };
+        // Who restores looks after PIDs.
+        advise::check_workload(&facts, &Engine::Nursery, Leniency::default())
+            .map_err(|objection| self.fail(Failure::Restore, objection))?;
+        self.send(ToSource::ReadyWithImages(dump.digest)).await?;
+        self.advance(Event::Ready)?;
+        self.expect(&ToDestination::Freezing).await?;
+        let mut filling = self.begin(dump.processes).await?;
+        self.expect(&ToDestination::Frozen).await?;
+        self.advance(Event::Dumped)?;
+        self.send(ToSource::Staged).await?;
+        self.advance(Event::Staged)?;
+        self.send(ToSource::CutoverRequest).await?;
+        self.advance(Event::CutoverAsked)?;
+        let granted = self.source.control.next().await;
+        match self.understood(granted) {
+            Ok(ToDestination::CutoverGranted) => self.advance(Event::CutoverGranted)?,
+            Ok(message) => return Err(self.unexpected(&message)),
+            Err(error) if error.failure == Failure::Connection => {
+                self.recover(&mut filling, &error.text, true).await?;
+            }
+            Err(error) => return Err(error),
+        }
+        self.provide(&mut filling).await?;
+        let counted = self.until_whole(&mut filling).await;
+        self.record.count(&filling.memory);
+        match counted {
+            Ok(()) => {
+                release(filling.keeper);
+                Ok(())
+            }
+            Err(error) => Err(self.hold(error, filling).await),
+        }
+    }
+
+    /// Opens the streams that fill the memory of `processes`.
+    async fn begin(&mut self, processes: Vec<ProcessImage>) -> Result<Filling, SessionError> {
+        let internal = |error: &dyn std::fmt::Display| {
+            SessionError::new(Failure::Internal, State::Freeze, error)
+        };
+        let directory = host::staging_directory(None).map_err(|error| internal(&error))?;
+        let facts = Facts {
+            session: self.source.welcome.session,
+            pid: 0,
+            peer: self.source.control.peer().to_string(),
+        };
+        let keeper = self.keeper.take();
+        let keeper = keeper.ok_or_else(|| internal(&"the keeper is in use"))?;
+        let variables = facts.variables(State::Aborted);
+        let set_up = keeper.set_up(Setup {
+            directory: directory.path().to_owned(),
+            variables: variables
+                .map(|(name, value)| (name.to_owned(), value))
+                .to_vec(),
+            ..Setup::default()
+        });
+        set_up.map_err(|error| internal(&error))?;
+        let (memory, orders) = Memory::new(processes);
+        let (report, failures) = mpsc::channel(FAILURES);
+        let (requests, links) = mpsc::unbounded_channel();
+        let orders = Orders {
+            orders,
+            links,
+            failures: report.clone(),
+        };
+        let carrying_out = reported(orders.carry_out(memory.clone()), &report);
+        self.threads.fault.handle().spawn(carrying_out);
+        let (credits, pages) = self
+            .source
+            .take_bulk_stream()
+            .ok_or_else(|| internal(&"the bulk stream is in use"))?;
+        let pages = self
+            .threads
+            .bulk
+            .handle()
+            .spawn(skeleton::expect_none(pages));
+        let pages = match pages.await {
+            Ok(Ok(pages)) => pages,
+            Ok(Err(error)) => {
+                // The source says better why it ended the stream.
+                self.next().await?;
+                return Err(self.fail(Failure::Peer, error));
+            }
+            Err(error) => return Err(internal(&error)),
+        };
+        let bulk = (credits, pages);
+        let link = Link::open(&self.source, bulk, &memory, &report, &self.threads)
+            .await
+            .map_err(|error| self.fail(Failure::Connection, error))?;
+        // The task that receives it was just started.
+        let _ = requests.send(link.requests);
+        Ok(Filling {
+            memory,
+            keeper,
+            requests,
+            report,
+            failures,
+            credits: Some(link.credits),
+            link_tasks: link.tasks,
+            tasks: Vec::new(),
+            _directory: directory,
+        })
+    }
+
+    /// Waits for CRIU, and serves it until all its tasks are restored.
+    async fn provide(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
+        let socket =
+            Socket::bind(&self.plan.work).map_err(|error| self.fail(Failure::BadInput, error))?;
+        self.plan
+            .ready
+            .say()
+            .map_err(|error| self.fail(Failure::BadInput, error))?;
+        let handovers = loop {
+            let waiting = self.wait(filling, socket.accept()).await?;
+            match waiting {
+                Ok(handovers) => break handovers,
+                Err(text) => self.recover(filling, &text, false).await?,
+            }
+        };
+        drop(socket);
+        let handovers = handovers.map_err(|error| self.fail(Failure::Restore, error))?;
+        // Threads of a restored task must never read zeros, whatever becomes of us.
+        filling
+            .keeper
+            .commit(None)
+            .map_err(|error| self.fail(Failure::Internal, error))?;
+        match self.take_over_all(filling, handovers).await {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                // Nothing of it has run, and nothing shall.
+                filling.tasks.iter().for_each(pidfd_kill);
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits for `event` before there are any tasks, unless the operator stops us; a lost link is an error text.
+    async fn wait<T>(
+        &mut self,
+        filling: &mut Filling,
+        event: impl Future<Output = T>,
+    ) -> Result<Result<T, String>, SessionError> {
+        let state = self.state();
+        tokio::select! {
+            event = event => Ok(Ok(event)),
+            message = self.source.control.next() => {
+                let error = match self.understood(message) {
+                    Ok(message) => self.unexpected(&message),
+                    Err(error) => error,
+                };
+                match error.failure {
+                    Failure::Connection => Ok(Err(error.text)),
+                    _ => Err(error),
+                }
+            }
+            Some(error) = filling.failures.recv() => match error {
+                TransferError::Link => Ok(Err(error.to_string())),
+                error => Err(self.fail(Failure::Peer, error)),
+            },
+            name = self.stop.wait() => Err(interrupted(state, name)),
+        }
+    }
+
+    async fn take_over_all(
+        &mut self,
+        filling: &mut Filling,
+        mut handovers: Handovers,
+    ) -> Result<(), SessionError> {
+        loop {
+            let step = tokio::select! {
+                handover = handovers.recv() => Step::Handover(handover),
+                message = self.source.control.next() => Step::Message(message),
+                Some(error) = filling.failures.recv() => Step::Failure(error),
+                name = self.stop.wait() => {
+                    tracing::warn!("{name} ignored: `criu restore` has begun; end that to give up");
+                    continue;
+                }
+            };
+            match step {
+                Step::Handover(Some(Ok(Handover::Finished))) => {
+                    self.copy_may_run = true;
+                    filling
+                        .memory
+                        .restored()
+                        .map_err(|error| self.fail(Failure::Restore, error))?;
+                    return Ok(());
+                }
+                Step::Handover(Some(Ok(Handover::Process { image, pid, uffd }))) => {
+                    self.take_over(filling, image, pid, uffd)
+                        .map_err(|error| self.fail(Failure::Restore, error))?;
+                }
+                Step::Handover(Some(Err(error))) => return Err(self.fail(Failure::Restore, error)),
+                Step::Handover(None) => {
+                    let text = "CRIU ended before it had restored all tasks; its own log says why";
+                    return Err(self.fail(Failure::Restore, text));
+                }
+                Step::Message(message) => {
+                    let error = match self.understood(message) {
+                        Ok(message) => self.unexpected(&message),
+                        Err(error) => error,
+                    };
+                    match error.failure {
+                        Failure::Connection => self.recover(filling, &error.text, true).await?,
+                        _ => return Err(error),
+                    }
+                }
+                Step::Failure(TransferError::Link) => {}
+                Step::Failure(error) => return Err(self.fail(Failure::Restore, error)),
+            }
+        }
+    }
+
+    fn take_over(
+        &mut self,
+        filling: &mut Filling,
+        image: common::images::ImagePid,
+        pid: Pid,
+        uffd: crate::uffd::UserFault,
+    ) -> Result<(), String> {
+        // One that has ended already needs no end.
+        filling.tasks.extend(pidfd_open(pid).ok());
+        let key = filling.memory.attach(image, uffd);
+        let key = key.map_err(|error| error.to_string())?;
+        filling
+            .keeper
+            .watch(pid)
+            .map_err(|error| error.to_string())?;
+        exits::watch(pid, key, filling.memory.clone());
+        tracing::debug!(%image, %pid, "handed over");
+        Ok(())
+    }
+
+    /// The tasks run. Waits until their memory is whole, over as many links as it takes.
+    async fn until_whole(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
+        self.record.resumed_at_unix_us = unix_us(SystemTime::now());
+        let mut told = match self.send(ToSource::Resumed).await {
+            Ok(()) => Ended::Done,
+            Err(error) if error.failure == Failure::Connection => Ended::LinkLost(error.text),
+            Err(error) => return Err(error),
+        };
+        loop {
+            if let Ended::LinkLost(text) = told {
+                self.recover(filling, &text, true).await?;
+            }
+            if let Ended::LinkLost(text) = self.until_settled(filling).await? {
+                told = Ended::LinkLost(text);
+                continue;
+            }
+            self.advance(Event::AllPresent)?;
+            let drained = ToSource::Drained(filling.memory.tally());
+            let answer = match self.send(drained).await {
+                Ok(()) => {
+                    let answer = self.source.control.next().await;
+                    self.understood(answer)
+                }
+                Err(error) => Err(error),
+            };
+            match answer {
+                Ok(ToDestination::Complete) => return self.advance(Event::Agreed),
+                Ok(message) => return Err(self.unexpected(&message)),
+                Err(error) if error.failure == Failure::Connection => {
+                    told = Ended::LinkLost(error.text);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn until_settled(&mut self, filling: &mut Filling) -> Result<Ended, SessionError> {
+        filling.begin_push(&self.source, &self.threads);
+        let memory = filling.memory.clone();
+        let progress = Progress::start(&memory);
+        let mut shown = interval(PROGRESS_INTERVAL);
+        loop {
+            let step = tokio::select! {
+                () = memory.settled() => return Ok(Ended::Done),
+                _ = shown.tick() => { progress.show(&memory); continue }
+                message = self.source.control.next() => Step::Message(message),
+                Some(error) = filling.failures.recv() => Step::Failure(error),
+                name = self.stop.wait() => {
+                    let counts = memory.counts();
+                    tracing::warn!(?counts, "{name} ignored: the workload needs pages that are still on the source");
+                    continue;
+                }
+            };
+            match step {
+                Step::Failure(TransferError::Link) => {
+                    return match timeout(EXPLANATION, self.source.control.next()).await {
+                        Ok(said) => match self.understood(said) {
+                            Err(error) if error.failure == Failure::Peer => Err(error),
+                            _ => Ok(Ended::LinkLost(String::from("the connection broke"))),
+                        },
+                        Err(_) => Ok(Ended::LinkLost(String::from("a stream broke"))),
+                    };
+                }
+                Step::Failure(error) => return Err(self.fail(Failure::Lost, error)),
+                Step::Message(message) => match self.understood(message) {
+                    Err(error) if error.failure == Failure::Connection => {
+                        return Ok(Ended::LinkLost(error.text));
+                    }
+                    Err(error) => return Err(error),
+                    Ok(message) => return Err(self.unexpected(&message)),
+                },
+                Step::Handover(_) => {}
+            }
+        }
+    }
+
+    /// Tries to reach the source again: for as long as anyone here needs it, else for a while.
+    async fn recover(
+        &mut self,
+        filling: &mut Filling,
+        text: &str,
+        needed: bool,
+    ) -> Result<(), SessionError> {
+        eprintln!(
+            "lazy-restorer: {text}; threads that touch a missing page wait, trying to reconnect"
+        );
+        self.advance(Event::LinkLost)?;
+        let mut pause = RECONNECT_PAUSE.0;
+        let lost_since = Instant::now();
+        self.source = loop {
+            let welcome = self.source.welcome.clone();
+            match reconnect(&self.plan.connect, &self.threads, &welcome).await {
+                Ok(source) => break source,
+                Err(error) if error.failure != Failure::Connection => {
+                    return Err(self.fail(Failure::Lost, error.text));
+                }
+                Err(error) => tracing::info!(%error, "not yet"),
+            }
+            let needed = needed && filling.memory.counts().owed > 0;
+            if !needed && lost_since.elapsed() > RETURN_TIMEOUT {
+                return Err(self.fail(Failure::Lost, "the source cannot be reached"));
+            }
+            tokio::select! {
+                () = sleep(pause) => {}
+                name = self.stop.wait() => match needed {
+                    true => tracing::warn!("{name} ignored: the workload needs the source"),
+                    false => return Err(interrupted(self.session.state(), name)),
+                },
+            }
+            pause = (pause * 2).min(RECONNECT_PAUSE.1);
+        };
+        self.advance(Event::Reconnected)?;
+        self.tell_present(&filling.memory).await?;
+        filling
+            .reconnect(&mut self.source, &self.threads)
+            .await
+            .map_err(|error| self.fail(Failure::Connection, error))?;
+        eprintln!("lazy-restorer: reconnected");
+        self.advance(Event::Settled)
+    }
+
+    /// Tells the source which pages have come.
+    async fn tell_present(&mut self, memory: &Memory) -> Result<(), SessionError> {
+        for (pid, map) in memory.present_map() {
+            for part in parts(pid, &map.received) {
+                self.send(ToSource::Present(part)).await?;
+            }
+            for part in parts(pid, &map.withheld) {
+                self.send(ToSource::Withheld(part)).await?;
+            }
+        }
+        self.send(ToSource::PresentEnd).await
+    }
+
+    /// There is no way on. Holds the workload's memory: threads that touch a missing page wait, and never read zeros.
+    async fn hold(&mut self, error: SessionError, filling: Filling) -> SessionError {
+        if filling.memory.counts().owed == 0 {
+            // Whole, only not acknowledged: the workload needs nothing from anyone any more.
+            release(filling.keeper);
+            return error;
+        }
+        eprintln!(
+            "lazy-restorer: error: destination host {}, {error}; the workload runs here, but threads that touch a \
+             missing page wait; kill the workload to give it up",
+            host::name()
+        );
+        loop {
+            self.stop.wait().await;
+            tracing::warn!("still holding the memory of the workload");
+        }
+    }
+}
+
+/// What may happen while CRIU restores, or the memory is filled.
+enum Step {
+    Handover(Option<Result<Handover, HandoverError>>),
+    Message(Result<ToDestination, ControlError>),
+    Failure(TransferError),
+}
+
+impl Filling {
+    /// Lets the source push.
+    fn begin_push(&mut self, source: &Source, threads: &Threads) {
+        if let Some(credits) = self.credits.take() {
+            let giving = push::give_credit(credits.stream, source.bulk.clone(), credits.installed);
+            self.link_tasks
+                .spawn_on(reported(giving, &self.report), threads.bulk.handle());
+        }
+    }
+
+    /// Goes on over a new link, after the source knows what is here.
+    async fn reconnect(
+        &mut self,
+        source: &mut Source,
+        threads: &Threads,
+    ) -> Result<(), crate::resident::ResidentError> {
+        // What the old link's tasks did not report yet is of no interest any more.
+        self.link_tasks.shutdown().await;
+        while self.failures.try_recv().is_ok() {}
+        let bulk = source.take_bulk_stream().ok_or(TransferError::Link)?;
+        let link = Link::open(source, bulk, &self.memory, &self.report, threads).await?;
+        self.link_tasks = link.tasks;
+        // Without a receiver the session has failed already, and says so.
+        let _ = self.requests.send(link.requests);
+        self.credits = Some(link.credits);
+        self.memory.reconnect();
+        Ok(())
+    }
+}
+
+fn release(keeper: Keeper) {
+    if let Err(error) = keeper.release() {
+        tracing::warn!(%error, "the keeper");
+    }
+}
+
+fn interrupted(state: State, signal: &str) -> SessionError {
+    SessionError::new(Failure::Interrupted, state, format!("stopped by {signal}"))
+}
+
+/// The socket while it waits for CRIU. Dropping it turns away whoever was not accepted, and removes it.
+struct Socket {
+    listener: AsyncFd<UnixListener>,
+    path: PathBuf,
+}
+
+impl Socket {
+    /// Binds the socket in `work`; one that a dead daemon left behind is replaced.
+    fn bind(work: &Path) -> Result<Self, HandoverError> {
+        let path = work.join(SOCKET_NAME);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        let listener = handover::bind(work)?;
+        listener.set_nonblocking(true)?;
+        // SAFETY: the listener is owned and goes into the `AsyncFd`.
+        let listener = unsafe { AsyncFd::register(listener) }
+            .map_err(|error| io::Error::other(error.to_string()))?;
+        Ok(Socket { listener, path })
+    }
+
+    /// Waits until CRIU connects, and collects from then on. May be cancelled without loss.
+    async fn accept(&self) -> Result<Handovers, HandoverError> {
+        let stream = loop {
+            let mut ready = self.listener.readable().await?;
+            match ready.try_io(|listener| listener.get_ref().accept()) {
+                Ok(accepted) => break accepted?.0,
+                Err(_) => continue,
+            }
+        };
+        stream.set_nonblocking(false)?;
+        handover::collect(move || Ok(stream))
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::debug!(%error, "the lazy-pages socket");
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! Serving dumps that somebody else made: a directory of images, to one or several destinations, or a foreign CRIU's
+//! frozen tasks.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::exit::{Failure, SessionError};
+use common::host;
+use common::proto::control::{Secret, SessionId};
+use common::session::State;
+use common::stop::StopSignal;
+use nix::unistd::Pid;
+use quinn::Connection;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinSet};
+
+use crate::attach::ForeignDump;
+use crate::destination::{Acquaintance, Caller, Destination, receive};
+use crate::listen::{Listen, ListenPlan};
+use crate::offer::{Dumped, Offer, OfferError};
+use crate::report::Record;
+use crate::session::too_late;
+use crate::visit::{Hold, Threads, Visit};
+
+/// Time a foreign dump has to be complete.
+const DUMP_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Everything the operator decided.
+#[derive(Clone, Debug)]
+pub struct ExternalPlan {
+    /// The images.
+    pub images: PathBuf,
+    /// The root of the tree a foreign CRIU has frozen; without it all pages are in the images.
+    pub attach_to: Option<Pid>,
+    /// What is known of the dump.
+    pub dumped: Dumped,
+    /// How many destinations to serve.
+    pub fan_out: usize,
+    /// How to listen.
+    pub listen: ListenPlan,
+    /// How long to wait for the first destination; forever when not given.
+    pub wait: Option<Duration>,
+    /// One-time token that destinations must know.
+    pub token: Option<Secret>,
+    /// Where to put the skeleton.
+    pub work_dir: Option<PathBuf>,
+    /// Called when destinations may come.
+    pub ready: fn(std::net::SocketAddr),
+}
+
+/// Serves as many destinations as planned; the records of their visits, and the first error.
+pub async fn run(plan: &ExternalPlan) -> (Vec<Record>, Result<(), SessionError>) {
+    let mut records = Vec::new();
+    let result = match Reception::open(plan).await {
+        Ok(mut reception) => reception.serve(&mut records).await,
+        Err(error) => Err(error),
+    };
+    (records, result)
+}
+
+fn failed(failure: Failure, error: impl std::fmt::Display) -> SessionError {
+    SessionError::new(failure, State::Hello, error)
+}
+
+/// What one visit ends with.
+type Ended = (SessionId, Record, Result<(), SessionError>);
+
+/// A destination that is here, or may come again.
+struct Guest {
+    acquaintance: Acquaintance,
+    returns: mpsc::Sender<Destination>,
+}
+
+struct Reception<'a> {
+    plan: &'a ExternalPlan,
+    listen: Listen,
+    offer: Arc<Offer>,
+    /// What keeps the memory until the first destination comes.
+    hold: Option<Hold>,
+    guests: HashMap<SessionId, Guest>,
+    visits: JoinSet<Ended>,
+    admitted: usize,
+    signals: StopSignal,
+    stop: watch::Sender<Option<&'static str>>,
+}
+
+impl<'a> Reception<'a> {
+    async fn open(plan: &'a ExternalPlan) -> Result<Self, SessionError> {
+        let mut signals =
+            StopSignal::install().map_err(|error| failed(Failure::Internal, error))?;
+        let hold = tokio::select! {
+            hold = hold(plan) => hold?,
+            name = signals.wait() => return Err(failed(Failure::Interrupted, format!("stopped by {name}"))),
+        };
+        let opened = offer(plan).map_err(|error| failed(Failure::BadInput, error));
+        let listen = opened.and_then(|offer| {
+            let listen =
+                Listen::open(&plan.listen).map_err(|error| failed(Failure::BadInput, error))?;
+            Ok((offer, listen))
+        });
+        let (offer, listen) = match listen {
+            Ok(opened) => opened,
+            Err(error) => {
+                hold.thaw().await;
+                return Err(error);
+            }
+        };
+        (plan.ready)(listen.fault.address());
+        Ok(Reception {
+            plan,
+            listen,
+            offer: Arc::new(offer),
+            hold: Some(hold),
+            guests: HashMap::new(),
+            visits: JoinSet::new(),
+            admitted: 0,
+            signals,
+            stop: watch::channel(None).0,
+        })
+    }
+
+    async fn serve(&mut self, records: &mut Vec<Record>) -> Result<(), SessionError> {
+        let mut result = Ok(());
+        let late = too_late(self.plan.wait);
+        tokio::pin!(late);
+        while records.len() < self.plan.fan_out {
+            tokio::select! {
+                Some(connection) = self.listen.fault.next() => self.receive(connection).await,
+                Some(ended) = self.visits.join_next() => {
+                    let ended = self.farewell(ended, records);
+                    result = result.and(ended);
+                }
+                error = &mut late, if self.admitted == 0 => return Err(self.give_up(error).await),
+                error = lost(self.hold.as_ref()) => return Err(error),
+                name = self.signals.wait() => {
+                    let _ = self.stop.send(Some(name));
+                    if self.visits.is_empty() {
+                        let error = failed(Failure::Interrupted, format!("stopped by {name}"));
+                        return Err(self.give_up(error).await);
+                    }
+                    tracing::warn!(visits = self.visits.len(), "{name}: destinations that run the workload are served on");
+                }
+            }
+            if self.stop.borrow().is_some() && self.visits.is_empty() {
+                break;
+            }
+        }
+        result
+    }
+
+    /// Nobody came: the workload runs on.
+    async fn give_up(&mut self, error: SessionError) -> SessionError {
+        if let Some(hold) = self.hold.take() {
+            hold.thaw().await;
+        }
+        error
+    }
+
+    async fn receive(&mut self, connection: Connection) {
+        let peer = connection.remote_address();
+        if let Err(reason) = self.admit(connection).await {
+            tracing::warn!(%peer, reason, "refused a destination");
+        }
+    }
+
+    async fn admit(&mut self, connection: Connection) -> Result<(), String> {
+        let is_open = self.admitted < self.plan.fan_out && self.stop.borrow().is_none();
+        let session = is_open
+            .then(SessionId::random)
+            .transpose()
+            .map_err(|error| error.to_string())?;
+        let known = self.guests.iter();
+        let known = known.map(|(id, guest)| (*id, guest.acquaintance.clone()));
+        let token = self.plan.token.as_ref();
+        match receive(
+            &mut self.listen,
+            connection,
+            session,
+            token,
+            &known.collect(),
+        )
+        .await?
+        {
+            Caller::New(id, destination) => self.begin(id, destination),
+            Caller::Back(id, destination) => {
+                if let Some(guest) = self.guests.get(&id) {
+                    // A visit that has ended needs it no more.
+                    let _ = guest.returns.try_send(destination);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, id: SessionId, destination: Destination) {
+        self.admitted += 1;
+        let (sender, returns) = mpsc::channel(1);
+        let guest = Guest {
+            acquaintance: destination.acquaintance(),
+            returns: sender,
+        };
+        self.guests.insert(id, guest);
+        let threads = Threads {
+            fault: self.listen.fault.thread.handle().clone(),
+            bulk: self.listen.bulk.thread.handle().clone(),
+        };
+        tracing::info!(session = %id, host = destination.host, "a destination has come");
+        let visit = Visit::new(
+            (id, destination),
+            returns,
+            self.offer.clone(),
+            threads,
+            self.stop.subscribe(),
+        );
+        let hold = self.hold.take().unwrap_or(Hold::Files);
+        self.visits.spawn(async move {
+            let (record, result) = visit.perform(hold).await;
+            (id, record, result)
+        });
+    }
+
+    fn farewell(
+        &mut self,
+        ended: Result<Ended, JoinError>,
+        records: &mut Vec<Record>,
+    ) -> Result<(), SessionError> {
+        let (id, record, result) = ended.map_err(|error| failed(Failure::Internal, error))?;
+        self.guests.remove(&id);
+        records.push(record);
+        if let Err(error) = &result
+            && self.plan.fan_out > 1
+        {
+            eprintln!(
+                "page-server: source host {}, session {id}: {error}",
+                host::name()
+            );
+        }
+        result
+    }
+}
+
+/// Takes hold of the foreign dump, if there is to be one.
+async fn hold(plan: &ExternalPlan) -> Result<Hold, SessionError> {
+    let Some(root) = plan.attach_to else {
+        return Ok(Hold::Files);
+    };
+    let found = ForeignDump::find(root, &plan.images, DUMP_TIMEOUT).await;
+    found
+        .map(Hold::Dump)
+        .map_err(|error| failed(Failure::Freeze, error))
+}
+
+fn offer(plan: &ExternalPlan) -> Result<Offer, OfferError> {
+    let work_dir = plan.work_dir.as_deref();
+    match plan.attach_to {
+        Some(root) => Offer::of_frozen(&plan.images, root, plan.dumped, work_dir),
+        None => Offer::of_images(&plan.images, plan.dumped, work_dir),
+    }
+}
+
+/// Resolves when memory that nobody has come for yet is not held any more. May be cancelled.
+async fn lost(hold: Option<&Hold>) -> SessionError {
+    match hold {
+        Some(hold) => failed(Failure::Freeze, hold.lost().await),
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,425 @@
+//! One destination that comes for a dump somebody else made: the same phases as in [`session`](crate::session), without
+//! a freeze of ours.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use common::exit::{Failure, SessionError};
+use common::host;
+use common::proto::control::{SessionId, Tally, ToDestination, ToSource};
+use common::record::{Phases, unix_us};
+use common::session::{Event, Session, State};
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, watch};
+
+use crate::attach::{AttachError, ForeignDump};
+use crate::book::Book;
+use crate::destination::{Destination, Unsettled, abort, unexpected};
+use crate::offer::Offer;
+use crate::push::Push;
+use crate::report::{Record, WireBytes};
+use crate::session::{interrupted, settle};
+use crate::transfer::Transfer;
+
+/// What keeps the offered memory as it is.
+#[derive(Debug)]
+pub enum Hold {
+    /// It lies in files.
+    Files,
+    /// A CRIU that somebody else started.
+    Dump(ForeignDump),
+}
+
+impl Hold {
+    fn commit(&self) {
+        if let Hold::Dump(dump) = self {
+            dump.commit();
+        }
+    }
+
+    async fn release(self) -> Result<(), AttachError> {
+        match self {
+            Hold::Files => Ok(()),
+            Hold::Dump(dump) => dump.release().await,
+        }
+    }
+
+    /// Lets the workload run on here, if there is one.
+    pub async fn thaw(self) {
+        if let Hold::Dump(dump) = self
+            && let Err(error) = dump.thaw().await
+        {
+            tracing::error!(%error, "thawing");
+        }
+    }
+
+    /// Resolves when the memory is not held any more. May be cancelled.
+    pub async fn lost(&self) -> AttachError {
+        match self {
+            Hold::Files => std::future::pending().await,
+            Hold::Dump(dump) => dump.lost().await,
+        }
+    }
+}
+
+/// The threads that drive the connections.
+#[derive(Clone, Debug)]
+pub struct Threads {
+    /// Of the fault connections.
+    pub fault: Handle,
+    /// Of the bulk connections.
+    pub bulk: Handle,
+}
+
+/// A destination's visit.
+#[derive(Debug)]
+pub struct Visit {
+    /// Its session.
+    pub id: SessionId,
+    /// The destination.
+    pub destination: Destination,
+    /// The same destination when it comes again.
+    pub returns: mpsc::Receiver<Destination>,
+    /// What it comes for.
+    pub offer: Arc<Offer>,
+    /// Who drives its connections.
+    pub threads: Threads,
+    /// The signal that asks us to stop.
+    pub stop: watch::Receiver<Option<&'static str>>,
+    session: Session,
+    phases: Phases,
+    book: Arc<Book>,
+    record: Record,
+}
+
+/// What ends a stretch of serving.
+enum Served {
+    Drained(Tally),
+    CopyDead(SessionError),
+    LinkLost(String),
+}
+
+impl Visit {
+    /// The visit of a destination that was welcomed.
+    pub fn new(
+        (id, destination): (SessionId, Destination),
+        returns: mpsc::Receiver<Destination>,
+        offer: Arc<Offer>,
+        threads: Threads,
+        stop: watch::Receiver<Option<&'static str>>,
+    ) -> Self {
+        let record = Record {
+            session: id.to_string(),
+            ..Record::default()
+        };
+        Visit {
+            id,
+            destination,
+            returns,
+            book: Arc::new(offer.book()),
+            offer,
+            threads,
+            stop,
+            session: Session::default(),
+            phases: Phases::start(State::Hello),
+            record,
+        }
+    }
+
+    /// Serves the destination until its workload is whole.
+    pub async fn perform(mut self, hold: Hold) -> (Record, Result<(), SessionError>) {
+        let result = self.migrate(hold).await;
+        self.record.wire_bytes = WireBytes::of(
+            self.destination.control.connection(),
+            &self.destination.bulk,
+        );
+        match &result {
+            Err(error) if error.failure != Failure::Peer => {
+                let abort = ToDestination::Abort(abort(error.state, &error.text));
+                self.destination.control.farewell(&abort).await;
+            }
+            _ => self.destination.control.close().await,
+        }
+        self.record.phases = self.phases.done().to_vec();
+        self.record.total_us = self.phases.total_us();
+        self.record.pages = self.book.counts();
+        self.record.conclude(&result);
+        (self.record, result)
+    }
+
+    async fn migrate(&mut self, hold: Hold) -> Result<(), SessionError> {
+        match self.hand_over(&hold).await {
+            Ok(transfer) => self.postcopy(hold, transfer).await,
+            Err(error) => {
+                hold.thaw().await;
+                Err(error)
+            }
+        }
+    }
+
+    fn state(&self) -> State {
+        self.session.state()
+    }
+
+    fn advance(&mut self, event: Event) -> Result<(), SessionError> {
+        let next = self
+            .session
+            .apply(event)
+            .map_err(|error| self.fail(Failure::Internal, error))?;
+        self.phases.enter(next);
+        Ok(())
+    }
+
+    fn fail(&self, failure: Failure, text: impl std::fmt::Display) -> SessionError {
+        SessionError::new(failure, self.state(), text)
+    }
+
+    /// The next message, unless the operator stops us or the memory is lost.
+    async fn next(&mut self, hold: &Hold) -> Result<ToSource, SessionError> {
+        let state = self.state();
+        tokio::select! {
+            message = self.destination.next(state) => message,
+            name = stopped(&mut self.stop) => Err(interrupted(state, name)),
+            error = hold.lost() => Err(SessionError::new(Failure::Freeze, state, error)),
+        }
+    }
+
+    async fn expect(&mut self, hold: &Hold, expected: ToSource) -> Result<(), SessionError> {
+        match self.next(hold).await? {
+            message if message == expected => Ok(()),
+            message => Err(unexpected(self.state(), &message)),
+        }
+    }
+
+    async fn send(&mut self, message: ToDestination) -> Result<(), SessionError> {
+        let state = self.state();
+        self.destination.send(state, &message).await
+    }
+
+    /// From the welcome to the point of no return.
+    async fn hand_over(&mut self, hold: &Hold) -> Result<Transfer, SessionError> {
+        self.advance(Event::Welcomed)?;
+        self.send(ToDestination::Advise(self.offer.facts.clone()))
+            .await?;
+        let skeleton = match self.next(hold).await? {
+            ToSource::Ready => self.offer.skeleton(),
+            ToSource::ReadyWithImages(theirs) if theirs == self.offer.digest => {
+                self.offer.nothing()
+            }
+            ToSource::ReadyWithImages(_) => {
+                let text = "the destination has the images of another dump; give it this dump's";
+                return Err(self.fail(Failure::Refused, text));
+            }
+            message => return Err(unexpected(self.state(), &message)),
+        };
+        self.advance(Event::Ready)?;
+        self.record.frozen_at_unix_us = unix_us(SystemTime::now());
+        self.send(ToDestination::Freezing).await?;
+        self.advance(Event::Dumped)?;
+        let mut transfer = Transfer::default();
+        let serving = self
+            .destination
+            .serve(self.offer.source.clone(), self.book.clone());
+        transfer.spawn(&self.threads.fault, serving);
+        let push = self.send_skeleton(skeleton).await?;
+        self.expect(hold, ToSource::Staged).await?;
+        self.advance(Event::Staged)?;
+        let credits = self.destination.take_credits();
+        transfer.spawn(&self.threads.bulk, push.all(credits));
+        let state = self.state();
+        tokio::select! {
+            error = transfer.failed() => return Err(SessionError::new(Failure::Freeze, state, error)),
+            asked = self.expect(hold, ToSource::CutoverRequest) => asked?,
+        }
+        self.advance(Event::CutoverAsked)?;
+        hold.commit();
+        Ok(transfer)
+    }
+
+    async fn send_skeleton(&mut self, images: std::path::PathBuf) -> Result<Push, SessionError> {
+        let stream = self
+            .destination
+            .take_push()
+            .ok_or_else(|| self.fail(Failure::Internal, "the bulk stream is in use"))?;
+        let push = Push::new(stream, self.offer.source.clone(), self.book.clone());
+        let sending = self.threads.bulk.spawn(async move {
+            let push = push.skeleton(&images).await?;
+            push.eager().await
+        });
+        self.send(ToDestination::Frozen).await?;
+        match sending.await {
+            Ok(Ok(push)) => Ok(push),
+            Ok(Err(error)) => {
+                let of_link = error.is_of_link();
+                let error = self.fail(Failure::Freeze, error);
+                match of_link {
+                    true => Err(self.destination.explain(self.state(), error).await),
+                    false => Err(error),
+                }
+            }
+            Err(error) => Err(self.fail(Failure::Internal, error)),
+        }
+    }
+
+    /// The workload is given away: only the destination decides from here on.
+    async fn postcopy(&mut self, hold: Hold, mut transfer: Transfer) -> Result<(), SessionError> {
+        let granted = self.send(ToDestination::CutoverGranted).await;
+        self.advance(Event::CutoverGranted)?;
+        let mut link = granted.map_err(|error| error.text);
+        loop {
+            if let Err(text) = link {
+                // Nothing of the old link may be sent while it is settled what has come.
+                transfer.stop().await;
+                transfer = match self.recover(&text).await? {
+                    Ok(transfer) => transfer,
+                    Err(dead) => return Err(self.copy_died(hold, dead).await),
+                };
+            }
+            link = match self.until_drained(&hold, &mut transfer).await {
+                Ok(Served::Drained(tally)) => return self.complete(hold, tally).await,
+                Ok(Served::CopyDead(dead)) => return Err(self.copy_died(hold, dead).await),
+                Ok(Served::LinkLost(text)) => Err(text),
+                Err(error) => return Err(keep(&hold, error).await),
+            };
+        }
+    }
+
+    async fn copy_died(&mut self, hold: Hold, error: SessionError) -> SessionError {
+        hold.thaw().await;
+        match self.advance(Event::CopyDead) {
+            Ok(()) => error,
+            Err(invalid) => invalid,
+        }
+    }
+
+    async fn until_drained(
+        &mut self,
+        hold: &Hold,
+        transfer: &mut Transfer,
+    ) -> Result<Served, SessionError> {
+        let mut held = true;
+        loop {
+            let message = tokio::select! {
+                message = self.destination.control.next() => message,
+                error = transfer.failed() => return Err(self.fail(Failure::Lost, error)),
+                Some(again) = self.returns.recv() => {
+                    // It lost the link earlier than we did.
+                    self.destination = again;
+                    return Ok(Served::LinkLost(String::from("the destination came again")));
+                }
+                error = hold.lost(), if held => {
+                    held = false;
+                    tracing::warn!(%error, "the frozen tasks stay stopped, and are served on");
+                    continue;
+                }
+            };
+            match message {
+                Ok(ToSource::Resumed) => {
+                    let now = unix_us(SystemTime::now());
+                    self.record.resumed_at_unix_us = now;
+                    self.record.cutover_us = now.saturating_sub(self.record.frozen_at_unix_us);
+                }
+                Ok(ToSource::Drained(tally)) => return Ok(Served::Drained(tally)),
+                Ok(ToSource::Abort(abort)) => {
+                    let error = self.destination.gave_up(self.state(), &abort);
+                    return match abort.copy_is_dead {
+                        true => Ok(Served::CopyDead(error)),
+                        false => Err(error),
+                    };
+                }
+                Ok(message) => return Err(unexpected(self.state(), &message)),
+                Err(error) => return Ok(Served::LinkLost(error.to_string())),
+            }
+        }
+    }
+
+    /// The link is lost. Waits for the destination to come again, and settles what is owed.
+    ///
+    /// The inner error is a copy that is dead.
+    async fn recover(
+        &mut self,
+        text: &str,
+    ) -> Result<Result<Transfer, SessionError>, SessionError> {
+        eprintln!(
+            "page-server: link lost ({text}); the memory is kept until the destination comes again"
+        );
+        self.advance(Event::LinkLost)?;
+        loop {
+            while !self.destination.is_new() {
+                match self.returns.recv().await {
+                    Some(again) => self.destination = again,
+                    None => return Err(self.fail(Failure::Lost, "the listener ended")),
+                }
+            }
+            self.advance(Event::Reconnected)?;
+            let source = self.offer.source.clone();
+            match settle(&mut self.destination, &self.book, source.as_ref()).await {
+                Ok(()) => break,
+                Err(Unsettled::CopyDead(abort)) => {
+                    return Ok(Err(self.destination.gave_up(self.state(), &abort)));
+                }
+                Err(Unsettled::Lost(reason)) => {
+                    tracing::warn!(reason, "the destination is lost again");
+                    self.destination.take_push();
+                    self.advance(Event::LinkLost)?;
+                }
+            }
+        }
+        eprintln!("page-server: the destination is back");
+        self.advance(Event::Settled)?;
+        Ok(Ok(self.serve_again()))
+    }
+
+    fn serve_again(&mut self) -> Transfer {
+        let mut transfer = Transfer::default();
+        let (source, book) = (self.offer.source.clone(), self.book.clone());
+        let serving = self.destination.serve(source.clone(), book.clone());
+        transfer.spawn(&self.threads.fault, serving);
+        if let Some(stream) = self.destination.take_push() {
+            let push = Push::new(stream, source, book);
+            let credits = self.destination.take_credits();
+            transfer.spawn(&self.threads.bulk, push.all(credits));
+        }
+        transfer
+    }
+
+    async fn complete(&mut self, hold: Hold, theirs: Tally) -> Result<(), SessionError> {
+        self.advance(Event::AllPresent)?;
+        let ours = self.book.tally();
+        if ours != theirs || self.book.owed() > 0 {
+            let text = format!("the ends disagree (source {ours:?}, destination {theirs:?})");
+            let error = self.fail(Failure::Lost, text);
+            return Err(keep(&hold, error).await);
+        }
+        self.advance(Event::Agreed)?;
+        // A destination that misses this word has all pages nevertheless.
+        let told = self.send(ToDestination::Complete).await;
+        if let Err(error) = hold.release().await {
+            tracing::warn!(%error, "the frozen original is killed nevertheless");
+        }
+        told
+    }
+}
+
+/// The signal that asks us to stop.
+async fn stopped(stop: &mut watch::Receiver<Option<&'static str>>) -> &'static str {
+    let signal = match stop.wait_for(Option::is_some).await {
+        Ok(signal) => *signal,
+        Err(_) => None,
+    };
+    match signal {
+        Some(name) => name,
+        None => std::future::pending().await,
+    }
+}
+
+/// There is no way on. Frozen tasks are kept until the operator comes: they may be running on the destination.
+async fn keep(hold: &Hold, error: SessionError) -> SessionError {
+    let Hold::Dump(_) = hold else { return error };
+    eprintln!(
+        "page-server: error: source host {}, {error}; the destination may be running the workload, so it stays \
+         frozen here; kill this program only after deciding which copy shall live",
+        host::name()
+    );
+    std::future::pending().await
+}

@@ -1,0 +1,166 @@
+//! The wrongs: what each scenario makes of a message that passes.
+
+use common::images::ImagePid;
+use common::page::{PAGE_SIZE, PageIndex, PageRange};
+use common::proto::bulk::BulkHeader;
+use common::proto::control::{ToDestination, ToSource};
+use common::proto::demand::DemandFrame;
+use common::proto::pages::DataHeader;
+
+use super::Scenario;
+
+/// A process nobody dumps: PIDs are smaller.
+const STRANGER: ImagePid = ImagePid(u32::MAX);
+/// A page at the very end of what user space can map, where nothing lies.
+const NOWHERE: PageIndex = PageIndex(0x7_ffff_fffe);
+/// Requests of a flood.
+const FLOOD: usize = 20_000;
+
+/// The protocol version messages are understood in; ends that can speak a newer one are made to speak this.
+const VERSION: u16 = 1;
+
+/// A frame of the bulk stream.
+#[derive(Debug, Clone)]
+pub struct BulkFrame {
+    /// Its header.
+    pub header: BulkHeader,
+    /// What follows: a file's name and content, or pages.
+    pub body: Vec<u8>,
+}
+
+/// What becomes of a message.
+#[derive(Debug)]
+pub enum Passage<T> {
+    /// These go on in its place.
+    Send(Vec<T>),
+    /// It stays here, and so does everything behind it.
+    Stall,
+    /// The peer is gone at once, without a word.
+    Vanish,
+}
+
+/// One scenario at work.
+#[derive(Debug)]
+pub struct Mischief {
+    scenario: Scenario,
+    done: bool,
+}
+
+impl Mischief {
+    /// About to do its wrong.
+    pub fn new(scenario: Scenario) -> Self {
+        Self {
+            scenario,
+            done: false,
+        }
+    }
+
+    /// Whether now is the time for `scenario`; says so once.
+    fn strikes(&mut self, scenario: Scenario) -> bool {
+        if self.scenario != scenario || self.done {
+            return false;
+        }
+        self.done = true;
+        println!("guilty");
+        true
+    }
+
+    /// A message of the destination.
+    pub fn to_source(&mut self, mut message: ToSource) -> Passage<ToSource> {
+        match &mut message {
+            ToSource::Hello(hello) => hello.versions.retain(|version| *version == VERSION),
+            ToSource::Staged if self.strikes(Scenario::SpeaksOutOfTurn) => {
+                return Passage::Send(vec![ToSource::Resumed]);
+            }
+            ToSource::CutoverRequest if self.strikes(Scenario::Vanishes) => {
+                return Passage::Vanish;
+            }
+            ToSource::Drained(tally) if self.strikes(Scenario::CountsWrong) => tally.digest ^= 1,
+            _ => {}
+        }
+        Passage::Send(vec![message])
+    }
+
+    /// A message of the source.
+    pub fn to_destination(&mut self, message: ToDestination) -> Passage<ToDestination> {
+        Passage::Send(vec![message])
+    }
+
+    /// A request of the destination.
+    pub fn request(&mut self, frame: DemandFrame) -> Passage<DemandFrame> {
+        let DemandFrame::Request(pid, pages) = frame else {
+            return Passage::Send(vec![frame]);
+        };
+        let mut frames = vec![frame];
+        if self.strikes(Scenario::AsksOutside) {
+            frames.push(DemandFrame::Request(pid, PageRange::new(NOWHERE, 1)));
+        } else if self.strikes(Scenario::Floods) {
+            let again = DemandFrame::Request(pid, PageRange::new(pages.start, 1));
+            frames.resize(FLOOD, again);
+        }
+        Passage::Send(frames)
+    }
+
+    /// A frame of the bulk stream.
+    pub fn bulk(&mut self, frame: BulkFrame) -> Passage<BulkFrame> {
+        match frame.header {
+            BulkHeader::File { .. } => self.file(frame),
+            BulkHeader::Data(header) => Passage::Send(self.pages(header, frame)),
+            _ => Passage::Send(vec![frame]),
+        }
+    }
+
+    fn file(&mut self, frame: BulkFrame) -> Passage<BulkFrame> {
+        if self.strikes(Scenario::Stalls) {
+            return Passage::Stall;
+        }
+        if self.strikes(Scenario::NamesAPath) {
+            let name = b"../../core-1.img";
+            let header = BulkHeader::File {
+                name: name.len() as u8,
+                offset: 0,
+                payload: 0,
+            };
+            let body = name.to_vec();
+            return Passage::Send(vec![BulkFrame { header, body }, frame]);
+        }
+        Passage::Send(vec![frame])
+    }
+
+    fn pages(&mut self, header: DataHeader, mut frame: BulkFrame) -> Vec<BulkFrame> {
+        if self.scenario == Scenario::Replays {
+            self.strikes(Scenario::Replays);
+            return vec![frame.clone(), frame];
+        }
+        if self.strikes(Scenario::SendsUnaskedPages) {
+            return vec![one_page(STRANGER, header.pages.start), frame];
+        }
+        if self.strikes(Scenario::SendsPagesOutside) {
+            return vec![one_page(header.pid, NOWHERE), frame];
+        }
+        if self.scenario == Scenario::SendsWrongLengths
+            && header.payload > 0
+            && self.strikes(Scenario::SendsWrongLengths)
+        {
+            let payload = header.payload - 1;
+            frame.header = BulkHeader::Data(DataHeader { payload, ..header });
+        }
+        if self.scenario == Scenario::ChangesContent
+            && !frame.body.is_empty()
+            && self.strikes(Scenario::ChangesContent)
+        {
+            // The last word of the last page: of the first ones that come few programs care for it.
+            let last = frame.body.len() - 1;
+            frame.body[last] ^= 1;
+        }
+        vec![frame]
+    }
+}
+
+fn one_page(pid: ImagePid, page: PageIndex) -> BulkFrame {
+    let header = DataHeader::raw(pid, PageRange::new(page, 1), 0);
+    BulkFrame {
+        header: BulkHeader::Data(header),
+        body: vec![0xaa; PAGE_SIZE],
+    }
+}

@@ -1,0 +1,226 @@
+//! How messages pass from one real end to the other: each stream by a task for either direction.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use common::identity::Trust;
+use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader, CREDIT_BYTES};
+use common::proto::control::BulkHello;
+use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
+use common::proto::stream;
+use common::quic::{self, Listener, PathProfile, Role};
+use quinn::{Connection, ConnectionError, RecvStream, SendStream};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::task::{JoinSet, spawn};
+use tokio::time::{sleep, timeout};
+
+use super::Orders;
+use super::mischief::{BulkFrame, Mischief, Passage};
+
+/// Time the receiver of a stream's end has to acknowledge it.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// Time a connection's last packets have to leave.
+const CLOSING: Duration = Duration::from_millis(200);
+
+type Shared = Arc<Mutex<Mischief>>;
+
+/// The program: `faulty-peer SCENARIO LISTEN SOURCE IDENTITY IDENTITY`.
+pub fn main(arguments: &[String]) -> Result<()> {
+    let orders = Orders::parse(arguments)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(run(Arc::new(orders)))
+}
+
+async fn run(orders: Arc<Orders>) -> Result<()> {
+    let mischief = Arc::new(Mutex::new(Mischief::new(orders.scenario)));
+    let bulk_port = SocketAddr::new(orders.listen.ip(), orders.listen.port() + 1);
+    let fault = bind(&orders, orders.listen, Role::Fault)?;
+    let bulk = bind(&orders, bulk_port, Role::Bulk)?;
+    println!("ready");
+    let (with_bulk, orders_too) = (mischief.clone(), orders.clone());
+    spawn(async move {
+        while let Some(handshake) = bulk.next().await {
+            if let Ok(below) = handshake.finish().await {
+                spawn(pass_bulk(orders_too.clone(), below, with_bulk.clone()));
+            }
+        }
+    });
+    let handshake = fault.next().await.context("the listener ended")?;
+    let below = handshake.finish().await?;
+    let above = connect(&orders, orders.source, Role::Fault).await?;
+    pass_fault(below, above, mischief).await?;
+    sleep(CLOSING).await;
+    Ok(())
+}
+
+fn bind(orders: &Orders, address: SocketAddr, role: Role) -> Result<Listener> {
+    let identity = &orders.as_source;
+    let path = PathProfile::default();
+    Ok(quic::bind_server(
+        address,
+        identity,
+        &Trust::Ca,
+        role,
+        path,
+    )?)
+}
+
+async fn connect(orders: &Orders, address: SocketAddr, role: Role) -> Result<Connection> {
+    let identity = &orders.as_destination;
+    let path = PathProfile::default();
+    let endpoint = quic::bind_client(address, None, identity, &Trust::Ca, role, path)?;
+    Ok(quic::connect(&endpoint, address).await?)
+}
+
+/// Streams of the fault connection: the first is the control stream, the second demand.
+async fn pass_fault(below: Connection, above: Connection, mischief: Shared) -> Result<()> {
+    let (mut up, mut down) = (JoinSet::new(), JoinSet::new());
+    let (send, recv) = below.accept_bi().await?;
+    let (above_send, above_recv) = above.open_bi().await?;
+    up.spawn(messages(
+        recv,
+        above_send,
+        mischief.clone(),
+        Mischief::to_source,
+    ));
+    down.spawn(messages(
+        above_recv,
+        send,
+        mischief.clone(),
+        Mischief::to_destination,
+    ));
+    let demand = {
+        let (below, above) = (below.clone(), above.clone());
+        spawn(async move {
+            let (send, recv) = below.accept_bi().await?;
+            let (above_send, above_recv) = above.open_bi().await?;
+            let answers = spawn(copy(above_recv, send));
+            requests(recv, above_send, mischief).await?;
+            answers.await?
+        })
+    };
+    tokio::select! {
+        reason = below.closed() => close(&above, &reason, up).await,
+        reason = above.closed() => close(&below, &reason, down).await,
+    }
+    demand.abort();
+    Ok(())
+}
+
+/// Passes on what is left, then the end.
+async fn close(other: &Connection, reason: &ConnectionError, mut rest: JoinSet<Result<()>>) {
+    let passing = async { while rest.join_next().await.is_some() {} };
+    let _ = timeout(2 * FAREWELL, passing).await;
+    match reason {
+        ConnectionError::ApplicationClosed(frame) => other.close(frame.error_code, &frame.reason),
+        _ => other.close(0_u8.into(), b""),
+    }
+}
+
+async fn messages<M: Serialize + DeserializeOwned>(
+    mut from: RecvStream,
+    mut to: SendStream,
+    mischief: Shared,
+    pass: fn(&mut Mischief, M) -> Passage<M>,
+) -> Result<()> {
+    while let Ok(message) = stream::receive(&mut from).await {
+        let passage = pass(&mut lock(&mischief), message);
+        for message in allowed(passage).await {
+            stream::send(&mut to, &message).await?;
+        }
+    }
+    end(to).await
+}
+
+async fn requests(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> Result<()> {
+    let mut frame = [0; DEMAND_FRAME_BYTES];
+    while from.read_exact(&mut frame).await.is_ok() {
+        let frame = DemandFrame::decode(&frame)?;
+        let passage = lock(&mischief).request(frame);
+        for frame in allowed(passage).await {
+            to.write_all(&frame.encode()).await?;
+        }
+    }
+    end(to).await
+}
+
+async fn pass_bulk(orders: Arc<Orders>, below: Connection, mischief: Shared) -> Result<()> {
+    let port = orders.source.port() + 1;
+    let source = SocketAddr::new(orders.source.ip(), port);
+    let above = connect(&orders, source, Role::Bulk).await?;
+    let (send, mut recv) = below.accept_bi().await?;
+    let (mut above_send, above_recv) = above.open_bi().await?;
+    let hello: BulkHello = stream::receive(&mut recv).await?;
+    stream::send(&mut above_send, &hello).await?;
+    let (mut up, mut down) = (JoinSet::new(), JoinSet::new());
+    up.spawn(credits(recv, above_send));
+    down.spawn(frames(above_recv, send, mischief));
+    tokio::select! {
+        reason = below.closed() => close(&above, &reason, up).await,
+        reason = above.closed() => close(&below, &reason, down).await,
+    }
+    Ok(())
+}
+
+async fn credits(mut from: RecvStream, mut to: SendStream) -> Result<()> {
+    let mut credit = [0; CREDIT_BYTES];
+    while from.read_exact(&mut credit).await.is_ok() {
+        to.write_all(&credit).await?;
+    }
+    end(to).await
+}
+
+async fn frames(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> Result<()> {
+    let mut header = [0; BULK_HEADER_BYTES];
+    while from.read_exact(&mut header).await.is_ok() {
+        let header = BulkHeader::decode(&header)?;
+        let mut body = vec![0; body_bytes(&header)];
+        from.read_exact(&mut body).await?;
+        let passage = lock(&mischief).bulk(BulkFrame { header, body });
+        for frame in allowed(passage).await {
+            to.write_all(&frame.header.encode()).await?;
+            to.write_all(&frame.body).await?;
+        }
+    }
+    end(to).await
+}
+
+fn body_bytes(header: &BulkHeader) -> usize {
+    match header {
+        BulkHeader::File { name, payload, .. } => usize::from(*name) + *payload as usize,
+        BulkHeader::Data(data) => data.payload as usize,
+        _ => 0,
+    }
+}
+
+async fn copy(mut from: RecvStream, mut to: SendStream) -> Result<()> {
+    while let Ok(Some(chunk)) = from.read_chunk(usize::MAX, true).await {
+        to.write_chunk(chunk.bytes).await?;
+    }
+    end(to).await
+}
+
+async fn end(mut to: SendStream) -> Result<()> {
+    if to.finish().is_ok() {
+        let _ = timeout(FAREWELL, to.stopped()).await;
+    }
+    Ok(())
+}
+
+/// What may go on; never returns when nothing may.
+async fn allowed<T>(passage: Passage<T>) -> Vec<T> {
+    match passage {
+        Passage::Send(messages) => messages,
+        Passage::Stall => std::future::pending().await,
+        Passage::Vanish => std::process::exit(1),
+    }
+}
+
+fn lock(mischief: &Shared) -> std::sync::MutexGuard<'_, Mischief> {
+    mischief.lock().unwrap_or_else(PoisonError::into_inner)
+}

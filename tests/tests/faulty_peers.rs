@@ -1,0 +1,211 @@
+//! Peers that break the protocol: the real other end refuses with the right error, and nothing is left frozen or
+//! orphaned on either host.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use tests::exit_code::{ABORTED_BY_PEER, CONNECTION, FREEZE, INTERRUPTED, RESTORE};
+use tests::failure::{Bystander, expect_failure};
+use tests::faulty_peer::{FaultyPeer, Scenario};
+use tests::harness::{self, Body, MIGRATION, REDIS_MIGRATION, Test};
+use tests::leftovers::assert_moved;
+use tests::pair::{PATIENCE, PairPlan, Side};
+use tests::random::seed_of_this_run;
+use tests::rig::Rig;
+use tests::task;
+use tests::torture::{Torture, TorturePlan};
+use tests::wait::wait_until;
+
+fn main() -> ExitCode {
+    let refused: [(&'static str, Body); 8] = [
+        ("a_source_that_stalls", a_source_that_stalls),
+        ("a_source_that_sends_unasked_pages", |rig| {
+            source_is_refused(
+                rig,
+                Scenario::SendsUnaskedPages,
+                ABORTED_BY_PEER,
+                &["which the skeleton does not hold"],
+            )
+        }),
+        ("a_source_that_sends_pages_outside", |rig| {
+            source_is_refused(
+                rig,
+                Scenario::SendsPagesOutside,
+                ABORTED_BY_PEER,
+                &["did not leave"],
+            )
+        }),
+        ("a_source_that_sends_wrong_lengths", |rig| {
+            source_is_refused(
+                rig,
+                Scenario::SendsWrongLengths,
+                ABORTED_BY_PEER,
+                &["payload length"],
+            )
+        }),
+        ("a_source_that_names_a_path", |rig| {
+            source_is_refused(rig, Scenario::NamesAPath, RESTORE, &["../../core-1.img"])
+        }),
+        ("a_destination_that_asks_outside", |rig| {
+            destination_is_refused(
+                rig,
+                Scenario::AsksOutside,
+                FREEZE,
+                &["outside the frozen memory"],
+            )
+        }),
+        ("a_destination_that_speaks_out_of_turn", |rig| {
+            destination_is_refused(
+                rig,
+                Scenario::SpeaksOutOfTurn,
+                ABORTED_BY_PEER,
+                &["unexpected Resumed"],
+            )
+        }),
+        ("a_destination_that_vanishes", a_destination_that_vanishes),
+    ];
+    let survived: [(&'static str, Body); 4] = [
+        ("a_source_that_replays", |rig| {
+            is_survived(rig, Scenario::Replays)
+        }),
+        ("a_destination_that_floods", |rig| {
+            is_survived(rig, Scenario::Floods)
+        }),
+        (
+            "a_source_that_changes_content",
+            a_source_that_changes_content,
+        ),
+        (
+            "a_destination_that_counts_wrong",
+            a_destination_that_counts_wrong,
+        ),
+    ];
+    let test = |needs| move |(name, body)| Test { name, needs, body };
+    let refused = refused.map(test(REDIS_MIGRATION));
+    harness::main(refused.into_iter().chain(survived.map(test(MIGRATION))))
+}
+
+/// Both real ends with a faulty peer between them.
+struct Trio {
+    bystander: Bystander,
+    peer: FaultyPeer,
+    server: Side,
+    restorer: Side,
+}
+
+impl Trio {
+    fn start(rig: &Rig, scenario: Scenario) -> Result<Self> {
+        let bystander = Bystander::start(rig)?;
+        let mut plan = PairPlan::new(rig)?;
+        let peer = FaultyPeer::start(rig, scenario, &plan.identities)?;
+        plan.source_seen_at = Some(peer.address());
+        let server = plan.start_server(rig, bystander.redis.pid())?;
+        let restorer = plan.start_restorer(rig)?;
+        Ok(Self {
+            bystander,
+            peer,
+            server,
+            restorer,
+        })
+    }
+
+    /// Everything is as before.
+    fn assert_unharmed(self, rig: &Rig) -> Result<()> {
+        ensure!(self.peer.is_guilty(), "the peer did nothing wrong");
+        self.bystander.assert_unharmed(rig)
+    }
+}
+
+/// The destination refuses what its source does, and says so to it.
+fn source_is_refused(rig: &Rig, scenario: Scenario, code: i32, words: &[&str]) -> Result<()> {
+    let mut trio = Trio::start(rig, scenario)?;
+    expect_failure(&mut trio.restorer, code, words)?;
+    expect_failure(&mut trio.server, ABORTED_BY_PEER, words)?;
+    trio.assert_unharmed(rig)
+}
+
+/// The source refuses what its destination does, and says so to it.
+fn destination_is_refused(rig: &Rig, scenario: Scenario, code: i32, words: &[&str]) -> Result<()> {
+    let mut trio = Trio::start(rig, scenario)?;
+    expect_failure(&mut trio.server, code, words)?;
+    expect_failure(&mut trio.restorer, ABORTED_BY_PEER, words)?;
+    trio.assert_unharmed(rig)
+}
+
+/// Nothing breaks, so the operator decides: stopping one end rolls everything back.
+fn a_source_that_stalls(rig: &Rig) -> Result<()> {
+    let mut trio = Trio::start(rig, Scenario::Stalls)?;
+    wait_until(PATIENCE, "the source to stall", || trio.peer.is_guilty())?;
+    kill(trio.restorer.process.pid(), Signal::SIGTERM).context("it ended")?;
+    expect_failure(&mut trio.restorer, INTERRUPTED, &["SIGTERM"])?;
+    expect_failure(&mut trio.server, ABORTED_BY_PEER, &["SIGTERM"])?;
+    trio.assert_unharmed(rig)
+}
+
+fn a_destination_that_vanishes(rig: &Rig) -> Result<()> {
+    let mut trio = Trio::start(rig, Scenario::Vanishes)?;
+    expect_failure(&mut trio.server, CONNECTION, &["lost the destination"])?;
+    trio.bystander.redis.assert_alive()?;
+    // The destination cannot know whether its request arrived; it gives up in the end, and its copy never ran.
+    let status = trio.restorer.end()?;
+    ensure!(!status.success(), "{status}");
+    trio.assert_unharmed(rig)
+}
+
+/// A torture workload on its way through a faulty peer.
+fn torture_through(rig: &Rig, scenario: Scenario) -> Result<(Torture, FaultyPeer, Side, Side)> {
+    let torture = Torture::start(
+        rig,
+        TorturePlan {
+            mib: 24,
+            threads: 2,
+            seed: seed_of_this_run(),
+            ..TorturePlan::default()
+        },
+    )?;
+    let mut plan = PairPlan::new(rig)?;
+    let peer = FaultyPeer::start(rig, scenario, &plan.identities)?;
+    plan.source_seen_at = Some(peer.address());
+    let server = plan.start_server(rig, torture.pid())?;
+    let restorer = plan.start_restorer(rig)?;
+    Ok((torture, peer, server, restorer))
+}
+
+/// Not nice, but no harm is done: the migration succeeds and every byte is right.
+fn is_survived(rig: &Rig, scenario: Scenario) -> Result<()> {
+    let (torture, peer, mut server, mut restorer) = torture_through(rig, scenario)?;
+    restorer.expect_success()?;
+    server.expect_success()?;
+    ensure!(peer.is_guilty(), "the peer did nothing wrong");
+    torture.wait_for_rounds(200)?;
+    assert_moved(rig, restorer.restored_pid()?)?;
+    torture.finish()
+}
+
+/// Nobody knows which end is right, so neither copy is touched: the original stays frozen until the operator decides.
+fn a_destination_that_counts_wrong(rig: &Rig) -> Result<()> {
+    let torture = ends_disagree(rig, Scenario::CountsWrong)?;
+    torture.wait_for_rounds(100)?;
+    // The operator decides for the copy.
+    kill(torture.pid(), Signal::SIGKILL).context("the original ended")?;
+    torture.wait_for_rounds(100)?;
+    torture.finish()
+}
+
+/// What an authenticated source sends is believed, and found out at the end: never is the right copy given up.
+fn a_source_that_changes_content(rig: &Rig) -> Result<()> {
+    ends_disagree(rig, Scenario::ChangesContent).map(drop)
+}
+
+fn ends_disagree(rig: &Rig, scenario: Scenario) -> Result<Torture> {
+    let (torture, peer, mut server, mut restorer) = torture_through(rig, scenario)?;
+    wait_until(PATIENCE, "the source to disagree", || {
+        server.process.stderr().contains("the ends disagree")
+    })?;
+    ensure!(peer.is_guilty(), "the peer did nothing wrong");
+    ensure!(task::is_frozen(torture.pid()), "the original is not kept");
+    ensure!(server.process.is_running(), "the source gave up");
+    ensure!(restorer.process.is_running(), "the destination gave up");
+    Ok(torture)
+}

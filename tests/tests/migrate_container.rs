@@ -1,0 +1,280 @@
+//! A redis in a container of the real `runc` moves, or is refused, or comes back.
+
+use std::fs;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+use tests::container::{Container, NAME};
+use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, RESTORE};
+use tests::failure::expect_failure;
+use tests::gate::Gate;
+use tests::harness::{self, Body, CONTAINER_MIGRATION, Test};
+use tests::leftovers::{Snapshot, assert_moved};
+use tests::namespace;
+use tests::pair::{PATIENCE, PairPlan, Side};
+use tests::random::seed_of_this_run;
+use tests::redis;
+use tests::redis_client::{ClientPlan, RedisClient};
+use tests::rig::Rig;
+use tests::task;
+use tests::wait::wait_until;
+
+fn main() -> ExitCode {
+    let tests: [(&'static str, Body); 9] = [
+        ("a_container_moves", a_container_moves),
+        ("a_container_comes_back", a_container_comes_back),
+        (
+            "the_server_dies_while_it_is_frozen",
+            the_server_dies_while_it_is_frozen,
+        ),
+        ("criu_dies_while_it_is_frozen", criu_dies_while_it_is_frozen),
+        (
+            "the_restorer_dies_while_it_is_restored",
+            the_restorer_dies_while_it_is_restored,
+        ),
+        ("what_does_not_run_is_refused", what_does_not_run_is_refused),
+        ("a_taken_name_is_refused", a_taken_name_is_refused),
+        ("another_bundle_is_refused", another_bundle_is_refused),
+        ("a_missing_bundle_is_refused", a_missing_bundle_is_refused),
+    ];
+    harness::main(tests.map(|(name, body)| Test {
+        name,
+        needs: CONTAINER_MIGRATION,
+        body,
+    }))
+}
+
+/// A container with redis, its client, and how both hosts were before.
+struct Boxed {
+    container: Container,
+    client: RedisClient,
+    plan: PairPlan,
+    before: Snapshot,
+}
+
+impl Boxed {
+    fn start(rig: &Rig, mib: u64) -> Result<Self> {
+        let words = redis::arguments("/tmp".as_ref());
+        // The container has a session of its own already.
+        let words: Vec<&str> = words.iter().skip(1).map(String::as_str).collect();
+        let container = Container::start(rig, &words)?;
+        let plan = ClientPlan {
+            mib,
+            seed: seed_of_this_run(),
+            rate: 2000,
+        };
+        let address = rig.service.port(redis::PORT);
+        let client = RedisClient::start(rig.client.namespace(), address, plan)?;
+        client.wait_for_replies(200)?;
+        Ok(Self {
+            plan: container.plan(rig)?,
+            container,
+            client,
+            before: Snapshot::take(rig)?,
+        })
+    }
+
+    fn pid(&self) -> Result<Pid> {
+        self.container.source.running()
+    }
+
+    /// It runs where it was, its client noticed nothing but a pause, and it can be moved still.
+    fn assert_movable(self, rig: &Rig) -> Result<()> {
+        self.client.wait_for_replies(200)?;
+        self.before
+            .assert_restored(rig)
+            .context("something is left of the failed migration")?;
+        self.pid().context("the source's runtime lost it")?;
+        ensure!(
+            self.container.destination.state().is_none(),
+            "the destination's runtime still knows it"
+        );
+        let tried = self.plan.migrate(rig, self.pid()?);
+        tried.context("the second try")?;
+        self.client.wait_for_replies(200)?;
+        self.client.end().context("the client noticed")?;
+        Ok(())
+    }
+}
+
+fn a_container_moves(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 48)?;
+    let migration = boxed.plan.migrate(rig, boxed.pid()?)?;
+    boxed.client.wait_for_replies(500)?;
+    let there = boxed.container.destination.running()?;
+    ensure!(
+        there == migration.pid,
+        "the runtime says {there}, the PID file {}",
+        migration.pid
+    );
+    ensure!(
+        boxed.container.source.state().is_none(),
+        "the source's runtime still knows it"
+    );
+    assert_moved(rig, migration.pid)?;
+    let report = boxed.client.end()?;
+    ensure!(report.sets > 0 && report.gets > 0, "{report:?}");
+    Ok(())
+}
+
+fn a_container_comes_back(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 16)?;
+    let mut plan = boxed.plan.clone();
+    plan.before_restore = format!("{}; echo the hook says no >&2; exit 3", plan.before_restore);
+    let (mut server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
+    expect_failure(&mut restorer, RESTORE, &["the hook says no"])?;
+    expect_failure(&mut server, ABORTED_BY_PEER, &["the hook says no"])?;
+    boxed.assert_movable(rig)
+}
+
+fn the_server_dies_while_it_is_frozen(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 16)?;
+    let gate = Gate::new(rig, "frozen")?;
+    let mut plan = boxed.plan.clone();
+    plan.on_frozen = gate.after(&plan.on_frozen);
+    let (mut server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
+    gate.wait(PATIENCE)?;
+    kill(server.process.pid(), Signal::SIGKILL)?;
+    server.end()?;
+    gate.open()?;
+    expect_failure(&mut restorer, CONNECTION, &["lost the source"])?;
+    boxed.assert_movable(rig)
+}
+
+fn criu_dies_while_it_is_frozen(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 16)?;
+    let (gate, plan) = held_before_restore(rig, &boxed)?;
+    let (mut server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
+    gate.wait(PATIENCE)?;
+    let below = task::descendants(server.process.pid());
+    let criu = below.into_iter().find(|pid| task::name(*pid) == "criu");
+    kill(criu.context("no CRIU below page-server")?, Signal::SIGKILL)?;
+    gate.open()?;
+    expect_failure(&mut server, FREEZE, &["CRIU"])?;
+    expect_failure(&mut restorer, ABORTED_BY_PEER, &["source"])?;
+    boxed.assert_movable(rig)
+}
+
+/// Killed while runc and CRIU rebuild the container: nothing of it may stay, in no list either. The source stands still
+/// meanwhile, so there is no cutover.
+fn the_restorer_dies_while_it_is_restored(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 16)?;
+    let (gate, plan) = held_before_restore(rig, &boxed)?;
+    let (mut server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
+    gate.wait(PATIENCE)?;
+    kill(server.process.pid(), Signal::SIGSTOP)?;
+    gate.open()?;
+    let there = || task::in_network_namespace(&namespace::path(rig.destination.namespace()));
+    wait_until(PATIENCE, "a rebuilt task", || {
+        let there = there();
+        there
+            .into_iter()
+            .any(|pid| task::name(pid) == "redis-server")
+    })?;
+    kill(restorer.process.pid(), Signal::SIGKILL)?;
+    restorer.end()?;
+    wait_until(PATIENCE, "the destination to be empty", || {
+        there().is_empty()
+    })?;
+    kill(server.process.pid(), Signal::SIGCONT)?;
+    expect_failure(&mut server, CONNECTION, &["destination"])?;
+    boxed.assert_movable(rig)
+}
+
+fn held_before_restore(rig: &Rig, boxed: &Boxed) -> Result<(Gate, PairPlan)> {
+    let gate = Gate::new(rig, "held")?;
+    let mut plan = boxed.plan.clone();
+    plan.before_restore = gate.after(&plan.before_restore);
+    Ok((gate, plan))
+}
+
+fn start(rig: &Rig, plan: &PairPlan, pid: Pid) -> Result<(Side, Side)> {
+    let server = plan.start_server(rig, pid)?;
+    let restorer = plan.start_restorer(rig)?;
+    Ok((server, restorer))
+}
+
+fn what_does_not_run_is_refused(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 1)?;
+    let pid = boxed.pid()?;
+    let plan = boxed.plan.clone();
+    boxed.container.source.runc(&["pause"], false)?;
+    let mut server = plan.spawn_server(rig, pid)?;
+    expect_failure(&mut server, BAD_INPUT, &["page-server", NAME, "paused"])?;
+    boxed.container.source.runc(&["resume"], false)?;
+    let mut nobody = plan.clone();
+    nobody.subject.as_mut().context("no subject")?[1] = "nobody".into();
+    let mut server = nobody.spawn_server(rig, pid)?;
+    expect_failure(&mut server, BAD_INPUT, &["page-server", "nobody", "list"])?;
+    boxed.assert_movable(rig)
+}
+
+fn a_taken_name_is_refused(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 1)?;
+    let place = &boxed.container.destination;
+    let mut other = place.config()?;
+    let mine = other.clone();
+    other["process"]["args"] = json!(["sleep", "1000"]);
+    place.write_config(&other)?;
+    place.runc(&["run", "--detach", "--bundle"], true)?;
+    let squatter = place.running()?;
+    place.write_config(&mine)?;
+    let plan = boxed.plan.clone();
+    let mut restorer = plan.start_restorer(rig)?;
+    expect_failure(
+        &mut restorer,
+        BAD_INPUT,
+        &["lazy-restorer", NAME, "already"],
+    )?;
+    ensure!(place.running()? == squatter, "it was harmed");
+    place.runc(&["delete", "--force"], false)?;
+    boxed.assert_movable(rig)
+}
+
+/// Refused in the phase `advise`, so nothing was frozen.
+fn another_bundle_is_refused(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 1)?;
+    let place = &boxed.container.destination;
+    let mine = place.config()?;
+    let mut other = mine.clone();
+    let mounts = other["mounts"].as_array_mut().context("mounts")?;
+    mounts.push(json!({"destination": "/srv", "type": "tmpfs", "source": "tmpfs"}));
+    is_refused(rig, &boxed, &other, "/srv")?;
+    // The same mounts, with another build of the program below.
+    let programs = rig.make_folder("other-usr")?;
+    for folder in ["bin", "lib"] {
+        fs::create_dir_all(programs.join(folder))?;
+    }
+    fs::write(programs.join("bin/redis-server"), "another redis")?;
+    let mut other = mine.clone();
+    let mounts = other["mounts"].as_array_mut().context("mounts")?;
+    let usr = mounts.iter_mut().find(|m| m["destination"] == "/usr");
+    usr.context("no /usr")?["source"] = json!(programs);
+    is_refused(rig, &boxed, &other, "--ignore-programs")?;
+    place.write_config(&mine)?;
+    boxed.assert_movable(rig)
+}
+
+fn is_refused(rig: &Rig, boxed: &Boxed, config: &serde_json::Value, word: &str) -> Result<()> {
+    boxed.container.destination.write_config(config)?;
+    let plan = boxed.plan.clone();
+    let (mut server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
+    expect_failure(&mut restorer, RESTORE, &["advise", word])?;
+    expect_failure(&mut server, ABORTED_BY_PEER, &["advise", word])?;
+    let record = server.record()?;
+    ensure!(record.frozen_at_unix_us == 0, "it was frozen: {record:?}");
+    Ok(())
+}
+
+fn a_missing_bundle_is_refused(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 1)?;
+    let mut plan = boxed.plan.clone();
+    plan.restorer.pop();
+    plan.restorer.push("/nonexistent".into());
+    let mut restorer = plan.start_restorer(rig)?;
+    expect_failure(&mut restorer, BAD_INPUT, &["/nonexistent/config.json"])?;
+    boxed.assert_movable(rig)
+}
