@@ -30,7 +30,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{interval, sleep, timeout};
 
+use crate::advise::{self, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect, reconnect};
+use crate::engine::Engine;
 use crate::exits::{self, pidfd_kill, pidfd_open};
 use crate::fetch::{Orders, TransferError};
 use crate::handover::{self, Handover, HandoverError, Handovers, SOCKET_NAME};
@@ -41,7 +43,7 @@ use crate::ready::Ready;
 use crate::report::Record;
 use crate::resident::{Credits, FAILURES, Link, reported};
 use crate::session::parts;
-use crate::{advise, push, skeleton};
+use crate::{push, skeleton};
 
 /// Time between two looks at how far the memory has come.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);

@@ -19,6 +19,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
+use crate::memory::descriptor::Buffer;
 use crate::resolver::{CHANGE_WORDS, Change, MemberId};
 use crate::uffd::{
     MESSAGE_WORDS, MESSAGES_PER_READ, MemoryEvent, Message, ReadError, Said, UserFault,
@@ -74,6 +75,8 @@ pub struct Journal {
     root: Root,
     /// Messages of the inbox that must be cleared before it is used again.
     used: usize,
+    /// Whose events are read.
+    member: MemberId,
 }
 
 // SAFETY: the mapping belongs to the journal alone, and is only accessed through atomics or under `&mut self`.
@@ -150,6 +153,7 @@ impl Journal {
             memory: memory.cast(),
             root: Root::default(),
             used: 0,
+            member: MemberId(0),
         })
     }
 
@@ -187,12 +191,9 @@ impl Journal {
         self.word(ROOT).store(self.root.encode(), Ordering::Release);
     }
 
-    /// Reads events of `member` and notes them. There must be room for a full inbox.
-    pub fn read(
-        &mut self,
-        uffd: &UserFault,
-        member: MemberId,
-    ) -> Result<Vec<MemoryEvent>, ReadError> {
+    /// Reads events and notes them. There must be room for a full inbox.
+    pub fn read(&mut self, uffd: &UserFault) -> Result<Vec<MemoryEvent>, ReadError> {
+        let member = self.member;
         for message in 0..self.used {
             self.word(INBOX_AT + message * MESSAGE_WORDS)
                 .store(0, Ordering::Relaxed);
@@ -354,14 +355,10 @@ impl Default for Inbox {
 }
 
 impl Inbox {
-    /// Reads events of `member`, and notes them.
-    pub fn read(
-        &mut self,
-        uffd: &UserFault,
-        member: MemberId,
-    ) -> Result<Vec<MemoryEvent>, ReadError> {
+    /// Reads events, and notes them.
+    pub fn read(&mut self, uffd: &UserFault) -> Result<Vec<MemoryEvent>, ReadError> {
         match self {
-            Inbox::Kept(journal) => journal.read(uffd, member),
+            Inbox::Kept(journal) => journal.read(uffd),
             Inbox::Plain(messages) => {
                 // SAFETY: the buffer is ours and as long as it says.
                 let count = unsafe { uffd.read_to(messages.as_mut_ptr(), MESSAGES_PER_READ)? };
@@ -373,19 +370,29 @@ impl Inbox {
             }
         }
     }
+}
 
-    /// Notes a change that is about to be made.
-    pub fn note(&mut self, note: Note) {
+impl Buffer for Inbox {
+    fn begin(&mut self, member: MemberId) {
+        if let Inbox::Kept(journal) = self {
+            journal.member = member;
+        }
+    }
+
+    fn note(&mut self, note: Note) {
         if let Inbox::Kept(journal) = self {
             journal.note(note);
         }
     }
 
-    /// The journal when it has no room for another full inbox.
-    pub fn full(&mut self) -> Option<&mut Journal> {
+    fn is_full(&self) -> bool {
+        matches!(self, Inbox::Kept(journal) if journal.room() <= MESSAGES_PER_READ)
+    }
+
+    fn checkpoint(&mut self, state: &[u8]) -> io::Result<()> {
         match self {
-            Inbox::Kept(journal) if journal.room() <= MESSAGES_PER_READ => Some(journal),
-            _ => None,
+            Inbox::Kept(journal) => journal.checkpoint(state),
+            Inbox::Plain(_) => Ok(()),
         }
     }
 }

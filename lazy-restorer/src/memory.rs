@@ -4,13 +4,16 @@
 //! whoever installs pages holds it across the check and the ioctl. So no page is installed that a removal already
 //! read has outlawed (`docs/architecture.md`, "The rule of one lock").
 
+pub mod descriptor;
 mod family;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
+use std::ops::DerefMut;
 use std::os::fd::{OwnedFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::images::{DumpedVma, ImagePid};
 use common::lazy_map::LazyMap;
@@ -20,6 +23,7 @@ use common::proto::demand::DemandFrame;
 use common::proto::pages::DataHeader;
 use tokio::sync::{Notify, mpsc};
 
+use self::descriptor::{Descriptor, Lock};
 use self::family::LiveFamily;
 pub use self::family::{Arrival, MemoryError};
 use crate::blocktime::Blocktime;
@@ -29,11 +33,11 @@ use crate::uffd::UserFault;
 
 /// What the memory asks of the rest of the program.
 #[derive(Debug)]
-pub enum Order {
+pub enum Order<D = UserFault> {
     /// Send this to the source.
     Demand(DemandFrame),
     /// Watch this descriptor for events.
-    Watch(MemberKey, Arc<UserFault>),
+    Watch(MemberKey, Arc<D>),
 }
 
 /// Names one member of one family.
@@ -66,10 +70,9 @@ pub struct PresentMap {
 }
 
 /// The memory of all restored processes.
-#[derive(Debug)]
-pub struct Memory {
-    families: HashMap<ImagePid, Mutex<LiveFamily>>,
-    orders: mpsc::UnboundedSender<Order>,
+pub struct Memory<D: Descriptor = UserFault> {
+    families: HashMap<ImagePid, D::Lock<LiveFamily<D>>>,
+    orders: mpsc::UnboundedSender<Order<D>>,
     totals: Totals,
     restored: AtomicBool,
     /// Signalled when the last owed page has come, or the processes are restored.
@@ -90,7 +93,7 @@ pub struct Totals {
 }
 
 impl Totals {
-    fn add(&self, family: &LiveFamily) {
+    fn add(&self, family: &LiveFamily<UserFault>) {
         let counts = family.counts();
         let (lazy, received, withheld) = family.settled_slots();
         let add = |counter: &AtomicU64, count| {
@@ -132,14 +135,14 @@ pub struct PageCounts {
     pub removed: u64,
 }
 
-impl Memory {
+impl<D: Descriptor> Memory<D> {
     /// The memory of `images`, all of it owed. Orders come out of the returned receiver.
-    pub fn new(images: Vec<ProcessImage>) -> (Arc<Self>, mpsc::UnboundedReceiver<Order>) {
+    pub fn new(images: Vec<ProcessImage>) -> (Arc<Self>, mpsc::UnboundedReceiver<Order<D>>) {
         let (orders, receiver) = mpsc::unbounded_channel();
         let lazy = images.iter().map(|image| image.lazy.slots() as u64).sum();
         let families = images
             .into_iter()
-            .map(|image| (image.pid, Mutex::new(LiveFamily::new(image))))
+            .map(|image| (image.pid, Lock::new(LiveFamily::new(image))))
             .collect();
         let memory = Memory {
             families,
@@ -155,69 +158,18 @@ impl Memory {
         (Arc::new(memory), receiver)
     }
 
-    /// From now on what changes is noted in memory that outlives this program.
-    pub fn keep_journals(&self) -> Result<(), MemoryError> {
-        for pid in self.families.keys() {
-            let journal = Journal::new(*pid).map_err(|error| MemoryError::Journal(*pid, error))?;
-            if let Some(mut family) = self.family(*pid) {
-                family.keep_journal(journal)?;
-            }
-        }
-        Ok(())
-    }
-
     /// Whether every process has handed its memory over.
     pub fn is_attached(&self) -> bool {
         let mut pids = self.families.keys();
         pids.all(|pid| self.family(*pid).is_some_and(|family| family.is_attached()))
     }
 
-    /// The memory that a killed program left, by its journals and descriptors.
-    pub fn succeed(
-        images: Vec<ProcessImage>,
-        mut inheritance: Left<'_>,
-    ) -> Result<(Arc<Self>, mpsc::UnboundedReceiver<Order>), MemoryError> {
-        let (orders, receiver) = mpsc::unbounded_channel();
-        let mut families = HashMap::new();
-        let totals = Totals::default();
-        for image in images {
-            let pid = image.pid;
-            let missing = || io::Error::other("the keeper does not have it");
-            let journal = inheritance.journals.remove(&pid).ok_or_else(missing);
-            let recovered = journal.and_then(Journal::recover);
-            let recovered = recovered.map_err(|error| MemoryError::Journal(pid, error))?;
-            let family = LiveFamily::succeed(image, &recovered, inheritance.uffds)?;
-            totals.add(&family);
-            families.insert(pid, Mutex::new(family));
-        }
-        let memory = Memory {
-            families,
-            orders,
-            totals,
-            restored: AtomicBool::new(true),
-            settled: Notify::new(),
-        };
-        memory.keep_journals()?;
-        Ok((Arc::new(memory), receiver))
-    }
-
-    /// A successor begins to resolve faults.
-    pub fn begin_again(&self) {
-        for pid in self.families.keys() {
-            if let Some(mut family) = self.family(*pid) {
-                family.begin_again(&self.sink());
-            }
-        }
-    }
-
-    fn family(&self, pid: ImagePid) -> Option<MutexGuard<'_, LiveFamily>> {
-        let family = self.families.get(&pid)?;
-        // A panic while the lock was held is a bug of ours; the map is still the best there is to go on with.
-        Some(family.lock().unwrap_or_else(PoisonError::into_inner))
+    fn family(&self, pid: ImagePid) -> Option<impl DerefMut<Target = LiveFamily<D>>> {
+        Some(self.families.get(&pid)?.lock())
     }
 
     /// A process being restored handed its descriptor over. Until [`restored`](Self::restored) only faults are answered.
-    pub fn attach(&self, pid: ImagePid, uffd: UserFault) -> Result<MemberKey, MemoryError> {
+    pub fn attach(&self, pid: ImagePid, uffd: D) -> Result<MemberKey, MemoryError> {
         let mut family = self.family(pid).ok_or(MemoryError::UnknownProcess(pid))?;
         let key = family.attach(uffd, &self.sink())?;
         Ok(key)
@@ -270,12 +222,10 @@ impl Memory {
     /// The source confirms that it will not send pages the workload removed.
     pub fn withheld(&self, pid: ImagePid, pages: PageRange) -> Result<(), MemoryError> {
         let mut family = self.family(pid).ok_or(MemoryError::UnknownProcess(pid))?;
-        family.confirm_withheld(pages)?;
+        let new = family.confirm_withheld(pages)?;
         drop(family);
-        self.totals
-            .withheld
-            .fetch_add(pages.count, Ordering::Relaxed);
-        self.settle(pages.count);
+        self.totals.withheld.fetch_add(new, Ordering::Relaxed);
+        self.settle(new);
         Ok(())
     }
 
@@ -365,7 +315,7 @@ impl Memory {
         all
     }
 
-    fn sink(&self) -> Sink<'_> {
+    fn sink(&self) -> Sink<'_, D> {
         Sink {
             orders: &self.orders,
             zero_faults: &self.totals.zero_faults,
@@ -373,14 +323,72 @@ impl Memory {
     }
 }
 
+impl Memory {
+    /// From now on what changes is noted in memory that outlives this program.
+    pub fn keep_journals(&self) -> Result<(), MemoryError> {
+        for pid in self.families.keys() {
+            let journal = Journal::new(*pid).map_err(|error| MemoryError::Journal(*pid, error))?;
+            if let Some(mut family) = self.family(*pid) {
+                family.keep_journal(journal)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The memory that a killed program left, by its journals and descriptors.
+    pub fn succeed(
+        images: Vec<ProcessImage>,
+        mut inheritance: Left<'_>,
+    ) -> Result<(Arc<Self>, mpsc::UnboundedReceiver<Order>), MemoryError> {
+        let (orders, receiver) = mpsc::unbounded_channel();
+        let mut families = HashMap::new();
+        let totals = Totals::default();
+        for image in images {
+            let pid = image.pid;
+            let missing = || io::Error::other("the keeper does not have it");
+            let journal = inheritance.journals.remove(&pid).ok_or_else(missing);
+            let recovered = journal.and_then(Journal::recover);
+            let recovered = recovered.map_err(|error| MemoryError::Journal(pid, error))?;
+            let family = LiveFamily::succeed(image, &recovered, inheritance.uffds)?;
+            totals.add(&family);
+            families.insert(pid, Lock::new(family));
+        }
+        let memory = Memory {
+            families,
+            orders,
+            totals,
+            restored: AtomicBool::new(true),
+            settled: Notify::new(),
+        };
+        memory.keep_journals()?;
+        Ok((Arc::new(memory), receiver))
+    }
+
+    /// A successor begins to resolve faults.
+    pub fn begin_again(&self) {
+        for pid in self.families.keys() {
+            if let Some(mut family) = self.family(*pid) {
+                family.begin_again(&self.sink());
+            }
+        }
+    }
+}
+
+impl<D: Descriptor> fmt::Debug for Memory<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut memory = f.debug_struct("Memory");
+        memory.field("totals", &self.totals).finish_non_exhaustive()
+    }
+}
+
 /// Where a family's orders go.
-struct Sink<'a> {
-    orders: &'a mpsc::UnboundedSender<Order>,
+struct Sink<'a, D> {
+    orders: &'a mpsc::UnboundedSender<Order<D>>,
     zero_faults: &'a AtomicU64,
 }
 
-impl Sink<'_> {
-    fn watch(&self, pid: ImagePid, member: MemberId, uffd: Arc<UserFault>) {
+impl<D> Sink<'_, D> {
+    fn watch(&self, pid: ImagePid, member: MemberId, uffd: Arc<D>) {
         self.order(Order::Watch(MemberKey { pid, member }, uffd));
     }
 
@@ -388,7 +396,7 @@ impl Sink<'_> {
         self.order(Order::Demand(DemandFrame::Request(pid, pages)));
     }
 
-    fn order(&self, order: Order) {
+    fn order(&self, order: Order<D>) {
         // The receiver lives until the session ends; orders after that have no one to matter to.
         let _ = self.orders.send(order);
     }

@@ -286,15 +286,19 @@ impl Resident {
         }
     }
 
+    /// Takes no more from the link that is lost: what has come by now is what the source is told.
+    pub async fn unlink(&mut self) {
+        self.link_tasks.shutdown().await;
+        // What its tasks did not report yet is of no interest any more.
+        while self.failures.try_recv().is_ok() {}
+    }
+
     /// Goes on over a new link, after the source knows what is here.
     pub async fn reconnect(
         &mut self,
         source: &mut Source,
         threads: &Threads,
     ) -> Result<(), ResidentError> {
-        // What the old link's tasks did not report yet is of no interest any more.
-        self.link_tasks.shutdown().await;
-        while self.failures.try_recv().is_ok() {}
         let bulk = source.take_bulk_stream().ok_or(TransferError::Link)?;
         let link = Link::open(source, bulk, &self.memory, &self.report, threads).await?;
         self.link_tasks = link.tasks;

@@ -36,11 +36,11 @@ pub struct UserFault {
 
 /// Something the kernel reports about an address space.
 #[derive(Debug)]
-pub enum MemoryEvent {
+pub enum MemoryEvent<D = UserFault> {
     /// A thread waits for this page.
     Fault(PageIndex),
     /// The process forked; the child's memory is behind a descriptor of its own.
-    Fork(UserFault),
+    Fork(D),
     /// `mremap` moved pages.
     Remap(PageRange, PageIndex),
     /// `madvise` dropped the content of pages.

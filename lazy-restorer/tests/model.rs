@@ -2,15 +2,12 @@
 //!
 //! `PROPTEST_CASES` raises the number of runs. A failing run is kept in `proptest-regressions/` of this crate.
 
+use model_kernel::{Change, Content};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
 #[path = "model/assertions.rs"]
 mod assertions;
-#[path = "model/changes.rs"]
-mod changes;
-#[path = "model/reference.rs"]
-mod reference;
 #[path = "model/source.rs"]
 mod source;
 #[path = "model/sut.rs"]
@@ -18,7 +15,6 @@ mod sut;
 #[path = "model/transition.rs"]
 mod transition;
 
-use crate::reference::Content;
 use crate::sut::Migration;
 use crate::transition::{Scenario, Step, scenario};
 
@@ -72,7 +68,7 @@ fn apply(migration: &mut Migration, step: &Step) {
         Step::Touch { who, .. }
         | Step::StaleFault { who, .. }
         | Step::Write { who, .. }
-        | Step::Change(transition::Change { who, .. })
+        | Step::Change(Change { who, .. })
         | Step::Fork { who }
         | Step::Exit { who, .. }
         | Step::Release { who, .. }
@@ -84,7 +80,7 @@ fn apply(migration: &mut Migration, step: &Step) {
     }
 }
 
-fn deliver(migration: &mut Migration, which: usize, disturb: Option<(usize, transition::Change)>) {
+fn deliver(migration: &mut Migration, which: usize, disturb: Option<(usize, Change)>) {
     if migration.source.wire.is_empty() {
         return;
     }

@@ -4,10 +4,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::images::{DumpedProcess, ImagePid};
 use common::limits::MAX_EAGER_PAGES;
-use common::page::PageRange;
+use common::page::{PageIndex, PageRange};
 use common::proto::control::Tally;
 
-use crate::pending::{Pending, PendingError, Recovered, Run};
+use crate::pending::{PageState, Pending, PendingError, Recovered, Run};
 use crate::push_order::PushOrder;
 use crate::skeleton::eager_runs;
 
@@ -162,6 +162,11 @@ impl Book {
     /// Pages neither sent nor withheld.
     pub fn owed(&self) -> u64 {
         self.lock().pending.owed()
+    }
+
+    /// What became of one lazy page.
+    pub fn state_of(&self, pid: ImagePid, page: PageIndex) -> PageState {
+        self.lock().pending.state_of(pid, page)
     }
 
     /// What the destination must have counted too.

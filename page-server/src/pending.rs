@@ -9,7 +9,7 @@ use std::ops::Range;
 use common::images::ImagePid;
 use common::lazy_map::LazyMap;
 use common::limits::MAX_FRAME_PAGES;
-use common::page::PageRange;
+use common::page::{PageIndex, PageRange};
 use common::page_set::PageSet;
 use common::proto::control::Tally;
 
@@ -41,6 +41,17 @@ pub enum PendingError {
     /// Pages it had said it does not need.
     #[error("the destination asks for pages {1:?} of {0} after it discarded them")]
     Withheld(ImagePid, PageRange),
+}
+
+/// What became of one lazy page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageState {
+    /// Neither sent nor withheld.
+    Owed,
+    /// Sent, as far as is known without loss.
+    Sent,
+    /// Never to be sent.
+    Withheld,
 }
 
 /// Pages to send: one run of one process.
@@ -105,6 +116,18 @@ impl Pending {
     /// Pages neither sent nor withheld.
     pub fn owed(&self) -> u64 {
         self.sum(|process| process.lazy.slots() - process.sent.count() - process.withheld.count())
+    }
+
+    /// What became of one lazy page. Panics when it is none.
+    pub fn state_of(&self, pid: ImagePid, page: PageIndex) -> PageState {
+        let process = &self.processes[&pid];
+        let slot = process.lazy.slot(page).expect("a lazy page");
+        match (process.sent.contains(slot), process.withheld.contains(slot)) {
+            (false, false) => PageState::Owed,
+            (true, false) => PageState::Sent,
+            (false, true) => PageState::Withheld,
+            (true, true) => unreachable!("page {page:?} of {pid} was sent although withheld"),
+        }
     }
 
     fn sum(&self, count: impl Fn(&Process) -> usize) -> u64 {
@@ -309,8 +332,6 @@ impl Process {
 
 #[cfg(test)]
 mod tests {
-    use common::page::PageIndex;
-
     use super::*;
 
     const PID: ImagePid = ImagePid(7);

@@ -4,10 +4,9 @@ mod succession;
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread;
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use common::digest::{page_hash, zero_page_hash};
@@ -18,11 +17,12 @@ use common::proto::pages::DataHeader;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::descriptor::{Buffer, Descriptor};
 use super::{MemberKey, Order, PresentMap, ProcessImage, Sink};
 use crate::blocktime::Blocktime;
-use crate::journal::{Inbox, Note};
+use crate::journal::Note;
 use crate::resolver::{Change, Family, Fault, Install, MemberId};
-use crate::uffd::{MemoryEvent, Progress, ReadError, Stop, UserFault};
+use crate::uffd::{MemoryEvent, Progress, ReadError, Stop};
 
 /// Bytes of pages kept for a process that is not restored yet.
 const MAX_EARLY_BYTES: usize = 64 << 20;
@@ -82,21 +82,21 @@ enum Content<'a> {
 }
 
 #[derive(Debug)]
-pub(super) struct LiveFamily {
+pub(super) struct LiveFamily<D: Descriptor> {
     family: Family,
     vmas: Vec<DumpedVma>,
     /// A task hands its descriptor over before its mappings are registered with it. Until all are, only pages that
     /// faulted can be installed, and that the kernel knows no mapping for a page means nothing.
     restored: bool,
     /// Descriptors of the members that live.
-    uffds: HashMap<MemberId, Arc<UserFault>>,
+    uffds: HashMap<MemberId, Arc<D>>,
     /// Frames that wait for `restored`.
     early: Vec<(DataHeader, Arc<[u8]>)>,
     early_bytes: usize,
     /// Slots that threads wait for, since when.
     waiting: HashMap<usize, Instant>,
     blocktime: Blocktime,
-    inbox: Inbox,
+    buffer: D::Buffer,
     counts: FamilyCounts,
 }
 
@@ -109,7 +109,7 @@ pub(super) struct FamilyCounts {
     pub(super) digest: u64,
 }
 
-impl LiveFamily {
+impl<D: Descriptor> LiveFamily<D> {
     pub(super) fn new(image: ProcessImage) -> Self {
         LiveFamily {
             family: Family::new(image.pid, Arc::new(image.lazy)),
@@ -120,7 +120,7 @@ impl LiveFamily {
             early_bytes: 0,
             waiting: HashMap::new(),
             blocktime: Blocktime::default(),
-            inbox: Inbox::default(),
+            buffer: D::buffer(),
             counts: FamilyCounts::default(),
         }
     }
@@ -129,21 +129,17 @@ impl LiveFamily {
         &self.blocktime
     }
 
-    pub(super) fn attach(
-        &mut self,
-        uffd: UserFault,
-        sink: &Sink<'_>,
-    ) -> Result<MemberKey, MemoryError> {
+    pub(super) fn attach(&mut self, uffd: D, sink: &Sink<'_, D>) -> Result<MemberKey, MemoryError> {
         if !self.uffds.is_empty() {
             return Err(MemoryError::AttachedTwice(self.family.pid()));
         }
-        self.note(Note::of_descriptor(Change::Attach, uffd.as_raw_fd()))?;
+        self.note(Note::of_descriptor(Change::Attach, uffd.number()))?;
         let member = self.family.attach(&self.vmas);
         Ok(self.watch(member, uffd, sink))
     }
 
     /// All mappings are registered: installs what came before.
-    pub(super) fn restored(&mut self, sink: &Sink<'_>) -> Result<(), MemoryError> {
+    pub(super) fn restored(&mut self, sink: &Sink<'_, D>) -> Result<(), MemoryError> {
         self.restored = true;
         self.early_bytes = 0;
         for (header, payload) in std::mem::take(&mut self.early) {
@@ -152,7 +148,7 @@ impl LiveFamily {
         Ok(())
     }
 
-    fn watch(&mut self, member: MemberId, uffd: UserFault, sink: &Sink<'_>) -> MemberKey {
+    fn watch(&mut self, member: MemberId, uffd: D, sink: &Sink<'_, D>) -> MemberKey {
         let key = MemberKey {
             pid: self.family.pid(),
             member,
@@ -164,7 +160,11 @@ impl LiveFamily {
     }
 
     /// Reads and handles what waits on a member's descriptor, until nothing does.
-    pub(super) fn drain(&mut self, member: MemberId, sink: &Sink<'_>) -> Result<bool, MemoryError> {
+    pub(super) fn drain(
+        &mut self,
+        member: MemberId,
+        sink: &Sink<'_, D>,
+    ) -> Result<bool, MemoryError> {
         let mut faults = Vec::new();
         loop {
             self.read_events(member, &mut faults, sink)?;
@@ -173,7 +173,7 @@ impl LiveFamily {
             };
             if !self.resolve(member, page, sink)? {
                 faults.push(page);
-                thread::sleep(RETRY_PAUSE);
+                self.pause(member);
             }
         }
     }
@@ -184,14 +184,15 @@ impl LiveFamily {
         &mut self,
         member: MemberId,
         faults: &mut Vec<PageIndex>,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<(), MemoryError> {
         let Some(uffd) = self.uffds.get(&member).cloned() else {
             return Ok(());
         };
         loop {
             self.make_room()?;
-            let events = self.inbox.read(&uffd, member)?;
+            self.buffer.begin(member);
+            let events = uffd.read(&mut self.buffer)?;
             if events.is_empty() {
                 return Ok(());
             }
@@ -206,9 +207,9 @@ impl LiveFamily {
     fn apply(
         &mut self,
         member: MemberId,
-        event: MemoryEvent,
+        event: MemoryEvent<D>,
         faults: &mut Vec<PageIndex>,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) {
         tracing::trace!(?member, ?event, "event");
         match event {
@@ -245,7 +246,7 @@ impl LiveFamily {
     }
 
     /// Asks again for what a lost link took with it.
-    pub(super) fn reconnect(&mut self, sink: &Sink<'_>) {
+    pub(super) fn reconnect(&mut self, sink: &Sink<'_, D>) {
         let waiting: Vec<usize> = self.waiting.keys().copied().collect();
         let (requests, discards) = self.family.reconnect(waiting);
         for pages in requests {
@@ -255,20 +256,27 @@ impl LiveFamily {
         self.discard(discards, sink);
     }
 
+    /// Lets the kernel's own threads come on before something is tried again.
+    fn pause(&self, member: MemberId) {
+        if let Some(uffd) = self.uffds.get(&member) {
+            uffd.pause(RETRY_PAUSE);
+        }
+    }
+
     fn wake(&self, member: MemberId, pages: PageRange) {
         if let Some(uffd) = self.uffds.get(&member) {
             uffd.wake(pages);
         }
     }
 
-    fn discard(&self, unneeded: Vec<PageRange>, sink: &Sink<'_>) {
+    fn discard(&self, unneeded: Vec<PageRange>, sink: &Sink<'_, D>) {
         for pages in unneeded {
             let frame = DemandFrame::Discard(self.family.pid(), pages);
             sink.order(Order::Demand(frame));
         }
     }
 
-    pub(super) fn exited(&mut self, member: MemberId, sink: &Sink<'_>) {
+    pub(super) fn exited(&mut self, member: MemberId, sink: &Sink<'_, D>) {
         if let Err(error) = self.note(Change::Exit(member)) {
             // A successor finds out by itself that the process is gone.
             tracing::warn!(%error, "a process ended");
@@ -279,7 +287,7 @@ impl LiveFamily {
     }
 
     /// Forgets a member whose process has ended without anyone noticing. False when it is not there (any more).
-    pub(super) fn check(&mut self, member: MemberId, sink: &Sink<'_>) -> bool {
+    pub(super) fn check(&mut self, member: MemberId, sink: &Sink<'_, D>) -> bool {
         if self.uffds.get(&member).is_some_and(|uffd| uffd.is_gone()) {
             self.exited(member, sink);
         }
@@ -291,7 +299,7 @@ impl LiveFamily {
         &mut self,
         member: MemberId,
         page: PageIndex,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<bool, MemoryError> {
         match self.family.fault(member, page) {
             // A page that was put in place is there, or the kernel took it without a word (a child of fork whose parent
@@ -319,7 +327,7 @@ impl LiveFamily {
     }
 
     /// Installs one slot from the frames that wait for `restored`, if it is in one.
-    fn place_kept(&mut self, slot: usize, sink: &Sink<'_>) -> Result<(), MemoryError> {
+    fn place_kept(&mut self, slot: usize, sink: &Sink<'_, D>) -> Result<(), MemoryError> {
         let holding = self.early.iter().position(|(header, _)| {
             let slots = self.family.slots_of(header.pages);
             slots.is_some_and(|slots| slots.contains(&slot))
@@ -337,7 +345,7 @@ impl LiveFamily {
         &mut self,
         member: MemberId,
         page: PageIndex,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<bool, MemoryError> {
         let target = PageRange::new(page, 1);
         let Some(uffd) = self.uffds.get(&member).cloned() else {
@@ -368,7 +376,7 @@ impl LiveFamily {
         header: &DataHeader,
         payload: &[u8],
         arrival: Arrival,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<NewPages, MemoryError> {
         let slots = self
             .family
@@ -436,7 +444,7 @@ impl LiveFamily {
         &mut self,
         header: &DataHeader,
         payload: &[u8],
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<(), MemoryError> {
         let Some(slots) = self.family.slots_of(header.pages) else {
             return Ok(());
@@ -472,7 +480,7 @@ impl LiveFamily {
         &mut self,
         slots: Range<usize>,
         content: Content<'_>,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<(), MemoryError> {
         for (index, slot) in slots.enumerate() {
             if self.waiting.contains_key(&slot) {
@@ -491,7 +499,7 @@ impl LiveFamily {
         &mut self,
         slots: Range<usize>,
         content: Content<'_>,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<(), MemoryError> {
         'plan: loop {
             for install in self.family.installs(slots.clone()) {
@@ -509,13 +517,17 @@ impl LiveFamily {
     }
 
     /// Reads the events that tell where pages went which something else was moved over.
-    fn await_departures(&mut self, member: MemberId, sink: &Sink<'_>) -> Result<(), MemoryError> {
+    fn await_departures(
+        &mut self,
+        member: MemberId,
+        sink: &Sink<'_, D>,
+    ) -> Result<(), MemoryError> {
         self.drain(member, sink)?;
         if self.uffds.get(&member).is_none_or(|uffd| uffd.is_quiet()) {
             self.note(Change::Quiet(member))?;
             self.family.assume_quiet(member);
         } else {
-            thread::sleep(RETRY_PAUSE);
+            self.pause(member);
         }
         Ok(())
     }
@@ -526,7 +538,7 @@ impl LiveFamily {
         install: Install,
         first_slot: usize,
         content: Content<'_>,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<bool, MemoryError> {
         let Install {
             member,
@@ -563,7 +575,7 @@ impl LiveFamily {
             Stop::EventsPending => {
                 self.drain(member, sink)?;
                 if done == 0 {
-                    thread::sleep(RETRY_PAUSE);
+                    self.pause(member);
                 }
             }
             // The range may only have been split by mprotect, which nobody reports: try each page by itself.
@@ -597,7 +609,7 @@ impl LiveFamily {
         install: Install,
         first_slot: usize,
         content: Content<'_>,
-        sink: &Sink<'_>,
+        sink: &Sink<'_, D>,
     ) -> Result<(), MemoryError> {
         for page in 0..install.target.count {
             let single = Install {
@@ -624,15 +636,16 @@ impl LiveFamily {
         }
     }
 
-    pub(super) fn confirm_withheld(&mut self, pages: PageRange) -> Result<(), MemoryError> {
-        if self.family.confirm_withheld(pages) {
-            return self.note(Change::Withheld(pages));
-        }
-        Err(MemoryError::UnknownPages(self.family.pid(), pages))
+    /// Returns how many pages were not confirmed before.
+    pub(super) fn confirm_withheld(&mut self, pages: PageRange) -> Result<u64, MemoryError> {
+        let confirmed = self.family.confirm_withheld(pages);
+        let confirmed = confirmed.ok_or(MemoryError::UnknownPages(self.family.pid(), pages))?;
+        self.note(Change::Withheld(pages))?;
+        Ok(confirmed)
     }
 }
 
 fn out_of_memory() {
     tracing::warn!("this host has no memory for a page of the workload; trying again");
-    thread::sleep(NO_MEMORY_PAUSE);
+    sleep(NO_MEMORY_PAUSE);
 }

@@ -166,16 +166,9 @@ impl Family {
                 }
             }
             // Noted after it was done: it may be in the checkpoint, too.
-            Change::Withheld(pages) => {
-                return self.confirm_withheld(pages) || self.is_withheld(pages);
-            }
+            Change::Withheld(pages) => return self.confirm_withheld(pages).is_some(),
         }
         true
-    }
-
-    fn is_withheld(&self, pages: PageRange) -> bool {
-        let slots = self.lazy.slots_of(pages);
-        slots.is_some_and(|mut slots| slots.all(|slot| self.withheld.contains(slot)))
     }
 
     /// Slots that came and that a member misses nevertheless: whoever was to install them was killed before.

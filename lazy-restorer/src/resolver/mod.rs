@@ -288,17 +288,16 @@ impl Family {
         (requests, discards)
     }
 
-    /// The source confirms that it will never send these pages. False when that makes no sense.
-    pub fn confirm_withheld(&mut self, pages: PageRange) -> bool {
-        let Some(slots) = self.lazy.slots_of(pages) else {
-            return false;
-        };
-        let asked = slots.clone().all(|slot| self.discarding.contains(slot));
-        if asked {
-            self.discarding.remove_range(slots.clone());
-            self.withheld.insert_range(slots);
+    /// The source confirms that it will never send these pages. Returns how many it had not confirmed before: a discard
+    /// that crossed the loss of a link is sent twice, and answered twice. `None` when nobody asked for it.
+    pub fn confirm_withheld(&mut self, pages: PageRange) -> Option<u64> {
+        let slots = self.lazy.slots_of(pages)?;
+        let asked = |slot| self.discarding.contains(slot) || self.withheld.contains(slot);
+        if !slots.clone().all(asked) {
+            return None;
         }
-        asked
+        self.discarding.remove_range(slots.clone());
+        Some(self.withheld.insert_range(slots) as u64)
     }
 
     /// The slots of pages that came, or `None` when they are not wholly lazy pages of this process.

@@ -222,6 +222,7 @@ impl Migration<'_> {
         resident: &mut Resident,
     ) -> Result<(), SessionError> {
         self.advance(Event::Reconnected)?;
+        resident.unlink().await;
         self.tell_present(source, resident).await?;
         let resumed = resident.reconnect(source, &self.threads).await;
         resumed.map_err(|error| self.fail(Failure::Connection, error))?;
@@ -324,9 +325,10 @@ impl Migration<'_> {
             Ok(Err(error)) => lost(self.state(), &error),
             Ok(Ok(ToDestination::Abort(abort))) => gave_up(self.state(), &abort),
             Ok(Ok(message)) => unexpected(self.state(), &message),
+            // The bulk connection may be lost alone: both are given up together, and made anew.
             Err(_) => self.fail(
-                Failure::Peer,
-                "the source ended a stream of pages too early",
+                Failure::Connection,
+                "a stream of pages broke while the control stream stands",
             ),
         }
     }

@@ -3,8 +3,8 @@
 use common::page::{PageIndex, PageRange};
 use lazy_restorer::resolver::{Fault, Install};
 
-use crate::reference::{Content, Process, pages_of};
 use crate::sut::Migration;
+use model_kernel::{Content, Process, pages_of};
 
 impl Migration {
     /// What a fault is answered with fits what the page must hold.

@@ -5,7 +5,7 @@ use std::collections::{HashSet, VecDeque};
 use common::page::{PageIndex, PageRange};
 use common::proto::demand::DemandFrame;
 
-use crate::reference::pages_of;
+use model_kernel::pages_of;
 
 /// Something on its way to the destination.
 #[derive(Clone, Copy, Debug)]

@@ -10,9 +10,9 @@ use common::page::{PageIndex, PageRange};
 use common::proto::demand::DemandFrame;
 use lazy_restorer::resolver::{Family, Fault, Install, MemberId};
 
-use crate::reference::{Cell, Content, Event, Kernel, Process, Stop, pages_of};
 use crate::source::{Message, Source};
-use crate::transition::{Change, Dump};
+use crate::transition::Dump;
+use model_kernel::{Cell, Change, Content, Event, Kernel, Process, Stop, pages_of};
 
 const PID: ImagePid = ImagePid(7);
 
@@ -188,9 +188,10 @@ impl Migration {
     pub fn deliver(&mut self, message: Message) {
         match message {
             Message::Withheld(pages) => {
-                assert!(
+                assert_eq!(
                     self.family.confirm_withheld(pages),
-                    "{pages:?} was not asked for"
+                    Some(pages.count),
+                    "{pages:?} was not asked for, or confirmed before"
                 );
                 let slots = self.family.slots_of(pages).expect("they are lazy");
                 self.withheld.extend(slots);

@@ -2,12 +2,11 @@
 
 use common::images::DumpedVma;
 use common::page::{PageIndex, PageRange};
+use model_kernel::{ADDRESSES, Change, Kind};
 use proptest::prelude::*;
 
 /// First page of the first mapping.
 const FIRST_PAGE: u64 = 16;
-/// Addresses that anything may be moved to: few, so that formerly used ones come up often.
-pub const ADDRESSES: u64 = 112;
 const MAX_RUN: u64 = 9;
 
 /// One dumped process.
@@ -72,30 +71,6 @@ pub enum Step {
         which: usize,
         disturb: Option<(usize, Change)>,
     },
-}
-
-/// A change of an address space.
-#[derive(Clone, Copy, Debug)]
-pub struct Change {
-    pub who: usize,
-    pub at: usize,
-    pub count: u64,
-    pub slow: bool,
-    pub kind: Kind,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub enum Kind {
-    Remap {
-        to: u64,
-        /// The kernel finds a place by itself, and takes one that was just left.
-        into_hole: bool,
-        keep_old: bool,
-    },
-    Unmap,
-    MapAnew,
-    Remove,
-    Grow,
 }
 
 pub fn scenario() -> impl Strategy<Value = Scenario> {

@@ -2,8 +2,7 @@
 
 use common::page::{PageIndex, PageRange};
 
-use crate::reference::{Call, Cell, Content, Event, Kernel, Process, pages_of};
-use crate::transition::{ADDRESSES, Change, Kind};
+use crate::{ADDRESSES, Call, Cell, Change, Content, Event, Kernel, Kind, Process, pages_of};
 
 impl Kernel {
     /// Carries a change out, unless no sane program would ask for it now.

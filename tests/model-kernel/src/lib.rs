@@ -3,6 +3,8 @@
 //! The kernel knows what each page holds and which events nobody has read yet. The resolver only learns of changes by
 //! those events, so the two may differ exactly as much as the real kernel lets them differ.
 
+mod changes;
+
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use common::page::{PageIndex, PageRange};
@@ -34,7 +36,9 @@ impl Content {
 /// One mapped page and the mapping it lies in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cell {
+    /// The mapping.
     pub vma: usize,
+    /// What it holds.
     pub content: Content,
     /// Came into being when a mapping grew, which no event tells.
     pub grown: bool,
@@ -43,15 +47,20 @@ pub struct Cell {
 /// A message of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
+    /// A child was made, which is this process.
     Fork(usize),
+    /// Pages moved.
     Remap(PageRange, PageIndex),
+    /// Pages lost their content.
     Remove(PageRange),
+    /// Pages are not mapped any more.
     Unmap(PageRange),
 }
 
 /// A system call whose thread waits until its events are read, one after the other.
 #[derive(Clone, Debug)]
 pub struct Call {
+    /// What is still to be reported.
     pub events: VecDeque<Event>,
     /// The thread loses its processor before it queues each of its events.
     pub slow: bool,
@@ -64,11 +73,15 @@ pub struct Call {
 /// One process.
 #[derive(Clone, Debug, Default)]
 pub struct Process {
+    /// It has not ended.
     pub alive: bool,
     /// Born only when the event of its fork is read.
     pub born: bool,
+    /// Its mapped pages.
     pub cells: HashMap<u64, Cell>,
+    /// Calls whose event waits to be read.
     pub queue: VecDeque<Call>,
+    /// Calls whose thread has not queued its event yet.
     pub held: Vec<Call>,
     /// Pages whose faults nobody has read.
     pub faults: Vec<u64>,
@@ -76,21 +89,27 @@ pub struct Process {
     pub waiting: HashSet<u64>,
     /// Events came out of order once, so the map may name pages that are no more. It must still not lose any.
     pub blurred: bool,
+    /// It came from a fork.
     pub forked: bool,
 }
 
 /// Why a copy stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
+    /// `EEXIST`.
     Exists,
+    /// `EAGAIN`.
     Again,
+    /// `ENOENT`.
     NoEntry,
+    /// `ESRCH`.
     Gone,
 }
 
 /// All processes, in the order of their forks.
 #[derive(Debug, Default)]
 pub struct Kernel {
+    /// The processes.
     pub processes: Vec<Process>,
     next_vma: usize,
     /// After so many more copied pages a removal or move strikes.
@@ -111,6 +130,26 @@ impl Kernel {
         target: PageRange,
         dumps: PageRange,
     ) -> (u64, Option<Stop>) {
+        self.put(process, target, |index, content| {
+            let dump = dumps.start.forward(index).0;
+            let page = target.start.forward(index).0;
+            assert_eq!(
+                content,
+                Content::Missing(dump),
+                "page {page} takes frozen page {dump}"
+            );
+            Content::Present(dump)
+        })
+    }
+
+    /// Puts pages at `target`: how many, and why not more. `becomes` says what the page with this index in the range
+    /// turns into.
+    pub fn put(
+        &mut self,
+        process: usize,
+        target: PageRange,
+        becomes: impl Fn(u64, Content) -> Content,
+    ) -> (u64, Option<Stop>) {
         for index in 0..target.count {
             let page = target.start.forward(index).0;
             if self.interrupt == Some(0) {
@@ -120,8 +159,7 @@ impl Kernel {
             if stop.is_some() {
                 return (index, stop.filter(|_| index == 0).or(Some(Stop::Again)));
             }
-            let dump = dumps.start.forward(index).0;
-            self.processes[process].fill(page, dump);
+            self.processes[process].fill(page, |content| becomes(index, content));
             self.interrupt = self.interrupt.map(|left| left - 1);
         }
         (target.count, None)
@@ -134,6 +172,7 @@ impl Process {
         self.queue.is_empty() && self.held.is_empty()
     }
 
+    /// What a page holds; `None` when nothing is mapped there.
     pub fn content(&self, page: u64) -> Option<Content> {
         self.cells.get(&page).map(|cell| cell.content)
     }
@@ -160,14 +199,9 @@ impl Process {
         (cell.content != Content::Unwatched).then_some(cell.vma)
     }
 
-    fn fill(&mut self, page: u64, dump: u64) {
+    fn fill(&mut self, page: u64, becomes: impl Fn(Content) -> Content) {
         let cell = self.cells.get_mut(&page).expect("it was checked");
-        assert_eq!(
-            cell.content,
-            Content::Missing(dump),
-            "page {page} takes frozen page {dump}"
-        );
-        cell.content = Content::Present(dump);
+        cell.content = becomes(cell.content);
         self.waiting.remove(&page);
     }
 
@@ -271,4 +305,44 @@ impl Process {
 /// The numbers of a range's pages.
 pub fn pages_of(range: PageRange) -> std::ops::Range<u64> {
     range.start.0..range.end().0
+}
+
+/// Addresses that anything may be moved to: few, so that formerly used ones come up often.
+pub const ADDRESSES: u64 = 112;
+
+/// A change of an address space.
+#[derive(Clone, Copy, Debug)]
+pub struct Change {
+    /// Picks among live processes.
+    pub who: usize,
+    /// Picks among mapped pages.
+    pub at: usize,
+    /// Pages it is about, at most.
+    pub count: u64,
+    /// The thread loses its processor in the middle of it.
+    pub slow: bool,
+    /// What is changed.
+    pub kind: Kind,
+}
+
+/// What a change does.
+#[derive(Clone, Copy, Debug)]
+pub enum Kind {
+    /// `mremap`.
+    Remap {
+        /// Where to.
+        to: u64,
+        /// The kernel finds a place by itself, and takes one that was just left.
+        into_hole: bool,
+        /// `MREMAP_DONTUNMAP`.
+        keep_old: bool,
+    },
+    /// `munmap`.
+    Unmap,
+    /// `mmap` over what is there.
+    MapAnew,
+    /// `madvise(MADV_DONTNEED)`.
+    Remove,
+    /// `mremap` that makes a mapping longer.
+    Grow,
 }

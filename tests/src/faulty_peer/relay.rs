@@ -10,7 +10,7 @@ use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader, CREDIT_BYTES};
 use common::proto::control::BulkHello;
 use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
 use common::proto::stream;
-use common::quic::{self, Listener, PathProfile, Role};
+use common::quic::{self, FaultGauge, Listener, PathProfile, Role};
 use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -67,6 +67,7 @@ fn bind(orders: &Orders, address: SocketAddr, role: Role) -> Result<Listener> {
         &Trust::Ca,
         role,
         path,
+        &FaultGauge::default(),
     )?)
 }
 

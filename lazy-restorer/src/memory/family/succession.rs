@@ -1,12 +1,13 @@
 //! A family in its journal, and out of it again.
 
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 
 use common::page::PageRange;
 use serde::{Deserialize, Serialize};
 
+use super::super::descriptor::{Buffer, Descriptor};
 use super::super::{ProcessImage, Sink};
 use super::{Arrival, FamilyCounts, LiveFamily, MemoryError, NewPages};
 use crate::journal::{Inbox, Journal, Note, Recovered};
@@ -32,25 +33,19 @@ impl FamilyCounts {
     }
 }
 
-impl LiveFamily {
-    /// From now on everything that changes is noted in `journal`.
-    pub(in super::super) fn keep_journal(&mut self, journal: Journal) -> Result<(), MemoryError> {
-        self.inbox = Inbox::Kept(Box::new(journal));
-        self.checkpoint()
-    }
-
+impl<D: Descriptor> LiveFamily<D> {
     /// Notes a change that is about to be made.
     pub(super) fn note(&mut self, note: impl Into<Note>) -> Result<(), MemoryError> {
         self.make_room()?;
-        self.inbox.note(note.into());
+        self.buffer.note(note.into());
         Ok(())
     }
 
     /// Makes room for a full inbox. Everything noted so far has been done when this is called.
     pub(super) fn make_room(&mut self) -> Result<(), MemoryError> {
-        match self.inbox.full() {
-            Some(_) => self.checkpoint(),
-            None => Ok(()),
+        match self.buffer.is_full() {
+            true => self.checkpoint(),
+            false => Ok(()),
         }
     }
 
@@ -60,16 +55,34 @@ impl LiveFamily {
             family: self.family.state(),
             counts: self.counts,
             descriptors: uffds
-                .map(|(member, uffd)| (member.0, uffd.as_raw_fd()))
+                .map(|(member, uffd)| (member.0, uffd.number()))
                 .collect(),
-        };
-        let Inbox::Kept(journal) = &mut self.inbox else {
-            return Ok(());
         };
         let failed = |error| MemoryError::Journal(self.family.pid(), error);
         let state = postcard::to_extend(&checkpoint, Vec::new());
         let state = state.map_err(|error| failed(std::io::Error::other(error)))?;
-        journal.checkpoint(&state).map_err(failed)
+        self.buffer.checkpoint(&state).map_err(failed)
+    }
+
+    /// Asks for pages that came before and that a member misses nevertheless.
+    pub(in super::super) fn demand_missed(&mut self, sink: &Sink<'_, D>) {
+        for slot in self.family.received_but_missed() {
+            let page = PageRange::new(self.family.lazy().page(slot), 1);
+            sink.request(self.family.pid(), page);
+        }
+    }
+
+    /// Whether the process handed its memory over.
+    pub(in super::super) fn is_attached(&self) -> bool {
+        self.family.next_member() != MemberId(0)
+    }
+}
+
+impl LiveFamily<UserFault> {
+    /// From now on everything that changes is noted in `journal`.
+    pub(in super::super) fn keep_journal(&mut self, journal: Journal) -> Result<(), MemoryError> {
+        self.buffer = Inbox::Kept(Box::new(journal));
+        self.checkpoint()
     }
 
     pub(in super::super) fn counts(&self) -> FamilyCounts {
@@ -83,11 +96,6 @@ impl LiveFamily {
             self.family.received().count() as u64,
             self.family.withheld().count() as u64,
         )
-    }
-
-    /// Whether the process handed its memory over.
-    pub(in super::super) fn is_attached(&self) -> bool {
-        self.family.next_member() != MemberId(0)
     }
 
     /// The family that a killed program left: its journal, and the descriptors it had by the numbers they had then.
@@ -162,7 +170,7 @@ impl LiveFamily {
 
     /// A successor begins: descriptors are watched, threads that waited fault again, and pages that came but are not
     /// everywhere are asked for once more.
-    pub(in super::super) fn begin_again(&mut self, sink: &Sink<'_>) {
+    pub(in super::super) fn begin_again(&mut self, sink: &Sink<'_, UserFault>) {
         let pid = self.family.pid();
         let members: Vec<_> = self
             .uffds
@@ -172,14 +180,6 @@ impl LiveFamily {
         for (member, uffd) in members {
             uffd.wake_all();
             sink.watch(pid, member, uffd);
-        }
-    }
-
-    /// Asks for pages that came before and that a member misses nevertheless.
-    pub(in super::super) fn demand_missed(&mut self, sink: &Sink<'_>) {
-        for slot in self.family.received_but_missed() {
-            let page = PageRange::new(self.family.lazy().page(slot), 1);
-            sink.request(self.family.pid(), page);
         }
     }
 }

@@ -1,0 +1,437 @@
+//! The destination's end: `lazy-restorer/src/session.rs` step by step, around the real memory, pacing and session table.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use common::images::ImagePid;
+use common::limits::MAX_PRESENT_WORDS;
+use common::proto::control::{Abort, Hello, Present, Resume, ToDestination, ToSource, Welcome};
+use common::proto::pages::{DATA_HEADER_BYTES, DataHeader, DemandReply};
+use common::proto::version;
+use common::session::{Event, Session, State};
+use lazy_restorer::memory::{Arrival, MemberKey, Memory, Order, ProcessImage};
+use lazy_restorer::pacing::Pacing;
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use crate::network::{Lane, LinkId, Message, Time};
+use crate::source::Outcome;
+use crate::uffd::{SharedMachine, Uffd};
+use crate::world::{End, Happening, Surroundings};
+
+/// Time to try to learn whether the source has given the workload away (`session.rs`).
+const GRANT_TIMEOUT: Time = 60_000_000;
+/// Time to try to tell the source that every page is here (`session/postcopy.rs`).
+const ACKNOWLEDGEMENT_TIMEOUT: Time = 20_000_000;
+/// Time the source has to take it back (`connect.rs`).
+const ANSWER_TIMEOUT: Time = 30_000_000;
+/// Longest pause between two attempts to reach the source, and the first one.
+const PAUSE: (Time, Time) = (100_000, 2_000_000);
+/// Credit is renewed when this part of the window has been used (`push.rs`).
+const RENEWALS_PER_WINDOW: u64 = 8;
+
+/// Where the workload's copy stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copy {
+    /// There is none.
+    None,
+    /// It is rebuilt or being so, and has not run.
+    Gated,
+    /// It runs.
+    Running,
+    /// It was killed.
+    Dead,
+}
+
+/// The destination's end.
+#[derive(Debug)]
+pub struct Destination {
+    /// The session as this end sees it.
+    pub session: Session,
+    /// The workload's copy.
+    pub copy: Copy,
+    /// How it ended, once it has.
+    pub outcome: Option<Outcome>,
+    /// The copy's memory.
+    pub memory: Arc<Memory<Uffd>>,
+    /// The link it uses, until it notices its loss.
+    pub link: Option<LinkId>,
+    /// The link whose streams of pages are read; an old one may still bring something.
+    pub pages_from: Option<LinkId>,
+    /// The link that requests are written to.
+    pub requests_to: Option<LinkId>,
+    /// Descriptors that are watched.
+    pub watched: Vec<(MemberKey, Arc<Uffd>)>,
+    orders: UnboundedReceiver<Order<Uffd>>,
+    machines: Vec<(ImagePid, SharedMachine)>,
+    welcome: Option<Welcome>,
+    skeleton_is_here: bool,
+    frozen_is_said: bool,
+    lost_at: Time,
+    pause: Time,
+    credit: Option<Credit>,
+    installed: u64,
+}
+
+/// Credit on one link.
+#[derive(Debug)]
+struct Credit {
+    pacing: Pacing,
+    granted: u64,
+    before: u64,
+}
+
+impl Destination {
+    /// A destination that will restore these processes.
+    pub fn new(images: Vec<ProcessImage>, machines: Vec<(ImagePid, SharedMachine)>) -> Self {
+        let (memory, orders) = Memory::new(images);
+        Destination {
+            session: Session::default(),
+            copy: Copy::None,
+            outcome: None,
+            memory,
+            link: None,
+            pages_from: None,
+            requests_to: None,
+            watched: Vec::new(),
+            orders,
+            machines,
+            welcome: None,
+            skeleton_is_here: false,
+            frozen_is_said: false,
+            lost_at: 0,
+            pause: PAUSE.0,
+            credit: None,
+            installed: 0,
+        }
+    }
+
+    /// Its processes' machines.
+    pub fn machines(&self) -> &[(ImagePid, SharedMachine)] {
+        &self.machines
+    }
+
+    fn advance(&mut self, event: Event) {
+        self.session
+            .apply(event)
+            .expect("the destination does nothing the table forbids");
+    }
+
+    fn say(&self, around: &mut Surroundings<'_>, message: ToSource) {
+        if let Some(link) = self.link {
+            around.send(link, Lane::ControlUp, Message::ToSource(message));
+        }
+    }
+
+    /// Connects for the first time.
+    pub fn begin(&mut self, around: &mut Surroundings<'_>) {
+        let link = around.open();
+        self.link = Some(link);
+        self.pages_from = Some(link);
+        let hello = Hello {
+            versions: version::SUPPORTED.to_vec(),
+            token: None,
+            host: String::from("b"),
+        };
+        self.say(around, ToSource::Hello(hello));
+    }
+
+    /// A message came on a link.
+    pub fn receive(
+        &mut self,
+        around: &mut Surroundings<'_>,
+        (link, lane): (LinkId, Lane),
+        message: Message,
+    ) {
+        if self.outcome.is_some() {
+            return;
+        }
+        match message {
+            Message::ToDestination(message) if self.link == Some(link) => {
+                self.control(around, message);
+            }
+            Message::Frame(frame) if self.pages_from == Some(link) => {
+                self.pages(around, lane, &frame);
+            }
+            Message::SkeletonEnd if self.pages_from == Some(link) => {
+                self.skeleton_is_here = true;
+                self.stage(around);
+            }
+            _ => {}
+        }
+        self.look(around);
+    }
+
+    fn control(&mut self, around: &mut Surroundings<'_>, message: ToDestination) {
+        match (self.session.state(), message) {
+            (State::Hello, ToDestination::Welcome(welcome)) => {
+                self.welcome = Some(welcome);
+                self.advance(Event::Welcomed);
+                self.say(around, ToSource::Ready);
+                self.advance(Event::Ready);
+            }
+            (State::Freeze, ToDestination::Freezing) => {}
+            (State::Freeze, ToDestination::Frozen) => {
+                self.frozen_is_said = true;
+                self.stage(around);
+            }
+            (State::Cutover, ToDestination::CutoverGranted) => {
+                self.advance(Event::CutoverGranted);
+                self.let_run(around);
+            }
+            (State::Paused, ToDestination::WelcomeBack { .. }) => self.tell_present(around),
+            (State::Drained, ToDestination::Complete) => {
+                self.advance(Event::Agreed);
+                self.outcome = Some(Outcome::Complete);
+            }
+            (state, message) => panic!("{message:?} in state {state}"),
+        }
+    }
+
+    /// The skeleton is complete once it is here and the source has said so.
+    fn stage(&mut self, around: &mut Surroundings<'_>) {
+        if !self.skeleton_is_here || !self.frozen_is_said || self.copy != Copy::None {
+            return;
+        }
+        self.advance(Event::Dumped);
+        self.say(around, ToSource::Staged);
+        self.advance(Event::Staged);
+        self.copy = Copy::Gated;
+        self.requests_to = self.link;
+        for (pid, machine) in &self.machines {
+            let attached = self.memory.attach(*pid, Uffd::new(machine, 0));
+            attached.expect("each process hands over once");
+        }
+        around.soon(Happening::CarryOut);
+        around.soon(Happening::Armed);
+    }
+
+    /// CRIU has rebuilt the tasks, which wait at the gate.
+    pub fn armed(&mut self, around: &mut Surroundings<'_>) {
+        if self.session.state() == State::Listen && self.outcome.is_none() {
+            self.say(around, ToSource::CutoverRequest);
+            self.advance(Event::CutoverAsked);
+        }
+    }
+
+    fn let_run(&mut self, around: &mut Surroundings<'_>) {
+        self.copy = Copy::Running;
+        self.memory.restored().expect("early pages fit");
+        self.say(around, ToSource::Resumed);
+        self.begin_push(around);
+        around.soon(Happening::Workload);
+    }
+
+    fn begin_push(&mut self, around: &mut Surroundings<'_>) {
+        let pacing = Pacing::default();
+        let granted = pacing.window();
+        self.credit = Some(Credit {
+            pacing,
+            granted,
+            before: self.installed,
+        });
+        if let Some(link) = self.pages_from {
+            around.send(link, Lane::CreditUp, Message::Credit(granted));
+        }
+    }
+
+    fn pages(&mut self, around: &mut Surroundings<'_>, lane: Lane, frame: &Bytes) {
+        let (header, payload) = frame.split_at(DATA_HEADER_BYTES);
+        let header = header.try_into().expect("a whole header");
+        if lane == Lane::BulkDown {
+            let header = DataHeader::decode(header).expect("a frame of ours");
+            self.install(&header, payload, Arrival::Pushed);
+            self.installed += frame.len() as u64;
+            return self.renew_credit(around);
+        }
+        match DemandReply::decode(header).expect("a frame of ours") {
+            DemandReply::Data(header) => self.install(&header, payload, Arrival::Demanded),
+            DemandReply::Withheld(pid, pages) => {
+                let confirmed = self.memory.withheld(pid, pages);
+                confirmed.expect("the source confirms what was discarded");
+            }
+        }
+    }
+
+    fn install(&self, header: &DataHeader, payload: &[u8], arrival: Arrival) {
+        let received = self.memory.receive(header, payload, arrival);
+        received.expect("the source sends what it owes");
+    }
+
+    fn renew_credit(&mut self, around: &mut Surroundings<'_>) {
+        let (Some(credit), Some(link)) = (&mut self.credit, self.pages_from) else {
+            return;
+        };
+        let installed = self.installed - credit.before;
+        let now = Duration::from_micros(around.now());
+        credit
+            .pacing
+            .observe(now, installed, Duration::from_millis(1));
+        let window = credit.pacing.window();
+        let total = installed + window;
+        if total >= credit.granted + window / RENEWALS_PER_WINDOW {
+            credit.granted = total;
+            around.send(link, Lane::CreditUp, Message::Credit(total));
+        }
+    }
+
+    /// Whether everything has come; then the source is told.
+    pub fn look(&mut self, around: &mut Surroundings<'_>) {
+        let whole = self.session.state() == State::Postcopy && self.memory.counts().owed == 0;
+        // A link that is being replaced tells nothing.
+        let linked = self.link.is_some() && self.link == self.pages_from;
+        if whole && linked && self.outcome.is_none() {
+            self.advance(Event::AllPresent);
+            self.say(around, ToSource::Drained(self.memory.tally()));
+        }
+    }
+
+    /// Does what the memory has ordered: watches descriptors, writes requests to whatever link there is.
+    pub fn carry_out(&mut self, around: &mut Surroundings<'_>) {
+        while let Ok(order) = self.orders.try_recv() {
+            match order {
+                Order::Demand(frame) => {
+                    if let Some(link) = self.requests_to {
+                        around.send(link, Lane::DemandUp, Message::Demand(frame.encode()));
+                    }
+                }
+                Order::Watch(key, uffd) => self.watched.push((key, uffd)),
+            }
+        }
+    }
+
+    /// Notices that a connection of its link is lost.
+    pub fn notice_loss(&mut self, around: &mut Surroundings<'_>, link: LinkId) {
+        if self.link != Some(link) || self.outcome.is_some() {
+            return;
+        }
+        self.link = None;
+        match self.session.state() {
+            state if state.source_may_thaw() => {
+                around.give_up(End::Destination, link);
+                self.give_up_copy();
+            }
+            State::Paused => self.try_again(around),
+            _ => {
+                self.advance(Event::LinkLost);
+                self.lost_at = around.now();
+                self.pause = PAUSE.0;
+                around.soon(Happening::Connect);
+            }
+        }
+    }
+
+    fn give_up_copy(&mut self) {
+        if self.copy != Copy::None {
+            self.copy = Copy::Dead;
+        }
+        if self.session.state().source_may_thaw() {
+            self.advance(Event::Failed);
+        }
+        self.outcome = Some(Outcome::Aborted);
+    }
+
+    /// Tries to reach the source again. `reachable` says whether anybody answers.
+    pub fn connect(&mut self, around: &mut Surroundings<'_>, reachable: bool) {
+        if self.session.state() != State::Paused || self.link.is_some() || self.outcome.is_some() {
+            return;
+        }
+        if !reachable {
+            return self.try_again(around);
+        }
+        let welcome = self.welcome.clone().expect("it was welcomed once");
+        self.link = Some(around.open());
+        let resume = Resume {
+            version: welcome.version,
+            session: welcome.session,
+            secret: welcome.secret,
+        };
+        self.say(around, ToSource::Resume(resume));
+        if let Some(link) = self.link {
+            around.later(ANSWER_TIMEOUT, Happening::Unanswered(link));
+        }
+    }
+
+    /// The source did not answer in time.
+    pub fn unanswered(&mut self, around: &mut Surroundings<'_>, link: LinkId) {
+        if self.session.state() == State::Paused
+            && self.link == Some(link)
+            && self.outcome.is_none()
+        {
+            self.link = None;
+            around.give_up(End::Destination, link);
+            self.try_again(around);
+        }
+    }
+
+    fn try_again(&mut self, around: &mut Surroundings<'_>) {
+        let lost_for = around.now() - self.lost_at;
+        let owed = self.memory.counts().owed;
+        if self.copy == Copy::Gated && lost_for > GRANT_TIMEOUT {
+            return self.give_up_copy();
+        }
+        if self.copy == Copy::Running && owed == 0 && lost_for > ACKNOWLEDGEMENT_TIMEOUT {
+            self.outcome = Some(Outcome::Unacknowledged);
+            return;
+        }
+        around.later(self.pause, Happening::Connect);
+        self.pause = (self.pause * 2).min(PAUSE.1);
+    }
+
+    /// The source takes it back: says what has come.
+    fn tell_present(&mut self, around: &mut Surroundings<'_>) {
+        self.advance(Event::Reconnected);
+        // What came by now is what the source is told, so nothing more is read of the old streams.
+        if let Some(old) = self.pages_from.take() {
+            around.give_up(End::Destination, old);
+        }
+        for (pid, map) in self.memory.present_map() {
+            for part in parts(pid, &map.received) {
+                self.say(around, ToSource::Present(part));
+            }
+            for part in parts(pid, &map.withheld) {
+                self.say(around, ToSource::Withheld(part));
+            }
+        }
+        self.say(around, ToSource::PresentEnd);
+        around.soon(Happening::Relink);
+    }
+
+    /// The new link's streams replace the old one's.
+    pub fn relink(&mut self, around: &mut Surroundings<'_>) {
+        let Some(link) = self.link else { return };
+        if self.session.state() != State::Recover || self.outcome.is_some() {
+            return;
+        }
+        self.pages_from = Some(link);
+        self.requests_to = Some(link);
+        self.memory.reconnect();
+        around.soon(Happening::CarryOut);
+        self.advance(Event::Settled);
+        match self.copy {
+            Copy::Gated => self.let_run(around),
+            _ => self.begin_push(around),
+        }
+        self.look(around);
+    }
+
+    /// What it says when it gives up a copy that never ran.
+    pub fn last_word(&self) -> ToSource {
+        ToSource::Abort(Abort {
+            host: String::from("b"),
+            state: self.session.state(),
+            text: String::new(),
+            copy_is_dead: self.copy != Copy::Running,
+        })
+    }
+}
+
+/// A bitmap in messages.
+fn parts(pid: ImagePid, words: &[u64]) -> impl Iterator<Item = Present> {
+    let chunks = words.chunks(MAX_PRESENT_WORDS).enumerate();
+    chunks.map(move |(index, words)| Present {
+        pid,
+        first_word: (index * MAX_PRESENT_WORDS) as u64,
+        words: words.to_vec(),
+    })
+}

@@ -1,0 +1,383 @@
+//! The source's end: `page-server/src/session.rs` step by step, around the real book, frames and session table. What it
+//! says of the workload (`Advise`) changes nothing here and is left out.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use common::images::ImagePid;
+use common::lazy_map::LazyMap;
+use common::proto::control::{
+    Abort, Hello, Present, Resume, Secret, SessionId, Tally, ToDestination, ToSource, Welcome,
+};
+use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
+use common::proto::pages::DemandReply;
+use common::proto::version;
+use common::session::{Event, Session, State};
+use page_server::book::Book;
+use page_server::frame;
+use page_server::pending::{Pending, Run};
+
+use crate::frozen::FrozenMemory;
+use crate::network::{Lane, LinkId, Message};
+use crate::world::{End, Happening, Surroundings};
+
+/// Where the workload's original stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Original {
+    /// It runs.
+    Running,
+    /// It is frozen.
+    Frozen,
+    /// It was killed, for the copy lives.
+    Released,
+}
+
+/// How an end ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The migration is complete.
+    Complete,
+    /// It was rolled back.
+    Aborted,
+    /// The destination is whole and does not know whether the source knows.
+    Unacknowledged,
+}
+
+/// The source's end.
+#[derive(Debug)]
+pub struct Source {
+    /// The session as this end sees it.
+    pub session: Session,
+    /// The workload's original.
+    pub original: Original,
+    /// How it ended, once it has.
+    pub outcome: Option<Outcome>,
+    /// What is owed, from the freeze on.
+    pub book: Option<Arc<Book>>,
+    /// The link it uses, until it notices its loss.
+    pub link: Option<LinkId>,
+    frozen: FrozenMemory,
+    processes: Vec<(ImagePid, LazyMap)>,
+    eager: Vec<Run>,
+    secret: Secret,
+    credit: u64,
+    pushed: u64,
+    eager_done: bool,
+    present: HashMap<ImagePid, Vec<u64>>,
+    withheld: HashMap<ImagePid, Vec<u64>>,
+    /// A destination that came again before anybody listened for it.
+    waiting: Option<(LinkId, Resume)>,
+    unread: Vec<[u8; DEMAND_FRAME_BYTES]>,
+}
+
+const SESSION: SessionId = SessionId([7; 16]);
+
+impl Source {
+    /// A source whose workload runs.
+    pub fn new(frozen: FrozenMemory, processes: Vec<(ImagePid, LazyMap)>, eager: Vec<Run>) -> Self {
+        Source {
+            session: Session::default(),
+            original: Original::Running,
+            outcome: None,
+            book: None,
+            link: None,
+            frozen,
+            processes,
+            eager,
+            secret: Secret([9; 32]),
+            credit: 0,
+            pushed: 0,
+            eager_done: false,
+            present: HashMap::new(),
+            withheld: HashMap::new(),
+            waiting: None,
+            unread: Vec::new(),
+        }
+    }
+
+    /// The lazy pages of a process.
+    pub fn lazy(&self, pid: ImagePid) -> &LazyMap {
+        let mut processes = self.processes.iter();
+        let found = processes.find(|(its_pid, _)| *its_pid == pid);
+        &found.expect("it was dumped").1
+    }
+
+    fn advance(&mut self, event: Event) {
+        self.session
+            .apply(event)
+            .expect("the source does nothing the table forbids");
+    }
+
+    fn say(&self, around: &mut Surroundings<'_>, message: ToDestination) {
+        if let Some(link) = self.link {
+            around.send(link, Lane::ControlDown, Message::ToDestination(message));
+        }
+    }
+
+    /// A message came on a link.
+    pub fn receive(
+        &mut self,
+        around: &mut Surroundings<'_>,
+        (link, lane): (LinkId, Lane),
+        message: Message,
+    ) {
+        if self.outcome.is_some() {
+            return;
+        }
+        match message {
+            Message::ToSource(ToSource::Resume(resume)) => self.readmit(around, link, &resume),
+            Message::ToSource(message) if self.session.state() == State::Hello => {
+                self.control(around, link, message);
+            }
+            _ if self.link != Some(link) => {}
+            Message::ToSource(message) => self.control(around, link, message),
+            // Streams of a new link are read only when it is settled what has come.
+            Message::Demand(frame) if self.session.state() == State::Recover => {
+                self.unread.push(frame);
+            }
+            Message::Demand(frame) => self.demand(around, link, &frame),
+            Message::Credit(credit) => {
+                self.credit = credit;
+                around.soon(Happening::Push(link));
+            }
+            other => panic!("{other:?} on {lane:?}"),
+        }
+    }
+
+    fn control(&mut self, around: &mut Surroundings<'_>, link: LinkId, message: ToSource) {
+        match (self.session.state(), message) {
+            (State::Hello, ToSource::Hello(hello)) => self.welcome(around, link, &hello),
+            (State::Advise, ToSource::Ready) => {
+                self.advance(Event::Ready);
+                self.say(around, ToDestination::Freezing);
+                around.soon(Happening::Dumped);
+            }
+            (State::Skeleton, ToSource::Staged) => self.advance(Event::Staged),
+            (State::Listen, ToSource::CutoverRequest) => {
+                self.advance(Event::CutoverAsked);
+                self.say(around, ToDestination::CutoverGranted);
+                self.advance(Event::CutoverGranted);
+                if let Some((link, resume)) = self.waiting.take() {
+                    self.readmit(around, link, &resume);
+                }
+            }
+            (State::Postcopy, ToSource::Resumed) => {}
+            (State::Postcopy, ToSource::Drained(tally)) => self.complete(around, tally),
+            (State::Recover, ToSource::Present(part)) => learn(&mut self.present, part),
+            (State::Recover, ToSource::Withheld(part)) => learn(&mut self.withheld, part),
+            (State::Recover, ToSource::PresentEnd) => self.settle(around, link),
+            (state, ToSource::Abort(abort)) => self.gave_up(state, &abort),
+            (state, message) => panic!("{message:?} in state {state}"),
+        }
+    }
+
+    fn welcome(&mut self, around: &mut Surroundings<'_>, link: LinkId, hello: &Hello) {
+        let version = version::select(&hello.versions).expect("both are of one release");
+        self.link = Some(link);
+        self.advance(Event::Welcomed);
+        let welcome = Welcome {
+            version,
+            session: SESSION,
+            secret: self.secret.clone(),
+            bulk_port: 2,
+            host: String::from("a"),
+        };
+        self.say(around, ToDestination::Welcome(welcome));
+    }
+
+    /// The workload is frozen and its skeleton complete.
+    pub fn dumped(&mut self, around: &mut Surroundings<'_>) {
+        if self.session.state() != State::Freeze || self.outcome.is_some() {
+            return;
+        }
+        self.original = Original::Frozen;
+        self.advance(Event::Dumped);
+        let pending = Pending::new(self.processes.iter().cloned());
+        self.book = Some(Arc::new(Book::new(pending, &self.eager)));
+        let Some(link) = self.link else { return };
+        around.send(link, Lane::BulkDown, Message::SkeletonEnd);
+        self.say(around, ToDestination::Frozen);
+        around.soon(Happening::Push(link));
+    }
+
+    /// Pushes one run, if there is credit.
+    pub fn push(&mut self, around: &mut Surroundings<'_>, link: LinkId) {
+        let serving = self.session.state() != State::Recover;
+        if self.link != Some(link) || self.outcome.is_some() || !serving {
+            return;
+        }
+        let Some(book) = self.book.clone() else {
+            return;
+        };
+        let eager = if self.eager_done {
+            None
+        } else {
+            book.next_eager()
+        };
+        let run = match eager {
+            Some(run) => Some(run),
+            None => {
+                self.eager_done = true;
+                let allowed = self.pushed < self.credit;
+                allowed.then(|| book.next()).flatten()
+            }
+        };
+        let Some(run) = run else { return };
+        let bytes = self.read(run, (1 << run.pages.count) - 1);
+        self.pushed += if self.credit > 0 {
+            bytes.len() as u64
+        } else {
+            0
+        };
+        around.send(link, Lane::BulkDown, Message::Frame(bytes));
+        around.soon(Happening::Push(link));
+    }
+
+    fn read(&self, run: Run, new: u64) -> Bytes {
+        let frame = frame::read(&self.frozen, run, new).expect("frozen memory can be read");
+        if let Some(book) = &self.book {
+            book.sent(frame.digest, frame.zero_pages);
+        }
+        frame.bytes
+    }
+
+    fn demand(
+        &mut self,
+        around: &mut Surroundings<'_>,
+        link: LinkId,
+        frame: &[u8; DEMAND_FRAME_BYTES],
+    ) {
+        let Some(book) = self.book.clone() else {
+            panic!("a request before the freeze")
+        };
+        match DemandFrame::decode(frame).expect("a frame of ours") {
+            DemandFrame::Request(pid, pages) => {
+                let new = book.demand(pid, pages).expect("nobody asks for more");
+                let bytes = self.read(Run { pid, pages }, new);
+                around.send(link, Lane::DemandDown, Message::Frame(bytes));
+            }
+            DemandFrame::Discard(pid, pages) => {
+                for withheld in book.discard(pid, pages).expect("nobody discards more") {
+                    let reply = DemandReply::Withheld(pid, withheld).encode();
+                    let reply = Bytes::copy_from_slice(&reply);
+                    around.send(link, Lane::DemandDown, Message::Frame(reply));
+                }
+            }
+        }
+    }
+
+    fn complete(&mut self, around: &mut Surroundings<'_>, theirs: Tally) {
+        let Some(book) = &self.book else { return };
+        self.session
+            .apply(Event::AllPresent)
+            .expect("it is allowed here");
+        assert_eq!(
+            (book.tally(), book.owed()),
+            (theirs, 0),
+            "the ends disagree"
+        );
+        self.say(around, ToDestination::Complete);
+        self.advance(Event::Agreed);
+        self.original = Original::Released;
+        self.end(Outcome::Complete);
+    }
+
+    fn end(&mut self, outcome: Outcome) {
+        self.outcome = Some(outcome);
+    }
+
+    fn gave_up(&mut self, state: State, abort: &Abort) {
+        if state.source_may_thaw() {
+            return self.roll_back();
+        }
+        assert!(abort.copy_is_dead, "no copy that may run is given up here");
+        self.advance(Event::CopyDead);
+        self.original = Original::Running;
+        self.end(Outcome::Aborted);
+    }
+
+    fn roll_back(&mut self) {
+        self.advance(Event::Failed);
+        self.original = Original::Running;
+        self.end(Outcome::Aborted);
+    }
+
+    /// Notices that its link is lost.
+    pub fn notice_loss(&mut self, around: &mut Surroundings<'_>, link: LinkId) {
+        if self.link != Some(link) || self.outcome.is_some() {
+            return;
+        }
+        self.link = None;
+        around.give_up(End::Source, link);
+        match self.session.state() {
+            state if state.source_may_thaw() => self.roll_back(),
+            State::Paused => {}
+            _ => self.advance(Event::LinkLost),
+        }
+    }
+
+    fn readmit(&mut self, around: &mut Surroundings<'_>, link: LinkId, resume: &Resume) {
+        let known = resume.session == SESSION && resume.secret.matches(&self.secret);
+        assert!(known, "it is the same destination");
+        let state = self.session.state();
+        if state.source_may_thaw() {
+            // Before the point of no return nobody listens for one that comes again; it waits for its turn.
+            self.waiting = Some((link, resume.clone()));
+            return;
+        }
+        if let Some(old) = self.link {
+            around.give_up(End::Source, old);
+        }
+        if state != State::Paused {
+            self.advance(Event::LinkLost);
+        }
+        self.advance(Event::Reconnected);
+        self.link = Some(link);
+        self.present.clear();
+        self.withheld.clear();
+        self.unread.clear();
+        self.credit = 0;
+        self.pushed = 0;
+        self.eager_done = true;
+        self.say(around, ToDestination::WelcomeBack { bulk_port: 2 });
+    }
+
+    fn settle(&mut self, around: &mut Surroundings<'_>, link: LinkId) {
+        let Some(book) = self.book.clone() else {
+            return;
+        };
+        let (mut lost, mut known) = (0_u64, 0_u64);
+        for (pid, words) in std::mem::take(&mut self.present) {
+            let recovered = book
+                .recover(pid, words)
+                .expect("it claims only what it has");
+            lost = lost.wrapping_add(self.digest_of(&recovered.lost));
+            known = known.wrapping_add(self.digest_of(&recovered.known));
+        }
+        for (pid, words) in std::mem::take(&mut self.withheld) {
+            assert!(book.recover_withheld(pid, words), "it was promised that");
+        }
+        book.begin_anew(lost, known);
+        self.advance(Event::Settled);
+        for frame in std::mem::take(&mut self.unread) {
+            self.demand(around, link, &frame);
+        }
+        around.soon(Happening::Push(link));
+    }
+
+    fn digest_of(&self, runs: &[Run]) -> u64 {
+        let digests = runs.iter().map(|run| {
+            let all = (1 << run.pages.count) - 1;
+            let frame = frame::read(&self.frozen, *run, all).expect("readable");
+            frame.digest
+        });
+        digests.fold(0, u64::wrapping_add)
+    }
+}
+
+fn learn(maps: &mut HashMap<ImagePid, Vec<u64>>, part: Present) {
+    let map = maps.entry(part.pid).or_default();
+    assert_eq!(part.first_word, map.len() as u64);
+    map.extend(part.words);
+}
