@@ -1,15 +1,17 @@
 # On a fresh Debian 12 with root and Rust: `make demo` and `make test` install what is missing and do the rest.
-.PHONY: help setup build demo compare test lint doc
+.PHONY: help setup build demo compare test lint doc fuzz
 
 export POSTCOPY_CRIU := $(CURDIR)/.deps/criu/bin/criu
 CARGO ?= cargo
 MEMORY ?= 512
 REPEAT ?= 3
+SECONDS ?= 60
 
 help:
 	@echo 'make demo     a running redis moves to another host and its client never disconnects (MEMORY=$(MEMORY) MiB)'
 	@echo 'make compare  the same beside CRIU'"'"'s own lazy-pages (MEMORY=$(MEMORY) REPEAT=$(REPEAT))'
 	@echo 'make test     every check and every test'
+	@echo 'make fuzz     every decoder under libFuzzer (SECONDS=$(SECONDS) each; nightly and cargo-fuzz)'
 	@echo 'make build    the programs, in target/release'
 	@echo 'make setup    what all of this needs: packages, and CRIU into .deps/criu'
 
@@ -43,3 +45,11 @@ test: setup lint doc
 	  echo 'make: cargo-nextest is not to be had here; tests run one after the other' >&2; \
 	  $(CARGO) test --workspace --locked -- --test-threads 1; \
 	fi
+
+# The short run is part of `make test` (tests/fuzzing); this one goes on where it ended, in fuzz/corpus.
+fuzz:
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || { echo 'make: `cargo install cargo-fuzz` and a nightly compiler are needed' >&2; exit 1; }
+	$(CARGO) run -p fuzzing --bin fuzz-corpus --locked -- fuzz/corpus
+	@for target in $$(cd fuzz/fuzz_targets && ls | sed 's/[.]rs$$//'); do \
+	  $(CARGO) +nightly fuzz run $$target -- -max_total_time=$(SECONDS) || exit 1; \
+	done

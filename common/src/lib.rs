@@ -7,6 +7,7 @@
 //! | [`images`] | the CRIU image files both ends read |
 //! | [`proto`] | messages and their bytes |
 //! | [`control`], [`mod@record`] | the control stream, and what a program reports of its migration |
+//! | [`compression`], [`recent`] | how pushed pages are made shorter |
 //! | [`digest`] | what both ends compare before the original is released |
 //! | [`session`] | the states of a migration and the only ways between them |
 //! | [`session_file`] | what a restarted program must know to go on with a session |
@@ -21,6 +22,7 @@
 //! | [`token`] | the one-time token of a migration |
 //! | [`limits`] | every bound, with its reason |
 
+pub mod compression;
 pub mod container;
 pub mod control;
 pub mod criu;
@@ -42,6 +44,7 @@ pub mod page_set;
 pub mod program_file;
 pub mod proto;
 pub mod quic;
+pub mod recent;
 pub mod record;
 pub mod session;
 pub mod session_file;

@@ -11,6 +11,13 @@ pub const MAX_FRAME_PAGES: usize = 16;
 /// Payload bytes of one data frame.
 pub const MAX_FRAME_BYTES: usize = MAX_FRAME_PAGES * PAGE_SIZE;
 
+/// Pages that were pushed lately and may be referred to: 16 MiB, which the destination holds. Related processes are
+/// pushed side by side, so equal pages of theirs are never far apart.
+pub const RECENT_PAGES: usize = 4096;
+
+/// Runs of pages the destination may want first, and that a record of touches may hold: 12 MiB where they are kept.
+pub const MAX_WANTED_RUNS: usize = 1 << 19;
+
 /// Bytes of one control message. The largest is a piece of the destination's present map.
 pub const MAX_CONTROL_BYTES: usize = 1 << 20;
 

@@ -19,6 +19,9 @@ use std::time::Duration;
 const QUEUE_MAX: Duration = Duration::from_micros(250);
 /// The standing queue that is kept however long faults wait: without any the path would run dry between two rounds.
 const QUEUE_MIN: Duration = Duration::from_micros(30);
+/// On a long path at least this part of the shortest round trip: it matters to nobody there, and less cannot be told from
+/// jitter.
+const QUEUE_PART: u32 = 16;
 /// A queue of this part of the shortest round trip ends the start: less is jitter on a long path.
 const START_QUEUE_PART: u32 = 8;
 
@@ -46,7 +49,7 @@ const EMPTY_ROUNDS: u32 = 3;
 const EMPTY_GROW: f64 = 1.125;
 
 /// This part of the best rate is kept however long round trips seem.
-const RATE_KEPT: f64 = 0.92;
+const RATE_KEPT: f64 = 0.88;
 /// A path that is tried out gets this multiple of the best rate so far,
 const RATE_TRIED: f64 = 1.1;
 /// for one interval,
@@ -244,15 +247,17 @@ impl BulkWindow {
             }
             return;
         }
+        if !round.filled && round.lost == 0 {
+            // Lone packets, acknowledged late because nothing followed them: they say nothing of a window they never filled.
+            return;
+        }
         let queued = round_trip.saturating_sub(shortest);
         let lost = round.lost as f64 / (round.lost + round.acked) as f64;
         if lost > LOSS_MAX || (round.lost > 0 && queued > self.start_queue()) {
             self.starting = false;
             self.shrink(LOSS_SHRINK);
         } else if self.starting && queued <= self.start_queue() {
-            if round.filled {
-                self.window = (self.window * 2.0).min(WINDOW_MAX as f64);
-            }
+            self.window = (self.window * 2.0).min(WINDOW_MAX as f64);
         } else if self.starting {
             self.starting = false;
             // What was sent meanwhile overshot by far; what arrived in this round is what the path can carry.
@@ -262,7 +267,7 @@ impl BulkWindow {
             self.window = self.window.min(fits);
             self.bound();
         } else {
-            self.settle(round_trip, shortest, round.filled);
+            self.settle(round_trip, shortest);
         }
         self.drain(now, round_trip, shortest);
     }
@@ -272,23 +277,21 @@ impl BulkWindow {
     }
 
     /// Goes half of the way to the window that would keep the wanted queue.
-    fn settle(&mut self, round_trip: Duration, shortest: Duration, filled: bool) {
-        let wanted = (shortest + self.queue.time).as_secs_f64();
+    fn settle(&mut self, round_trip: Duration, shortest: Duration) {
+        let queue = self.queue.time.max(shortest / QUEUE_PART);
+        let wanted = (shortest + queue).as_secs_f64();
         let mut factor = wanted / round_trip.as_secs_f64().max(1e-9);
         // On a long path the wanted queue is next to nothing beside the round trip, and so is this factor: a path that
         // shows no queue round after round has become faster.
-        let empty = filled && round_trip.saturating_sub(shortest) < self.queue.time / 4;
+        let empty = round_trip.saturating_sub(shortest) < queue / 4;
         self.empty_rounds = if empty { self.empty_rounds + 1 } else { 0 };
         if self.empty_rounds > EMPTY_ROUNDS {
             factor = factor.max(EMPTY_GROW);
         }
-        let most = if filled { 2.0 } else { 1.0 };
-        self.window *= f64::midpoint(1.0, factor.clamp(0.5, most));
+        self.window *= f64::midpoint(1.0, factor.clamp(0.5, 2.0));
         let carried = self.rate.best() * self.rate.kept() * self.rate.round_trip;
         let limit = self.rate.best() * (shortest + QUEUE_MAX).as_secs_f64();
-        if filled {
-            self.window = self.window.max(carried.min(limit));
-        }
+        self.window = self.window.max(carried.min(limit));
         self.bound();
     }
 

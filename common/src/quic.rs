@@ -201,12 +201,6 @@ pub async fn connect(endpoint: &Endpoint, addr: SocketAddr) -> Result<Connection
     }
 }
 
-/// Lets more bytes wait for acknowledgement on a bulk connection, for a path whose bandwidth-delay product exceeds the
-/// initial bound of 4 MiB. Capped to what the other end can receive.
-pub fn set_send_window(connection: &Connection, bytes: u64) {
-    connection.set_send_window(bytes.min(transport::MAX_SEND_WINDOW));
-}
-
 /// Common name in the peer's certificate, fit for a log. `None` while the handshake is under way.
 pub fn peer_name(connection: &Connection) -> Option<String> {
     common_name(&peer_certificate(connection)?)

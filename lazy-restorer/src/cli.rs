@@ -23,7 +23,9 @@ use crate::connect::ConnectPlan;
 use crate::engine::{Container, Engine};
 use crate::external::ExternalPlan;
 use crate::ready::Ready;
+use crate::rehearsal::RehearsalPlan;
 use crate::session::MigratePlan;
+use crate::touches::Touches;
 
 /// For tests of the negotiation only: versions to offer instead of our own, separated by commas.
 const VERSIONS_VARIABLE: &str = "POSTCOPY_OFFER_VERSIONS";
@@ -192,6 +194,7 @@ impl Resume {
             before_restore: None,
             on_resumed: side.on_resumed.clone(),
             on_aborted: None,
+            rehearsal: RehearsalPlan::default(),
             lost: self.lost.plan(),
             remembered: Remembered {
                 store,
@@ -278,6 +281,21 @@ pub struct Restore {
     /// For measurements: fetch nothing but what the workload touches
     #[arg(long, hide = true)]
     no_push: bool,
+    /// Record the order in which the workload first touches its memory to this file, for --replay; for a while nothing
+    /// is pushed then, so the workload is slower
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+    /// How long --record keeps the source from pushing, from the moment the workload runs here
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 10,
+        requires = "record"
+    )]
+    record_for: u64,
+    /// Have pages pushed in the order that an earlier migration of the same workload recorded with --record
+    #[arg(long, value_name = "FILE")]
+    replay: Option<PathBuf>,
     /// Write the PID of the restored root process, as this host numbers it, to this file
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
@@ -423,6 +441,17 @@ impl Restore {
         Ok(Engine::Runc(Box::new(container)))
     }
 
+    fn rehearsal(&self) -> Result<RehearsalPlan, String> {
+        let read = |file: &PathBuf| {
+            Touches::read(file).map_err(|error| format!("--replay {}: {error}", file.display()))
+        };
+        Ok(RehearsalPlan {
+            record: self.record.clone(),
+            hold: Duration::from_secs(self.record_for),
+            replay: self.replay.as_ref().map(read).transpose()?,
+        })
+    }
+
     /// Checks everything that can be checked before the source is asked.
     pub fn plan(&self) -> Result<MigratePlan, SessionError> {
         let fail = |failure, error: &dyn std::fmt::Display| {
@@ -450,6 +479,9 @@ impl Restore {
                 programs: self.ignore_programs,
             },
             push: !self.no_push,
+            rehearsal: self
+                .rehearsal()
+                .map_err(|error| fail(Failure::BadInput, &error))?,
             work_dir: self.work_dir.clone(),
             pidfile: self.pidfile.clone(),
             before_restore: self.before_restore.clone(),

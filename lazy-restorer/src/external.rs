@@ -315,6 +315,7 @@ impl External<'_> {
             orders,
             links,
             failures: report.clone(),
+            recorder: None,
         };
         let carrying_out = reported(orders.carry_out(memory.clone()), &report);
         self.threads.fault.handle().spawn(carrying_out);
@@ -422,7 +423,7 @@ impl External<'_> {
         loop {
             let step = tokio::select! {
                 handover = handovers.recv() => Step::Handover(handover),
-                message = self.source.control.next() => Step::Message(message),
+                message = self.source.control.next() => Step::Message(Box::new(message)),
                 Some(error) = filling.failures.recv() => Step::Failure(error),
                 name = self.stop.wait() => {
                     tracing::warn!("{name} ignored: `criu restore` has begun; end that to give up");
@@ -448,7 +449,7 @@ impl External<'_> {
                     return Err(self.fail(Failure::Restore, text));
                 }
                 Step::Message(message) => {
-                    let error = match self.understood(message) {
+                    let error = match self.understood(*message) {
                         Ok(message) => self.unexpected(&message),
                         Err(error) => error,
                     };
@@ -528,7 +529,7 @@ impl External<'_> {
             let step = tokio::select! {
                 () = memory.settled() => return Ok(Ended::Done),
                 _ = shown.tick() => { progress.show(&memory); continue }
-                message = self.source.control.next() => Step::Message(message),
+                message = self.source.control.next() => Step::Message(Box::new(message)),
                 Some(error) = filling.failures.recv() => Step::Failure(error),
                 name = self.stop.wait() => {
                     let counts = memory.counts();
@@ -547,7 +548,7 @@ impl External<'_> {
                     };
                 }
                 Step::Failure(error) => return Err(self.fail(Failure::Lost, error)),
-                Step::Message(message) => match self.understood(message) {
+                Step::Message(message) => match self.understood(*message) {
                     Err(error) if error.failure == Failure::Connection => {
                         return Ok(Ended::LinkLost(error.text));
                     }
@@ -595,6 +596,7 @@ impl External<'_> {
             pause = (pause * 2).min(RECONNECT_PAUSE.1);
         };
         self.advance(Event::Reconnected)?;
+        filling.unlink().await;
         self.tell_present(&filling.memory).await?;
         filling
             .reconnect(&mut self.source, &self.threads)
@@ -639,7 +641,7 @@ impl External<'_> {
 /// What may happen while CRIU restores, or the memory is filled.
 enum Step {
     Handover(Option<Result<Handover, HandoverError>>),
-    Message(Result<ToDestination, ControlError>),
+    Message(Box<Result<ToDestination, ControlError>>),
     Failure(TransferError),
 }
 
@@ -653,6 +655,13 @@ impl Filling {
         }
     }
 
+    /// Takes no more from the link that is lost: what has come by now is what the source is told.
+    async fn unlink(&mut self) {
+        self.link_tasks.shutdown().await;
+        // What its tasks did not report yet is of no interest any more.
+        while self.failures.try_recv().is_ok() {}
+    }
+
     /// Goes on over a new link, after the source knows what is here.
     async fn reconnect(
         &mut self,
@@ -660,8 +669,6 @@ impl Filling {
         threads: &Threads,
     ) -> Result<(), crate::resident::ResidentError> {
         // What the old link's tasks did not report yet is of no interest any more.
-        self.link_tasks.shutdown().await;
-        while self.failures.try_recv().is_ok() {}
         let bulk = source.take_bulk_stream().ok_or(TransferError::Link)?;
         let link = Link::open(source, bulk, &self.memory, &self.report, threads).await?;
         self.link_tasks = link.tasks;

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::memory::{Arrival, MemberKey, Memory, MemoryError, Order};
+use crate::rehearsal::Recorder;
 use crate::uffd::UserFault;
 
 /// Requests written with one call.
@@ -33,6 +34,9 @@ pub enum TransferError {
     /// Memory cannot be changed.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// No memory for a decompressor.
+    #[error("cannot decompress: {0}")]
+    Decompressor(std::io::Error),
     /// A descriptor cannot be watched.
     #[error("cannot watch for page faults: {0}")]
     Watch(std::io::Error),
@@ -63,6 +67,8 @@ pub struct Orders {
     pub orders: mpsc::UnboundedReceiver<Order>,
     /// Streams to send requests on; each replaces the one before.
     pub links: mpsc::UnboundedReceiver<SendStream>,
+    /// Notes requests.
+    pub recorder: Option<Recorder>,
     /// Where watchers report.
     pub failures: mpsc::Sender<TransferError>,
 }
@@ -96,7 +102,14 @@ impl Orders {
         let mut requests = Vec::with_capacity(batch.len() * DEMAND_FRAME_BYTES);
         for order in batch.drain(..) {
             match order {
-                Order::Demand(frame) => requests.extend_from_slice(&DemandFrame::encode(frame)),
+                Order::Demand(frame) => {
+                    if let (Some(recorder), DemandFrame::Request(pid, pages)) =
+                        (&self.recorder, frame)
+                    {
+                        recorder.note(pid, pages);
+                    }
+                    requests.extend_from_slice(&DemandFrame::encode(frame));
+                }
                 Order::Watch(key, uffd) => self.watch(key, uffd, memory),
             }
         }

@@ -13,6 +13,8 @@
 //! | [`resolver`] | what happens to every page: pure |
 //! | [`memory`], [`uffd`] | carrying that out under one lock |
 //! | [`fetch`], [`push`], [`pacing`] | demand, pushed pages, and the credit for them |
+//! | [`touches`], [`rehearsal`] | the order of first touches: recorded, and wanted the next time |
+//! | [`unpacker`] | pushed pages that were made shorter, as they were |
 //! | [`blocktime`], [`progress`], [`report`], [`cli`] | what is measured, and what the operator says and is told |
 
 pub mod advise;
@@ -33,6 +35,7 @@ pub mod pacing;
 pub mod progress;
 pub mod push;
 pub mod ready;
+pub mod rehearsal;
 pub mod report;
 pub mod resident;
 pub mod resolver;
@@ -40,4 +43,6 @@ pub mod restore;
 pub mod session;
 pub mod session_command;
 pub mod skeleton;
+pub mod touches;
 pub mod uffd;
+pub mod unpacker;

@@ -7,12 +7,16 @@ use common::limits::MAX_FRAME_PAGES;
 use common::page::page_in_buffer;
 use common::proto::ProtoError;
 use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader};
+use common::proto::credit::{CreditFrame, MAX_WANTED_PIECE, WantedRun};
 use quinn::{Connection, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::sync::watch;
+use tokio::time::sleep_until;
 
 use crate::fetch::TransferError;
 use crate::memory::{Arrival, Memory};
 use crate::pacing::Pacing;
+use crate::rehearsal::Prelude;
+use crate::unpacker::Unpacker;
 
 /// Credit is renewed when this part of the window has been used: often enough that the source never waits for it.
 const RENEWALS_PER_WINDOW: u64 = 8;
@@ -25,20 +29,44 @@ pub async fn take_in(
 ) -> Result<(), TransferError> {
     let mut header = [0; BULK_HEADER_BYTES];
     let mut payload = vec![0; page_in_buffer(MAX_FRAME_PAGES).start];
+    let mut unpacker = Unpacker::new().map_err(TransferError::Decompressor)?;
     loop {
         match stream.read_exact(&mut header).await {
             Ok(()) => {}
             Err(ReadExactError::FinishedEarly(0)) => return Ok(()),
             Err(error) => return Err(error.into()),
         }
-        let BulkHeader::Data(data) = BulkHeader::decode(&header)? else {
-            return Err(ProtoError::Field("frame after the skeleton").into());
+        let length = match BulkHeader::decode(&header)? {
+            BulkHeader::Data(data) => {
+                let payload = &mut payload[..data.payload as usize];
+                stream.read_exact(payload).await?;
+                memory.receive(&data, payload, Arrival::Pushed)?;
+                payload.len()
+            }
+            BulkHeader::Packed(packed) => {
+                let payload = &mut payload[..packed.payload as usize];
+                stream.read_exact(payload).await?;
+                let pages = unpacker.unpack(&packed, payload)?;
+                memory.receive(&packed.unpacked(), pages, Arrival::Pushed)?;
+                payload.len()
+            }
+            BulkHeader::File { .. } | BulkHeader::SkeletonEnd { .. } => {
+                return Err(ProtoError::Field("frame after the skeleton").into());
+            }
         };
-        let payload = &mut payload[..data.payload as usize];
-        stream.read_exact(payload).await?;
-        memory.receive(&data, payload, Arrival::Pushed)?;
-        installed.send_modify(|bytes| *bytes += (BULK_HEADER_BYTES + payload.len()) as u64);
+        installed.send_modify(|bytes| *bytes += (BULK_HEADER_BYTES + length) as u64);
     }
+}
+
+/// Says which pages are wanted first, when it is time to.
+pub async fn begin(mut stream: SendStream, prelude: Prelude) -> Result<SendStream, TransferError> {
+    sleep_until(prelude.push_at).await;
+    for piece in prelude.wanted.chunks(MAX_WANTED_PIECE) {
+        let mut bytes = CreditFrame::Wanted(piece.len()).encode().to_vec();
+        bytes.extend(piece.iter().flat_map(WantedRun::encode));
+        stream.write_all(&bytes).await?;
+    }
+    Ok(stream)
 }
 
 /// Gives credit as bytes are installed. Eager pages come without; the rest waits for the first of it.
@@ -49,11 +77,13 @@ pub async fn give_credit(
 ) -> Result<(), TransferError> {
     let bytes = *installed.borrow_and_update();
     let mut credit = Credit::new(bytes);
-    stream.write_all(&credit.granted.to_le_bytes()).await?;
+    stream
+        .write_all(&CreditFrame::Total(credit.granted).encode())
+        .await?;
     while installed.changed().await.is_ok() {
         let bytes = *installed.borrow_and_update();
         if let Some(total) = credit.renew(bytes, connection.rtt()) {
-            match stream.write_all(&total.to_le_bytes()).await {
+            match stream.write_all(&CreditFrame::Total(total).encode()).await {
                 Ok(()) => {}
                 // The source has pushed everything and needs no more credit.
                 Err(WriteError::Stopped(_)) => return Ok(()),

@@ -21,6 +21,7 @@ use crate::handover::{self, Handover, HandoverError};
 use crate::keeper::Keeper;
 use crate::memory::{Memory, MemoryError, Order};
 use crate::push;
+use crate::rehearsal::{Rehearsal, RehearsalPlan};
 use crate::restore::{Anchor, Prepared, Restore, RestoreError, kill_copy};
 use crate::skeleton;
 
@@ -51,6 +52,7 @@ pub struct Resident {
     credits: Option<Credits>,
     /// End with the link they belong to.
     link_tasks: JoinSet<()>,
+    rehearsal: Rehearsal,
     root_image: Option<ImagePid>,
     root: Option<Pid>,
     tasks: Vec<Task>,
@@ -139,12 +141,15 @@ impl Resident {
         bulk: (SendStream, RecvStream),
         threads: &Threads,
         keeper: Keeper,
+        rehearsal: &RehearsalPlan,
     ) -> Result<Self, ResidentError> {
         let plan = prepared.plan();
         fs::create_dir_all(plan.work())?;
         let processes = skeleton::processes(&plan.images())?;
         // Parents come before children.
         let root_image = processes.first().map(|process| process.pid);
+        let pids: Vec<ImagePid> = processes.iter().map(|process| process.pid).collect();
+        let rehearsal = Rehearsal::new(rehearsal, &pids);
         let (memory, orders) = Memory::new(processes);
         memory.keep_journals()?;
         let handovers = handover::listen(&plan.work())?;
@@ -154,6 +159,7 @@ impl Resident {
         let orders = Orders {
             orders,
             links,
+            recorder: rehearsal.recorder(),
             failures: report.clone(),
         };
         let carrying_out = reported(orders.carry_out(memory.clone()), &report);
@@ -182,6 +188,7 @@ impl Resident {
             requests,
             credits: Some(link.credits),
             link_tasks: link.tasks,
+            rehearsal,
             root_image,
             root: None,
             tasks: Vec::new(),
@@ -196,6 +203,7 @@ impl Resident {
         let orders = Orders {
             orders: left.orders,
             links,
+            recorder: None,
             failures: report.clone(),
         };
         let carrying_out = reported(orders.carry_out(left.memory.clone()), &report);
@@ -218,6 +226,7 @@ impl Resident {
             requests,
             credits: None,
             link_tasks: JoinSet::new(),
+            rehearsal: Rehearsal::new(&RehearsalPlan::default(), &[]),
             root_image: None,
             root: left.root,
             tasks: Vec::new(),
@@ -280,7 +289,12 @@ impl Resident {
     /// Lets the source push.
     pub fn begin_push(&mut self, source: &Source, threads: &Threads) {
         if let Some(credits) = self.credits.take() {
-            let giving = push::give_credit(credits.stream, source.bulk.clone(), credits.installed);
+            let prelude = self.rehearsal.prelude(source.welcome.version);
+            let connection = source.bulk.clone();
+            let giving = async move {
+                let stream = push::begin(credits.stream, prelude).await?;
+                push::give_credit(stream, connection, credits.installed).await
+            };
             self.link_tasks
                 .spawn_on(reported(giving, &self.report), threads.bulk.handle());
         }
@@ -355,6 +369,7 @@ impl Resident {
 
     /// The memory is whole: nothing of ours is needed any more.
     pub fn let_go(self) {
+        self.rehearsal.finish();
         release(self.keeper);
         self.directory.remove();
     }

@@ -35,6 +35,7 @@ use crate::connect::{ConnectPlan, Source, Threads, connect};
 use crate::engine::Engine;
 use crate::gate::Held;
 use crate::keeper::{Keeper, Setup};
+use crate::rehearsal::RehearsalPlan;
 use crate::report::Record;
 use crate::resident::{Resident, ResidentError, Step, images_directory};
 use crate::restore::{Prepared, RestorePlan};
@@ -55,6 +56,8 @@ pub struct MigratePlan {
     pub leniency: Leniency,
     /// Let the source push; else only what is touched comes.
     pub push: bool,
+    /// What to do with the order of first touches.
+    pub rehearsal: RehearsalPlan,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Where to write the PID of the restored root.
@@ -379,6 +382,7 @@ impl Migration<'_> {
             staged.bulk,
             &self.threads,
             keeper,
+            &self.plan.rehearsal,
         )
         .await;
         let mut resident = started.map_err(|error| self.fail(Failure::Restore, error))?;

@@ -88,7 +88,7 @@ pub async fn stage(
                 staging.forget_network_lock()?;
                 return Ok(stream);
             }
-            BulkHeader::Data(_) => {
+            BulkHeader::Data(_) | BulkHeader::Packed(_) => {
                 return Err(SkeletonError::Order("pages before the skeleton's end"));
             }
         }

@@ -7,9 +7,10 @@ use common::limits::MAX_EAGER_PAGES;
 use common::page::{PageIndex, PageRange};
 use common::proto::control::Tally;
 
+use crate::framer::PushedFrame;
 use crate::pending::{PageState, Pending, PendingError, Recovered, Run};
 use crate::push_order::PushOrder;
-use crate::skeleton::eager_runs;
+use crate::skeleton::{eager_runs, hot_runs};
 
 /// The one lock between the fault thread and the bulk thread. It is never held while memory is read.
 #[derive(Debug)]
@@ -22,6 +23,7 @@ struct Pages {
     pending: Pending,
     order: PushOrder,
     counts: SentCounts,
+    saved: Saved,
 }
 
 /// Pages sent, each counted where it was sent first.
@@ -41,8 +43,32 @@ pub struct SentCounts {
     pub resent: u64,
 }
 
-/// All lazy pages of `dumped`, and those that their threads touch first.
-pub fn owed(dumped: &[DumpedProcess]) -> (Pending, Vec<Run>) {
+/// What pushed pages were and what their frames were.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Saved {
+    /// Bytes of the pages.
+    pub page_bytes: u64,
+    /// Bytes of the frames that carried them, before encryption.
+    pub frame_bytes: u64,
+    /// Frames with compressed pages.
+    pub compressed_runs: u64,
+    /// Frames in all.
+    pub runs: u64,
+    /// Pages that were only referred to, because they equal one pushed before.
+    pub referred: u64,
+}
+
+/// Which pages come before others.
+#[derive(Debug)]
+pub struct FirstPages {
+    /// What threads touch first.
+    pub eager: Vec<Run>,
+    /// What is likely to be touched before most.
+    pub hot: Vec<Run>,
+}
+
+/// All lazy pages of `dumped`, and which of them come first.
+pub fn owed(dumped: &[DumpedProcess]) -> (Pending, FirstPages) {
     let mut pages = 0;
     let within_limit = |run: &Run| {
         pages += run.pages.count;
@@ -56,27 +82,29 @@ pub fn owed(dumped: &[DumpedProcess]) -> (Pending, Vec<Run>) {
     let lazy = dumped
         .iter()
         .map(|process| (process.pid, process.lazy.clone()));
-    (Pending::new(lazy), eager)
+    let hot = hot_runs(dumped);
+    (Pending::new(lazy), FirstPages { eager, hot })
 }
 
 impl Book {
     /// Opens the book on the lazy pages of `dumped`; what their threads touch first is pushed first.
     pub fn of(dumped: &[DumpedProcess]) -> Self {
-        let (pending, eager) = owed(dumped);
-        Book::new(pending, &eager)
+        let (pending, first) = owed(dumped);
+        Book::new(pending, &first.eager, &first.hot)
     }
 
-    /// Opens the book on everything owed; `eager` pages are pushed first.
-    pub fn new(pending: Pending, eager: &[Run]) -> Self {
+    /// Opens the book on everything owed; `eager` pages are pushed first, `hot` ones before most.
+    pub fn new(pending: Pending, eager: &[Run], hot: &[Run]) -> Self {
         let counts = SentCounts {
             lazy: pending.lazy_pages(),
             ..SentCounts::default()
         };
         Book {
             pages: Mutex::new(Pages {
-                order: PushOrder::new(eager, &pending),
+                order: PushOrder::new(eager, hot, &pending),
                 pending,
                 counts,
+                saved: Saved::default(),
             }),
         }
     }
@@ -92,6 +120,7 @@ impl Book {
             pending,
             order,
             counts,
+            ..
         } = &mut *book;
         let new = pending.demand(pid, pages)?;
         let first_time = u64::from(new.count_ones());
@@ -106,6 +135,13 @@ impl Book {
         self.lock().pending.discard(pid, pages)
     }
 
+    /// The destination wants `runs` to be pushed before others, in this order.
+    pub fn want(&self, runs: &[Run]) {
+        let mut book = self.lock();
+        let Pages { pending, order, .. } = &mut *book;
+        order.want(pending, runs);
+    }
+
     /// The next run to push.
     pub fn next(&self) -> Option<Run> {
         let mut book = self.lock();
@@ -113,6 +149,7 @@ impl Book {
             pending,
             order,
             counts,
+            ..
         } = &mut *book;
         let run = order.next(pending)?;
         counts.pushed += run.pages.count;
@@ -126,6 +163,7 @@ impl Book {
             pending,
             order,
             counts,
+            ..
         } = &mut *book;
         let run = order.next_eager(pending)?;
         counts.pushed += run.pages.count;
@@ -146,10 +184,11 @@ impl Book {
     /// walk over what is owed begins anew.
     pub fn begin_anew(&self, lost: u64, known: u64) {
         let mut book = self.lock();
-        book.pending.settled();
-        book.pending.take_digest(lost);
-        book.pending.add_digest(known);
-        book.order = PushOrder::new(&[], &book.pending);
+        let Pages { pending, order, .. } = &mut *book;
+        pending.settled();
+        pending.take_digest(lost);
+        pending.add_digest(known);
+        order.rewind(pending);
     }
 
     /// Pages were read for sending.
@@ -157,6 +196,27 @@ impl Book {
         let mut book = self.lock();
         book.pending.add_digest(digest);
         book.counts.zero += zero_pages;
+    }
+
+    /// Pages were framed for the push.
+    pub fn pushed(&self, pushed: &PushedFrame) {
+        self.sent(pushed.frame.digest, pushed.frame.zero_pages);
+        let saved = &mut self.lock().saved;
+        saved.page_bytes += pushed.page_bytes;
+        saved.frame_bytes += pushed.frame.bytes.len() as u64;
+        saved.compressed_runs += u64::from(pushed.compressed);
+        saved.runs += 1;
+        saved.referred += pushed.referred;
+    }
+
+    /// What the form of pushed pages has saved so far.
+    pub fn saved(&self) -> Saved {
+        self.lock().saved
+    }
+
+    /// Whether several processes are moved, which may share pages.
+    pub fn is_of_many(&self) -> bool {
+        self.lock().pending.pids().len() > 1
     }
 
     /// Pages neither sent nor withheld.

@@ -18,6 +18,7 @@ use common::session_file::{DEFAULT_DIRECTORY, Remembered, SessionFile, Standing,
 use common::token;
 use nix::unistd::Pid;
 
+use crate::compression::Mode;
 use crate::engine::{Container, Engine};
 use crate::external::ExternalPlan;
 use crate::identity_command::IdentityCommand;
@@ -164,6 +165,9 @@ pub struct Serve {
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
+    /// Compress pushed pages: when it makes the push faster, always, or never
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
+    compress: Mode,
     /// Write a record of the migration to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -305,6 +309,7 @@ impl Resume {
             shell_job: false,
             wait: None,
             token: None,
+            compress: Mode::default(),
             work_dir: None,
             on_frozen: None,
             on_thawed: source.on_thawed.clone(),
@@ -382,6 +387,7 @@ impl Serve {
             shell_job: self.shell_job,
             wait: self.wait.map(Duration::from_secs),
             token,
+            compress: self.compress,
             work_dir: self.work_dir.clone(),
             on_frozen: self.on_frozen.clone(),
             on_thawed: self.on_thawed.clone(),

@@ -32,6 +32,8 @@ pub struct Destination {
     pub host: String,
     /// Proves that a new connection is its.
     secret: Secret,
+    /// The version it speaks with us.
+    pub version: u16,
     /// Its bulk connection.
     pub bulk: Connection,
     push: Option<SendStream>,
@@ -104,7 +106,12 @@ async fn welcome_hello(
         .send(&welcome)
         .await
         .map_err(|error| error.to_string())?;
-    take_bulk(listen, control, session, secret, hello.host).await
+    let known = Known {
+        host: hello.host,
+        secret,
+        version,
+    };
+    take_bulk(listen, control, session, known).await
 }
 
 /// What a destination is known by when it comes again.
@@ -182,16 +189,32 @@ async fn take_back(
         refuse(control, &text).await;
         return Err(text);
     };
+    if !version::SUPPORTED.contains(&resume.version) {
+        let text = format!("this page-server does not speak version {}", resume.version);
+        refuse(control, &text).await;
+        return Err(text);
+    }
     let bulk_port = listen.bulk.address().port();
     let welcome = ToDestination::WelcomeBack { bulk_port };
     control
         .send(&welcome)
         .await
         .map_err(|error| error.to_string())?;
-    let Acquaintance { secret, host } = old.clone();
+    let known = Known {
+        host: old.host.clone(),
+        secret: old.secret.clone(),
+        version: resume.version,
+    };
     let session = resume.session;
-    let destination = take_bulk(listen, control, session, secret, host).await?;
+    let destination = take_bulk(listen, control, session, known).await?;
     Ok((session, destination))
+}
+
+/// What is known of a destination before its bulk connection has come.
+struct Known {
+    host: String,
+    secret: Secret,
+    version: u16,
 }
 
 /// Completes a destination by its bulk connection.
@@ -199,12 +222,11 @@ async fn take_bulk(
     listen: &mut Listen,
     control: Control<ToSource>,
     session: SessionId,
-    secret: Secret,
-    host: String,
+    known: Known,
 ) -> Result<Destination, String> {
     let bulk = timeout(
         HANDSHAKE_TIMEOUT,
-        accept_bulk(&mut listen.bulk, session, &secret),
+        accept_bulk(&mut listen.bulk, session, &known.secret),
     );
     let Ok(Some((bulk, push, credits))) = bulk.await else {
         let text = String::from("its bulk connection did not come; is that UDP port open?");
@@ -213,8 +235,9 @@ async fn take_bulk(
     };
     Ok(Destination {
         control,
-        host,
-        secret,
+        host: known.host,
+        secret: known.secret,
+        version: known.version,
         bulk,
         push: Some(push),
         credits: Some(credits),

@@ -10,7 +10,7 @@ use common::proto::pages::{DATA_HEADER_BYTES, DataHeader};
 use crate::memory::{MemoryError, PageSource};
 use crate::pending::Run;
 
-/// A data frame ready to be sent.
+/// A frame of pages ready to be sent.
 #[derive(Debug)]
 pub struct Frame {
     /// Header and payload.
@@ -21,23 +21,76 @@ pub struct Frame {
     pub zero_pages: u64,
 }
 
+/// A run of pages as it was read.
+#[derive(Debug)]
+pub struct Loaded {
+    /// Which pages.
+    pub run: Run,
+    /// Bit `n` set: page `n` is all zeros.
+    pub zero: u64,
+    /// Sum of the hashes of the pages that are sent for the first time.
+    pub digest: u64,
+    /// Room for a header, then the pages.
+    bytes: BytesMut,
+}
+
 /// Reads `run` and frames it. Bit `n` of `new` says that page `n` is sent for the first time.
 pub fn read(source: &dyn PageSource, run: Run, new: u64) -> Result<Frame, MemoryError> {
-    let pages = run.pages;
-    let mut bytes = BytesMut::zeroed(DATA_HEADER_BYTES + pages.bytes() as usize);
-    source.read(run.pid, pages, &mut bytes[DATA_HEADER_BYTES..])?;
+    let loaded = load(source, run, new)?;
+    let header = DataHeader::raw(run.pid, run.pages, loaded.zero);
+    Ok(loaded.into_frame(&header.encode()))
+}
+
+/// Reads `run`. Bit `n` of `new` says that page `n` is sent for the first time.
+pub fn load(source: &dyn PageSource, run: Run, new: u64) -> Result<Loaded, MemoryError> {
+    let mut bytes = BytesMut::zeroed(DATA_HEADER_BYTES + run.pages.bytes() as usize);
+    source.read(run.pid, run.pages, &mut bytes[DATA_HEADER_BYTES..])?;
     let (zero, digest) = examine(&bytes[DATA_HEADER_BYTES..], run, new);
-    let header = DataHeader::raw(run.pid, pages, zero);
-    if zero != 0 {
-        let stored = close_gaps(&mut bytes, &header);
-        bytes.truncate(stored);
-    }
-    bytes[..DATA_HEADER_BYTES].copy_from_slice(&header.encode());
-    Ok(Frame {
-        bytes: bytes.freeze(),
+    Ok(Loaded {
+        run,
+        zero,
         digest,
-        zero_pages: u64::from(zero.count_ones()),
+        bytes,
     })
+}
+
+impl Loaded {
+    /// Page number `index` of the run.
+    pub fn page(&self, index: usize) -> &[u8] {
+        &self.bytes[at(index)]
+    }
+
+    /// The numbers of the pages whose bit in `left_out` is clear.
+    pub fn pages_besides(&self, left_out: u64) -> impl Iterator<Item = usize> + use<> {
+        let count = self.run.pages.count as usize;
+        (0..count).filter(move |index| left_out >> index & 1 == 0)
+    }
+
+    /// A frame of all pages but zero pages, as they are, behind `header`.
+    pub fn into_frame(mut self, header: &[u8; DATA_HEADER_BYTES]) -> Frame {
+        if self.zero != 0 {
+            let stored = self.close_gaps();
+            self.bytes.truncate(stored);
+        }
+        self.bytes[..DATA_HEADER_BYTES].copy_from_slice(header);
+        Frame {
+            bytes: self.bytes.freeze(),
+            digest: self.digest,
+            zero_pages: u64::from(self.zero.count_ones()),
+        }
+    }
+
+    /// Moves the pages that are carried together; returns the frame's length.
+    fn close_gaps(&mut self) -> usize {
+        let mut stored = 0;
+        for index in self.pages_besides(self.zero) {
+            if stored != index {
+                self.bytes.copy_within(at(index), at(stored).start);
+            }
+            stored += 1;
+        }
+        at(stored).start
+    }
 }
 
 /// Which pages are all zeros, and the digest of the new ones.
@@ -59,21 +112,6 @@ fn examine(content: &[u8], run: Run, new: u64) -> (u64, u64) {
         }
     }
     (zero, digest)
-}
-
-/// Moves the pages that are carried together; returns the frame's length.
-fn close_gaps(bytes: &mut BytesMut, header: &DataHeader) -> usize {
-    let mut stored = 0;
-    for index in 0..header.pages.count as usize {
-        if !header.is_zero(index) {
-            if stored != index {
-                let from = at(index);
-                bytes.copy_within(from, at(stored).start);
-            }
-            stored += 1;
-        }
-    }
-    at(stored).start
 }
 
 /// Where page number `index` lies in a frame.

@@ -9,10 +9,10 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::adopt::{Adopted, Left};
-use crate::book::{Book, owed};
+use crate::book::{Book, FirstPages, owed};
 use crate::freeze::{FreezeError, FreezePlan, Frozen};
 use crate::memory::{FrozenProcesses, MemoryError, PageSource};
-use crate::pending::{Pending, Run};
+use crate::pending::Pending;
 use crate::workload::Workload;
 
 /// A frozen workload that can be served.
@@ -60,11 +60,11 @@ impl FrozenWorkload {
         let frozen = plan.freeze().await?;
         let plan = frozen.plan();
         match open(&plan.images(), &plan.workload) {
-            Ok((source, pending, eager)) => Ok(FrozenWorkload {
+            Ok((source, pending, first)) => Ok(FrozenWorkload {
                 images: plan.images(),
                 hold: Hold::Ours(Box::new(frozen), directory),
                 source: Arc::new(source),
-                book: Arc::new(Book::new(pending, &eager)),
+                book: Arc::new(Book::new(pending, &first.eager, &first.hot)),
             }),
             Err(error) => {
                 if let Err(error) = frozen.thaw().await {
@@ -78,12 +78,12 @@ impl FrozenWorkload {
     /// Takes the workload over that a killed `page-server` left frozen; what it sent is not known.
     pub async fn adopt(left: Left) -> Result<Self, TakeError> {
         let images = left.images();
-        let (source, mut pending, _) = open(&images, &Workload::frozen(left.root))?;
+        let (source, mut pending, first) = open(&images, &Workload::frozen(left.root))?;
         pending.forget();
         Ok(FrozenWorkload {
             hold: Hold::Adopted(left.adopt().await?),
             source: Arc::new(source),
-            book: Arc::new(Book::new(pending, &[])),
+            book: Arc::new(Book::new(pending, &[], &first.hot)),
             images,
         })
     }
@@ -122,12 +122,12 @@ impl FrozenWorkload {
 fn open(
     images: &Path,
     workload: &Workload,
-) -> Result<(FrozenProcesses, Pending, Vec<Run>), TakeError> {
+) -> Result<(FrozenProcesses, Pending, FirstPages), TakeError> {
     let dumped = read_processes(images)?;
     let pids = workload.by_image_pid();
     let source = FrozenProcesses::open(located(&dumped, &pids)?)?;
-    let (pending, eager) = owed(&dumped);
-    Ok((source, pending, eager))
+    let (pending, first) = owed(&dumped);
+    Ok((source, pending, first))
 }
 
 pub(crate) fn located(

@@ -12,6 +12,7 @@
 //! | [`skeleton`] | CRIU's images on their way |
 //! | [`pending`], [`push_order`], [`book`] | what is owed, and in which order it is pushed |
 //! | [`memory`], [`frame`] | frozen pages, and the frames that carry them |
+//! | [`framer`], [`compression`], [`repeats`] | frames of pushed pages: whether to compress, and which pages are repeats |
 //! | [`serve`], [`push`], [`transfer`] | demand, background push, and the tasks that do them |
 //! | [`cli`], [`identity_command`], [`report`] | what the operator says and is told |
 
@@ -19,10 +20,12 @@ pub mod adopt;
 pub mod attach;
 pub mod book;
 pub mod cli;
+pub mod compression;
 pub mod destination;
 pub mod engine;
 pub mod external;
 pub mod frame;
+pub mod framer;
 pub mod freeze;
 pub mod freezer;
 pub mod frozen;
@@ -38,6 +41,7 @@ pub mod offer;
 pub mod pending;
 pub mod push;
 pub mod push_order;
+pub mod repeats;
 pub mod report;
 pub mod rescue;
 pub mod serve;

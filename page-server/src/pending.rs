@@ -202,6 +202,14 @@ impl Pending {
         Some(Run { pid, pages })
     }
 
+    /// The first owed page of `pid` at or behind slot `from`, and its slot.
+    pub fn next_owed(&self, pid: ImagePid, from: usize) -> Option<(PageIndex, usize)> {
+        let process = self.processes.get(&pid)?;
+        let slots = process.lazy.slots();
+        let slot = process.next_owed(from).filter(|slot| *slot < slots)?;
+        Some((process.lazy.page(slot), slot))
+    }
+
     /// Slots of `pid`.
     pub fn slots(&self, pid: ImagePid) -> usize {
         self.processes.get(&pid).map_or(0, |p| p.lazy.slots())

@@ -3,11 +3,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use common::proto::bulk::CREDIT_BYTES;
+use common::limits::MAX_WANTED_RUNS;
+use common::proto::ProtoError;
+use common::proto::credit::{CREDIT_BYTES, CreditFrame, WANTED_BYTES, WantedRun};
 use quinn::{ReadExactError, RecvStream, SendStream};
 
 use crate::book::Book;
-use crate::frame;
+use crate::framer::{Form, Framer};
 use crate::memory::PageSource;
 use crate::pending::Run;
 use crate::skeleton;
@@ -19,6 +21,7 @@ pub struct Push {
     stream: SendStream,
     source: Arc<dyn PageSource>,
     book: Arc<Book>,
+    framer: Framer,
 }
 
 impl std::fmt::Debug for dyn PageSource {
@@ -28,13 +31,19 @@ impl std::fmt::Debug for dyn PageSource {
 }
 
 impl Push {
-    /// Pushes on `stream`.
-    pub fn new(stream: SendStream, source: Arc<dyn PageSource>, book: Arc<Book>) -> Self {
-        Push {
+    /// Pushes on a new `stream`.
+    pub fn new(
+        stream: SendStream,
+        source: Arc<dyn PageSource>,
+        book: Arc<Book>,
+        form: Form,
+    ) -> Result<Self, TransferError> {
+        Ok(Push {
             stream,
             source,
             book,
-        }
+            framer: Framer::new(form).map_err(TransferError::Compressor)?,
+        })
     }
 
     /// Sends the skeleton.
@@ -51,17 +60,27 @@ impl Push {
         Ok(self)
     }
 
-    /// Pushes until nothing is owed. `credits` carries the total of payload bytes allowed so far, again and again.
+    /// Pushes until nothing is owed. `credits` carries what the destination wants first, and then the total of bytes
+    /// allowed so far, again and again.
     pub async fn all(mut self, credits: Option<RecvStream>) -> Result<(), TransferError> {
         let Some(mut credits) = credits else {
             return Ok(());
         };
+        self.framer.paused();
         let mut allowed = 0;
         let mut sent = 0;
+        let mut wanted_runs = 0;
         while self.book.owed() > 0 {
             while sent >= allowed {
                 match next_credit(&mut credits).await? {
-                    Some(credit) => allowed = credit,
+                    Some(CreditFrame::Total(credit)) => allowed = credit,
+                    Some(CreditFrame::Wanted(count)) => {
+                        wanted_runs += count;
+                        if wanted_runs > MAX_WANTED_RUNS {
+                            return Err(ProtoError::Field("number of wanted runs").into());
+                        }
+                        self.book.want(&wanted(&mut credits, count).await?);
+                    }
                     None => return Ok(()),
                 }
             }
@@ -72,21 +91,36 @@ impl Push {
     }
 
     async fn send(&mut self, run: Run) -> Result<u64, TransferError> {
-        let new = (1 << run.pages.count) - 1;
-        let frame = frame::read(self.source.as_ref(), run, new)?;
-        self.book.sent(frame.digest, frame.zero_pages);
-        let length = frame.bytes.len() as u64;
-        self.stream.write_chunk(frame.bytes).await?;
+        let mut pushed = self.framer.frame(self.source.as_ref(), run)?;
+        self.book.pushed(&pushed);
+        let length = pushed.frame.bytes.len() as u64;
+        let bytes = std::mem::take(&mut pushed.frame.bytes);
+        self.stream.write_chunk(bytes).await?;
+        self.framer.sent(&pushed);
         Ok(length)
     }
 }
 
-/// The next total, or `None` when the destination has finished the stream.
-async fn next_credit(credits: &mut RecvStream) -> Result<Option<u64>, TransferError> {
+/// The next frame, or `None` when the destination has finished the stream.
+async fn next_credit(credits: &mut RecvStream) -> Result<Option<CreditFrame>, TransferError> {
     let mut credit = [0; CREDIT_BYTES];
     match credits.read_exact(&mut credit).await {
-        Ok(()) => Ok(Some(u64::from_le_bytes(credit))),
+        Ok(()) => Ok(Some(CreditFrame::decode(credit)?)),
         Err(ReadExactError::FinishedEarly(_)) => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Reads a piece of the order the destination wants.
+async fn wanted(credits: &mut RecvStream, count: usize) -> Result<Vec<Run>, TransferError> {
+    let mut bytes = vec![0; count * WANTED_BYTES];
+    credits.read_exact(&mut bytes).await?;
+    let runs = bytes.as_chunks().0.iter().map(|bytes| {
+        let wanted = WantedRun::decode(bytes)?;
+        Ok(Run {
+            pid: wanted.pid,
+            pages: wanted.pages(),
+        })
+    });
+    runs.collect()
 }

@@ -9,7 +9,7 @@ use common::record::Phase;
 use quinn::Connection;
 use serde::Serialize;
 
-use crate::book::SentCounts;
+use crate::book::{Saved, SentCounts};
 
 /// One JSON object per migration.
 #[derive(Debug, Serialize)]
@@ -32,6 +32,8 @@ pub struct Record {
     pub cutover_us: u64,
     /// What was sent.
     pub pages: SentCounts,
+    /// How pushed pages were carried.
+    pub push: Saved,
     /// Bytes of UDP payload.
     pub wire_bytes: WireBytes,
     /// Length of the migration.
@@ -63,6 +65,7 @@ impl Default for Record {
             resumed_at_unix_us: 0,
             cutover_us: 0,
             pages: SentCounts::default(),
+            push: Saved::default(),
             wire_bytes: WireBytes::default(),
             total_us: 0,
         }

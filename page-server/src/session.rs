@@ -22,8 +22,10 @@ use common::session_file::{Kept, Remembered, SessionFile, Side, SourceSide, Task
 use common::stop::StopSignal;
 use tokio::time::sleep;
 
+use crate::compression::Mode;
 use crate::destination::{self, Destination, abort, unexpected};
 use crate::engine::Engine;
+use crate::framer::Form;
 use crate::freeze::{FreezeError, FreezePlan};
 use crate::frozen::FrozenWorkload;
 use crate::guard::note_session;
@@ -54,6 +56,8 @@ pub struct ServePlan {
     pub wait: Option<Duration>,
     /// One-time token that the destination must know.
     pub token: Option<Secret>,
+    /// Whether to compress pushed pages.
+    pub compress: Mode,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Command for when the workload is frozen and its skeleton complete.
@@ -347,7 +351,9 @@ impl Migration<'_> {
         let stream = destination
             .take_push()
             .ok_or_else(|| failed(&"the bulk stream is in use"))?;
-        let push = Push::new(stream, workload.source.clone(), workload.book.clone());
+        let (source, book) = (workload.source.clone(), workload.book.clone());
+        let form = self.form(destination, workload);
+        let push = Push::new(stream, source, book, form).map_err(|error| failed(&error))?;
         let images = workload.images();
         let sending = listen.bulk.thread.handle().spawn(async move {
             let push = push.skeleton(&images).await?;
@@ -370,6 +376,15 @@ impl Migration<'_> {
             }
             Ok(Err(error)) => Err(failed(&error)),
             Err(error) => Err(failed(&error)),
+        }
+    }
+
+    /// In which form pages are pushed to this destination.
+    fn form(&self, destination: &Destination, workload: &FrozenWorkload) -> Form {
+        Form {
+            compress: self.plan.compress,
+            version: destination.version,
+            related: workload.book.is_of_many(),
         }
     }
 

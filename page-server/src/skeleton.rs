@@ -67,6 +67,32 @@ pub fn eager_runs(process: &DumpedProcess) -> Vec<Run> {
         .collect()
 }
 
+/// Mappings that threads hold pointers into, of all processes, the smallest first: small ones are whole soon, and a
+/// large one says little about which of its pages are used.
+pub fn hot_runs(processes: &[DumpedProcess]) -> Vec<Run> {
+    let mut hot: Vec<Run> = processes
+        .iter()
+        .flat_map(|process| {
+            let lazy = process.layout.vmas.iter().filter(|vma| vma.lazy);
+            let pointed = lazy.filter(|vma| points_into(process, vma.pages));
+            pointed.map(|vma| Run {
+                pid: process.pid,
+                pages: vma.pages,
+            })
+        })
+        .collect();
+    hot.sort_by_key(|run| run.pages.count);
+    hot
+}
+
+fn points_into(process: &DumpedProcess, pages: PageRange) -> bool {
+    process.threads.iter().any(|thread| {
+        let known = [thread.stack_pointer, thread.thread_local];
+        let mut pointers = known.iter().chain(&thread.others);
+        pointers.any(|address| pages.contains(address.page()))
+    })
+}
+
 /// Files of a skeleton, in the order they are sent.
 pub fn files(images: &Path) -> Result<Vec<SkeletonName>, SkeletonError> {
     let read = |error| SkeletonError::Read {

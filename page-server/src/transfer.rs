@@ -28,6 +28,9 @@ pub enum TransferError {
     /// Frozen memory is lost.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// No memory for a compressor.
+    #[error("cannot compress: {0}")]
+    Compressor(std::io::Error),
     /// The skeleton cannot be sent.
     #[error(transparent)]
     Skeleton(#[from] SkeletonError),

@@ -14,7 +14,9 @@ use tokio::sync::{mpsc, watch};
 
 use crate::attach::{AttachError, ForeignDump};
 use crate::book::Book;
+use crate::compression::Mode;
 use crate::destination::{Destination, Unsettled, abort, unexpected};
+use crate::framer::Form;
 use crate::offer::Offer;
 use crate::push::Push;
 use crate::report::{Record, WireBytes};
@@ -241,7 +243,9 @@ impl Visit {
             .destination
             .take_push()
             .ok_or_else(|| self.fail(Failure::Internal, "the bulk stream is in use"))?;
-        let push = Push::new(stream, self.offer.source.clone(), self.book.clone());
+        let (source, book) = (self.offer.source.clone(), self.book.clone());
+        let push = Push::new(stream, source, book, self.form());
+        let push = push.map_err(|error| self.fail(Failure::Internal, error))?;
         let sending = self.threads.bulk.spawn(async move {
             let push = push.skeleton(&images).await?;
             push.eager().await
@@ -370,15 +374,24 @@ impl Visit {
         Ok(Ok(self.serve_again()))
     }
 
+    fn form(&self) -> Form {
+        Form {
+            compress: Mode::Auto,
+            version: self.destination.version,
+            related: self.book.is_of_many(),
+        }
+    }
+
     fn serve_again(&mut self) -> Transfer {
         let mut transfer = Transfer::default();
         let (source, book) = (self.offer.source.clone(), self.book.clone());
         let serving = self.destination.serve(source.clone(), book.clone());
         transfer.spawn(&self.threads.fault, serving);
         if let Some(stream) = self.destination.take_push() {
-            let push = Push::new(stream, source, book);
-            let credits = self.destination.take_credits();
-            transfer.spawn(&self.threads.bulk, push.all(credits));
+            let (form, credits) = (self.form(), self.destination.take_credits());
+            transfer.spawn(&self.threads.bulk, async move {
+                Push::new(stream, source, book, form)?.all(credits).await
+            });
         }
         transfer
     }

@@ -38,6 +38,7 @@ pub mod rig;
 pub mod service;
 pub mod shared_file;
 pub mod shell;
+pub mod siblings;
 pub mod small_disk;
 pub mod stop_and_copy;
 pub mod sysctl;

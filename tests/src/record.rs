@@ -33,6 +33,22 @@ pub struct Pages {
     pub removed: u64,
 }
 
+/// How pushed pages were carried, as the source counts it.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Pushed {
+    /// Bytes of the pages.
+    pub page_bytes: u64,
+    /// Bytes of their frames.
+    pub frame_bytes: u64,
+    /// Frames.
+    pub runs: u64,
+    /// Of these, frames with compressed pages.
+    pub compressed_runs: u64,
+    /// Pages that equal one pushed before.
+    pub referred: u64,
+}
+
 /// Bytes on the wire, as the source counts them.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -97,6 +113,8 @@ pub struct Record {
     pub cutover_us: u64,
     /// Pages by fate.
     pub pages: Pages,
+    /// How pushed pages were carried.
+    pub push: Pushed,
     /// Bytes on the wire.
     pub wire_bytes: WireBytes,
     /// Faults resolved.

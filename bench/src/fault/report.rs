@@ -1,9 +1,11 @@
 //! What the runs of `bench fault` come to.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::Serialize;
 use tests::latency::{Latencies, Percentiles};
+use tests::path::PathSpec;
 use tests::touch::Pattern;
 
 use super::run::Run;
@@ -13,6 +15,9 @@ use crate::peer::Peer;
 use crate::stats::Summary;
 use crate::table::Table;
 use crate::targets::{Bound, Target};
+
+/// From this round trip on CRIU's way to fetch one page range after the other is what bounds it.
+const LONG: Duration = Duration::from_millis(10);
 
 /// Everything that goes to the JSON file.
 #[derive(Debug, Serialize)]
@@ -69,7 +74,7 @@ impl Report {
         let paths = options
             .path
             .iter()
-            .map(|spec| OnePath::of(&spec.to_string(), &runs, bares))
+            .map(|spec| OnePath::of(spec, &runs, bares))
             .collect();
         Self {
             memory_mib: options.memory,
@@ -84,9 +89,10 @@ impl Report {
 }
 
 impl OnePath {
-    fn of(path: &str, runs: &[Run], bares: &[(String, Bare)]) -> Self {
+    fn of(spec: &PathSpec, runs: &[Run], bares: &[(String, Bare)]) -> Self {
+        let path = spec.to_string();
         let bare = |value: fn(&Bare) -> f64| {
-            let here = bares.iter().filter(|(of, _)| of == path);
+            let here = bares.iter().filter(|(of, _)| *of == path);
             Summary::of(&here.map(|(_, bare)| value(bare)).collect::<Vec<_>>())
         };
         let bare_p50_us = bare(|bare| bare.p50_us);
@@ -107,10 +113,11 @@ impl OnePath {
             rows: &rows,
             bare_p50_us,
             bare_bulk_mib_s,
+            is_long: spec.rtt >= LONG,
         }
         .all();
         Self {
-            path: path.to_owned(),
+            path,
             bare_p50_us,
             bare_bulk_mib_s,
             rows,
@@ -154,6 +161,7 @@ struct Targets<'a> {
     rows: &'a [Row],
     bare_p50_us: Option<Summary>,
     bare_bulk_mib_s: Option<Summary>,
+    is_long: bool,
 }
 
 impl Targets<'_> {
@@ -211,6 +219,12 @@ impl Targets<'_> {
                 bulk(still),
                 bulk(criu_still),
                 Bound::AtLeast(1.5),
+            ),
+            Target::ratio(
+                "bulk with faults over CRIU's, long path",
+                bulk(loaded).filter(|_| self.is_long),
+                bulk(criu),
+                Bound::AtLeast(10.0),
             ),
             Target::value(
                 "network faults, percent",

@@ -1,7 +1,7 @@
 //! Installing pages into memory of this process that is registered with a userfault descriptor.
 
 use std::num::NonZeroUsize;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -43,8 +43,8 @@ impl Room {
             .create()
             .context("no userfault descriptor")?;
         uffd.register(start.as_ptr(), bytes.get())?;
-        // SAFETY: ownership of the descriptor passes on.
-        let fd = unsafe { OwnedFd::from_raw_fd(uffd.into_raw_fd()) };
+        // SAFETY: the descriptor is open for as long as `uffd` lives, which is longer than this borrow.
+        let fd = unsafe { BorrowedFd::borrow_raw(uffd.as_raw_fd()) }.try_clone_to_owned()?;
         let first = VirtAddr(start.as_ptr() as u64).page();
         Ok(Room {
             pages: PageRange::new(first, PAGES as u64),

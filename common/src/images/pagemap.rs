@@ -62,12 +62,13 @@ pub fn parse_pagemap(file: &[u8]) -> Result<Pagemap, ImageError> {
         .next::<PagemapHead>()?
         .ok_or(ImageError::Missing("pagemap head"))?;
     let mut lazy = Vec::new();
-    let mut eager_pages = 0;
+    let mut eager_pages: u64 = 0;
     while let Some(entry) = messages.next::<PagemapEntry>()? {
         if entry.is(LAZY) {
             lazy.push(entry.pages());
         } else if entry.is(PRESENT) {
-            eager_pages += entry.pages().count;
+            // A number for people; an image that is wrong about it is not worth refusing.
+            eager_pages = eager_pages.saturating_add(entry.pages().count);
         }
     }
     Ok(Pagemap {
@@ -199,6 +200,13 @@ mod tests {
                 assert!(map.lazy.slots() < 5, "cut at {end}");
             }
         }
+    }
+
+    #[test]
+    fn counts_beyond_counting_are_borne() {
+        let endless = (0x1000, u64::MAX, PRESENT);
+        let map = parse_pagemap(&image(&[endless, endless])).expect("nothing is lazy");
+        assert_eq!(map.eager_pages, u64::MAX);
     }
 
     #[test]

@@ -192,6 +192,28 @@ fn a_long_path_is_filled_within_a_second() {
 }
 
 #[test]
+fn a_long_path_that_jitters_is_filled_within_a_second() {
+    let mut simulation = Simulation::new(GIGABIT, 30 * MS, 4 << 20);
+    simulation.noise = MS;
+    simulation.run(1000 * MS);
+    let seen = simulation.run(3000 * MS);
+    assert!(simulation.share(seen) > 0.9, "{}", simulation.share(seen));
+}
+
+#[test]
+fn a_long_path_is_filled_again_after_a_bad_moment() {
+    let mut simulation = Simulation::new(GIGABIT, 30 * MS, 4 << 20);
+    simulation.noise = MS / 2;
+    simulation.run(1000 * MS);
+    simulation.losses = 200;
+    simulation.run(100 * MS);
+    simulation.losses = 0;
+    simulation.run(2000 * MS);
+    let seen = simulation.run(1000 * MS);
+    assert!(simulation.share(seen) > 0.9, "{}", simulation.share(seen));
+}
+
+#[test]
 fn a_slow_start_floods_no_queue() {
     let mut simulation = Simulation::new(GIGABIT, 10 * MS, 8 << 20);
     let seen = simulation.run(300 * MS);
@@ -265,6 +287,16 @@ fn a_queue_target_recovers_when_faults_are_fast_again() {
 }
 
 #[test]
+fn lone_packets_that_are_acknowledged_late_say_nothing() {
+    let mut window = BulkWindow::new(INITIAL, PACKET);
+    window.note_round_trip(30 * MS);
+    for n in 1..50 {
+        window.acknowledged(n * 60 * MS, n * 60 * MS - 55 * MS, PACKET, false);
+    }
+    assert_eq!(window.bytes(), INITIAL);
+}
+
+#[test]
 fn a_window_that_collapsed_starts_again() {
     let mut simulation = Simulation::new(GIGABIT, MS, 4 << 20);
     simulation.run(100 * MS);
@@ -297,7 +329,7 @@ proptest! {
         let share = simulation.share(seen);
         prop_assert!(share > 0.8, "{share}");
         let least = Duration::from_secs_f64((PACKETS_MIN * PACKET) as f64 / rate);
-        let most = QUEUE_MAX * 3 + least + round_trip / START_QUEUE_PART;
+        let most = QUEUE_MAX * 3 + least + round_trip / START_QUEUE_PART * 2;
         prop_assert!(seen.mean_queue() < most, "{:?} of {most:?}", seen.mean_queue());
     }
 

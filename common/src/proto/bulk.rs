@@ -1,15 +1,13 @@
-//! Frames of the bulk stream besides pages: the skeleton's files, and the destination's credit.
+//! Frames of the bulk stream, source to destination: the skeleton's files, then pages.
 
 use super::ProtoError;
 use super::demand::{split_u32, split_u64};
+use super::packed::{PackedHeader, TAG_PACKED};
 use super::pages::{DATA_HEADER_BYTES, DataHeader, TAG_DATA};
 use crate::limits::{MAX_SKELETON_CHUNK_BYTES, MAX_SKELETON_FILE_BYTES, MAX_SKELETON_FILES};
 
 /// Every header on the bulk stream from the source has this size, so a reader always knows how much to read.
 pub const BULK_HEADER_BYTES: usize = DATA_HEADER_BYTES;
-
-/// Bytes of a credit frame.
-pub const CREDIT_BYTES: usize = 8;
 
 const TAG_FILE: u8 = 0x41;
 const TAG_SKELETON_END: u8 = 0x42;
@@ -37,6 +35,8 @@ pub enum BulkHeader {
     },
     /// Pages.
     Data(DataHeader),
+    /// Pages, made shorter.
+    Packed(PackedHeader),
 }
 
 impl BulkHeader {
@@ -45,6 +45,7 @@ impl BulkHeader {
         let mut header = [0; BULK_HEADER_BYTES];
         match self {
             BulkHeader::Data(data) => return data.encode(),
+            BulkHeader::Packed(packed) => return packed.encode(),
             BulkHeader::File {
                 name,
                 offset,
@@ -71,6 +72,7 @@ impl BulkHeader {
         let (second, _) = split_u64(rest);
         match *tag {
             TAG_DATA => Ok(BulkHeader::Data(DataHeader::decode(header)?)),
+            TAG_PACKED => Ok(BulkHeader::Packed(PackedHeader::decode(header)?)),
             TAG_FILE => file(*name, second, first),
             TAG_SKELETON_END if first as usize > MAX_SKELETON_FILES => {
                 Err(ProtoError::Field("number of skeleton files"))
@@ -109,8 +111,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_decode_to_what_encodes_back_or_fail(mut bytes: [u8; BULK_HEADER_BYTES], tag in 0usize..4) {
-            bytes[0] = [TAG_DATA, TAG_FILE, TAG_SKELETON_END, bytes[0]][tag];
+        fn any_bytes_decode_to_what_encodes_back_or_fail(mut bytes: [u8; BULK_HEADER_BYTES], tag in 0usize..5) {
+            bytes[0] = [TAG_DATA, TAG_FILE, TAG_SKELETON_END, TAG_PACKED, bytes[0]][tag];
             if let Ok(header) = BulkHeader::decode(&bytes) {
                 prop_assert_eq!(BulkHeader::decode(&header.encode()).ok(), Some(header));
             }

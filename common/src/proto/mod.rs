@@ -4,11 +4,13 @@
 //! | --- | --- | --- |
 //! | control, on the fault connection | the session's steps, one message at a time | [`control`] |
 //! | demand, on the fault connection | page requests one way, pages the other | [`demand`], [`pages`] |
-//! | bulk, on the bulk connection | skeleton and pushed pages one way, credit the other | [`bulk`], [`pages`] |
+//! | bulk, on the bulk connection | skeleton and pushed pages one way, credit the other | [`bulk`], [`pages`], [`packed`], [`credit`] |
 
 pub mod bulk;
 pub mod control;
+pub mod credit;
 pub mod demand;
+pub mod packed;
 pub mod pages;
 pub mod skeleton_name;
 pub mod stream;

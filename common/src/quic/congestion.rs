@@ -161,6 +161,7 @@ impl ControllerFactory for PacedBulk {
     fn build(self: Arc<Self>, _now: Instant, mtu: u16) -> Box<dyn Controller> {
         Box::new(Paced {
             window: BulkWindow::new(self.initial_window, mtu.into()),
+            started: false,
             initial_window: self.initial_window,
             gauge: self.gauge.clone(),
         })
@@ -171,6 +172,7 @@ impl ControllerFactory for PacedBulk {
 #[derive(Clone)]
 struct Paced {
     window: BulkWindow,
+    started: bool,
     initial_window: u64,
     gauge: FaultGauge,
 }
@@ -186,8 +188,11 @@ impl Controller for Paced {
     ) {
         let (now, sent) = (self.gauge.since_epoch(now), self.gauge.since_epoch(sent));
         self.gauge.note_bulk(now);
-        // That of the handshake is among them: nothing was queued then.
-        self.window.note_round_trip(rtt.min());
+        if !self.started {
+            self.started = true;
+            // That of the handshake: nothing was queued then.
+            self.window.note_round_trip(rtt.min());
+        }
         self.window.acknowledged(now, sent, bytes, !app_limited);
         self.window.heed(now, self.gauge.trips());
     }

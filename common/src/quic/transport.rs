@@ -30,15 +30,12 @@ const INITIAL_RTT: Duration = Duration::from_millis(10);
 /// Unacknowledged bytes a fault connection holds; also what one of its streams may have unread.
 const FAULT_WINDOW: u32 = 4 << 20;
 
-/// Unacknowledged bytes a bulk connection holds at first. This is what bounds the queue on a path without loss, where
-/// Cubic grows without end. See [`super::set_send_window`] for long paths.
-pub(super) const BULK_SEND_WINDOW: u64 = 4 << 20;
+/// Unacknowledged and unsent bytes a bulk connection holds: 1 Gbit/s at 100 ms. What is on the path is bounded by
+/// [`crate::pacing`], and what waits here by the destination's credit.
+const BULK_SEND_WINDOW: u64 = 16 << 20;
 
 /// Unread bytes a bulk stream may have: twice the most that is ever in flight, so that flow control never stalls it.
 const BULK_STREAM_WINDOW: u32 = 2 * MAX_BULK_WINDOW_BYTES as u32;
-
-/// What [`super::set_send_window`] is capped to: nobody can have more unacknowledged than the peer lets us send.
-pub(super) const MAX_SEND_WINDOW: u64 = BULK_STREAM_WINDOW as u64;
 
 /// First congestion windows in bytes.
 const FAULT_INITIAL_WINDOW: u64 = 64 * 1024;

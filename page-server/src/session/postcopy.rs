@@ -16,6 +16,7 @@ use super::Migration;
 use crate::book::Book;
 use crate::destination::{self, Acquaintance, Destination, Unsettled, unexpected};
 use crate::frame;
+use crate::framer::Form;
 use crate::frozen::FrozenWorkload;
 use crate::listen::Listen;
 use crate::memory::PageSource;
@@ -233,7 +234,8 @@ impl Migration<'_> {
                 Ok(()) => {
                     eprintln!("page-server: the destination is back");
                     self.advance(Event::Settled)?;
-                    let transfer = serve_again(listen, &mut destination, workload);
+                    let form = self.form(&destination, workload);
+                    let transfer = serve_again(listen, &mut destination, workload, form);
                     return Ok(Found::Again(destination, transfer));
                 }
                 Err(Unsettled::CopyDead(abort)) => return Ok(Found::CopyDead(destination, abort)),
@@ -348,6 +350,7 @@ impl Migration<'_> {
         self.advance(Event::AllPresent)?;
         let ours = workload.book.tally();
         self.record.pages = workload.book.counts();
+        self.record.push = workload.book.saved();
         if ours != theirs || workload.book.owed() > 0 {
             let text = format!(
                 "the ends disagree (source {ours:?}, destination {theirs:?}); the frozen original is kept"
@@ -380,6 +383,7 @@ fn serve_again(
     listen: &Listen,
     destination: &mut Destination,
     workload: &FrozenWorkload,
+    form: Form,
 ) -> Transfer {
     let mut transfer = Transfer::default();
     let (source, book) = (workload.source.clone(), workload.book.clone());
@@ -388,11 +392,10 @@ fn serve_again(
         destination.serve(source.clone(), book.clone()),
     );
     if let Some(stream) = destination.take_push() {
-        let push = Push::new(stream, source, book);
-        transfer.spawn(
-            listen.bulk.thread.handle(),
-            push.all(destination.take_credits()),
-        );
+        let credits = destination.take_credits();
+        transfer.spawn(listen.bulk.thread.handle(), async move {
+            Push::new(stream, source, book, form)?.all(credits).await
+        });
     }
     transfer
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use common::images::ImagePid;
 use common::limits::MAX_PRESENT_WORDS;
-use common::proto::control::{Abort, Hello, Present, Resume, ToDestination, ToSource, Welcome};
+use common::proto::control::{Hello, Present, Resume, ToDestination, ToSource, Welcome};
 use common::proto::pages::{DATA_HEADER_BYTES, DataHeader, DemandReply};
 use common::proto::version;
 use common::session::{Event, Session, State};
@@ -414,19 +414,9 @@ impl Destination {
         }
         self.look(around);
     }
-
-    /// What it says when it gives up a copy that never ran.
-    pub fn last_word(&self) -> ToSource {
-        ToSource::Abort(Abort {
-            host: String::from("b"),
-            state: self.session.state(),
-            text: String::new(),
-            copy_is_dead: self.copy != Copy::Running,
-        })
-    }
 }
 
-/// A bitmap in messages.
+/// The words of a bitmap, in as many messages as it needs.
 fn parts(pid: ImagePid, words: &[u64]) -> impl Iterator<Item = Present> {
     let chunks = words.chunks(MAX_PRESENT_WORDS).enumerate();
     chunks.map(move |(index, words)| Present {

@@ -65,11 +65,10 @@ impl Whole<'_> {
             return;
         };
         for (pid, map) in self.destination.memory.present_map() {
-            let words = map.received;
             let lazy = self.source.lazy(pid);
             for slot in 0..lazy.slots() {
                 let page = lazy.page(slot);
-                let received = words[slot / 64] >> (slot % 64) & 1 == 1;
+                let received = map.received[slot / 64] >> (slot % 64) & 1 == 1;
                 let on_the_way = self.is_on_the_way(link, |its_pid, pages| {
                     its_pid == pid && pages.contains(page)
                 });

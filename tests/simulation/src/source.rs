@@ -194,7 +194,7 @@ impl Source {
         self.original = Original::Frozen;
         self.advance(Event::Dumped);
         let pending = Pending::new(self.processes.iter().cloned());
-        self.book = Some(Arc::new(Book::new(pending, &self.eager)));
+        self.book = Some(Arc::new(Book::new(pending, &self.eager, &[])));
         let Some(link) = self.link else { return };
         around.send(link, Lane::BulkDown, Message::SkeletonEnd);
         self.say(around, ToDestination::Frozen);

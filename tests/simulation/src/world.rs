@@ -36,7 +36,7 @@ pub enum End {
 }
 
 /// Something that happens.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Happening {
     /// The next message of a lane arrives.
     Arrive(LinkId, Lane),
@@ -218,8 +218,8 @@ fn name(message: &Message) -> Option<Kind> {
         Message::ToSource(ToSource::Resume(_)) => "Resume",
         Message::ToDestination(ToDestination::WelcomeBack { .. }) => "WelcomeBack",
         Message::ToSource(ToSource::Present(_)) => "Present",
-        Message::ToSource(ToSource::PresentEnd) => "PresentEnd",
         Message::ToSource(ToSource::Withheld(_)) => "Withheld",
+        Message::ToSource(ToSource::PresentEnd) => "PresentEnd",
         _ => return None,
     })
 }

@@ -66,7 +66,7 @@ impl Mischief {
     }
 
     /// A message of the destination.
-    pub fn to_source(&mut self, mut message: ToSource) -> Passage<ToSource> {
+    pub fn upward(&mut self, mut message: ToSource) -> Passage<ToSource> {
         match &mut message {
             ToSource::Hello(hello) => hello.versions.retain(|version| *version == VERSION),
             ToSource::Staged if self.strikes(Scenario::SpeaksOutOfTurn) => {
@@ -82,7 +82,7 @@ impl Mischief {
     }
 
     /// A message of the source.
-    pub fn to_destination(&mut self, message: ToDestination) -> Passage<ToDestination> {
+    pub fn downward(&mut self, message: ToDestination) -> Passage<ToDestination> {
         Passage::Send(vec![message])
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use common::identity::Trust;
-use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader, CREDIT_BYTES};
+use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader};
 use common::proto::control::BulkHello;
 use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
 use common::proto::stream;
@@ -87,13 +87,13 @@ async fn pass_fault(below: Connection, above: Connection, mischief: Shared) -> R
         recv,
         above_send,
         mischief.clone(),
-        Mischief::to_source,
+        Mischief::upward,
     ));
     down.spawn(messages(
         above_recv,
         send,
         mischief.clone(),
-        Mischief::to_destination,
+        Mischief::downward,
     ));
     let demand = {
         let (below, above) = (below.clone(), above.clone());
@@ -159,21 +159,13 @@ async fn pass_bulk(orders: Arc<Orders>, below: Connection, mischief: Shared) -> 
     let hello: BulkHello = stream::receive(&mut recv).await?;
     stream::send(&mut above_send, &hello).await?;
     let (mut up, mut down) = (JoinSet::new(), JoinSet::new());
-    up.spawn(credits(recv, above_send));
+    up.spawn(copy(recv, above_send));
     down.spawn(frames(above_recv, send, mischief));
     tokio::select! {
         reason = below.closed() => close(&above, &reason, up).await,
         reason = above.closed() => close(&below, &reason, down).await,
     }
     Ok(())
-}
-
-async fn credits(mut from: RecvStream, mut to: SendStream) -> Result<()> {
-    let mut credit = [0; CREDIT_BYTES];
-    while from.read_exact(&mut credit).await.is_ok() {
-        to.write_all(&credit).await?;
-    }
-    end(to).await
 }
 
 async fn frames(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> Result<()> {
@@ -195,7 +187,8 @@ fn body_bytes(header: &BulkHeader) -> usize {
     match header {
         BulkHeader::File { name, payload, .. } => usize::from(*name) + *payload as usize,
         BulkHeader::Data(data) => data.payload as usize,
-        _ => 0,
+        BulkHeader::Packed(packed) => packed.payload as usize,
+        BulkHeader::SkeletonEnd { .. } => 0,
     }
 }
 

@@ -1,0 +1,315 @@
+//! Whether the next runs are compressed: pure, fed with what sending cost.
+//!
+//! Compression pays when the time it takes is less than the time the link is spared, and neither is known beforehand:
+//! the link may be shaped, the processor shared, the data noise. So both ways are tried for a *slice* of pages each, and
+//! the faster one is kept. Now and then the other is tried again, ever more rarely as long as it loses.
+
+use std::time::Duration;
+
+/// What the operator wants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Mode {
+    /// Compress while it makes the push faster
+    #[default]
+    Auto,
+    /// Compress whatever shrinks
+    Always,
+    /// Do not compress
+    Never,
+}
+
+/// Bytes of pages over which a rate means something: several times what credit and buffers let through at once on a
+/// short path.
+const SLICE_BYTES: u64 = 2 << 20;
+/// Time over which it does: several turns of whoever else wants this processor.
+const SLICE_TIME: Duration = Duration::from_millis(20);
+/// Bytes of pages after which a trial may be given up because compressing alone takes too long.
+const EARLY_BYTES: u64 = 1 << 20;
+/// Slices until the slower way is tried again, at first and at most.
+const PAUSE_SLICES: (u32, u32) = (8, 128);
+/// Compressing must take less than this part of the time to be begun: rates are noisy, it costs the processor of both
+/// ends, and where it pays it pays more.
+const CLEARLY: f64 = 0.8;
+
+/// One run that was sent.
+#[derive(Clone, Copy, Debug)]
+pub struct SentRun {
+    /// Bytes of its pages.
+    pub page_bytes: u64,
+    /// Time the compressor took.
+    pub compressing: Duration,
+    /// Time since the run before was sent.
+    pub elapsed: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Raw,
+    Packed,
+}
+
+impl Way {
+    fn other(self) -> Way {
+        match self {
+            Way::Raw => Way::Packed,
+            Way::Packed => Way::Raw,
+        }
+    }
+}
+
+/// What has been sent of the present slice.
+#[derive(Clone, Copy, Debug, Default)]
+struct Slice {
+    page_bytes: u64,
+    compressing: Duration,
+    elapsed: Duration,
+}
+
+/// Decides between the two ways.
+#[derive(Debug)]
+pub struct Compression {
+    mode: Mode,
+    way: Way,
+    slice: Slice,
+    /// The first slice fills the buffers on the way and says nothing.
+    is_warm: bool,
+    /// The present slice is a trial of the slower way.
+    on_trial: bool,
+    /// Nanoseconds for a byte of pages, as last measured.
+    raw: Option<f64>,
+    packed: Option<f64>,
+    /// Slices until the next trial, and how many it will be the next time.
+    until_trial: u32,
+    pause: u32,
+}
+
+impl Compression {
+    /// Nothing is known yet.
+    pub fn new(mode: Mode) -> Self {
+        Compression {
+            mode,
+            way: match mode {
+                Mode::Always => Way::Packed,
+                Mode::Auto | Mode::Never => Way::Raw,
+            },
+            slice: Slice::default(),
+            is_warm: false,
+            on_trial: false,
+            raw: None,
+            packed: None,
+            until_trial: 0,
+            pause: PAUSE_SLICES.0,
+        }
+    }
+
+    /// Whether the next run is to be compressed.
+    pub fn compresses(&self) -> bool {
+        self.way == Way::Packed
+    }
+
+    /// A run was sent the way it was to be.
+    pub fn sent(&mut self, run: SentRun) {
+        if self.mode != Mode::Auto {
+            return;
+        }
+        self.slice.page_bytes += run.page_bytes;
+        self.slice.compressing += run.compressing;
+        self.slice.elapsed += run.elapsed;
+        if self.is_hopeless() {
+            let compressing = per_byte(self.slice.compressing, self.slice.page_bytes);
+            self.packed = Some(compressing);
+            self.lose();
+        } else if self.slice.page_bytes >= SLICE_BYTES
+            && (self.slice.elapsed >= SLICE_TIME || !self.is_warm)
+        {
+            self.conclude();
+        }
+    }
+
+    /// On trial, and compressing alone takes longer than sending the pages as they are.
+    fn is_hopeless(&self) -> bool {
+        let compressing = per_byte(self.slice.compressing, self.slice.page_bytes);
+        self.on_trial
+            && self.way == Way::Packed
+            && self.slice.page_bytes >= EARLY_BYTES
+            && self.raw.is_some_and(|raw| compressing >= raw)
+    }
+
+    fn conclude(&mut self) {
+        let measured = per_byte(self.slice.elapsed, self.slice.page_bytes);
+        self.slice = Slice::default();
+        if !self.is_warm {
+            self.is_warm = true;
+            return;
+        }
+        let estimate = match self.way {
+            Way::Raw => &mut self.raw,
+            Way::Packed => &mut self.packed,
+        };
+        // A way's estimate remembers a little: one slice may have been disturbed.
+        let measured = estimate.map_or(measured, |before| (before + measured) / 2.0);
+        *estimate = Some(measured);
+        match self.is_better() {
+            None => self.begin_trial(),
+            Some(packed) => self.judge(packed),
+        }
+    }
+
+    /// Whether compressing is better, if both ways are known.
+    fn is_better(&self) -> Option<bool> {
+        let (raw, packed) = (self.raw?, self.packed?);
+        Some(packed < raw * CLEARLY)
+    }
+
+    fn judge(&mut self, packed: bool) {
+        let is_on_better_way = packed == (self.way == Way::Packed);
+        match (self.on_trial, is_on_better_way) {
+            (true, true) => self.win(),
+            (true, false) => self.lose(),
+            (false, true) => self.wait_for_trial(),
+            // What is known of the other way is old, so it has to prove itself.
+            (false, false) => self.begin_trial(),
+        }
+    }
+
+    fn wait_for_trial(&mut self) {
+        self.until_trial = self.until_trial.saturating_sub(1);
+        if self.until_trial == 0 {
+            self.begin_trial();
+        }
+    }
+
+    fn begin_trial(&mut self) {
+        self.way = self.way.other();
+        self.on_trial = true;
+    }
+
+    /// The way on trial is the slower one still.
+    fn lose(&mut self) {
+        self.slice = Slice::default();
+        self.way = self.way.other();
+        self.on_trial = false;
+        self.until_trial = self.pause;
+        self.pause = (self.pause * 2).min(PAUSE_SLICES.1);
+    }
+
+    /// The way on trial is the faster one now.
+    fn win(&mut self) {
+        self.on_trial = false;
+        self.pause = PAUSE_SLICES.0;
+        self.until_trial = self.pause;
+    }
+}
+
+fn per_byte(time: Duration, bytes: u64) -> f64 {
+    time.as_nanos() as f64 / bytes.max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RUN_BYTES: u64 = 64 << 10;
+
+    /// A path and a processor: nanoseconds for each byte.
+    #[derive(Clone, Copy)]
+    struct World {
+        link: f64,
+        sending: f64,
+        compressing: f64,
+        /// Bytes that are left of one byte.
+        ratio: f64,
+    }
+
+    /// About what was measured: sending costs 1.2 ns a byte, compressing 1.8 ns.
+    fn world(link: f64) -> World {
+        World {
+            link,
+            sending: 1.2,
+            compressing: 1.8,
+            ratio: 0.25,
+        }
+    }
+
+    impl World {
+        fn send(self, compression: &mut Compression) -> (bool, f64) {
+            let compressed = compression.compresses();
+            let (compressing, left) = match compressed {
+                true => (self.compressing, self.ratio),
+                false => (0.0, 1.0),
+            };
+            let busy = compressing + self.sending * left;
+            let took = busy.max(self.link * left);
+            let nanoseconds =
+                |per_byte: f64| Duration::from_nanos((per_byte * RUN_BYTES as f64) as u64);
+            compression.sent(SentRun {
+                page_bytes: RUN_BYTES,
+                compressing: nanoseconds(compressing),
+                elapsed: nanoseconds(took),
+            });
+            (compressed, took)
+        }
+
+        /// Sends 512 MiB: the part of the runs that was compressed, and the time for a byte.
+        fn run(self, compression: &mut Compression) -> (f64, f64) {
+            let runs = (512 << 20) / RUN_BYTES;
+            let (mut compressed, mut took) = (0, 0.0);
+            for _ in 0..runs {
+                let (was, time) = self.send(compression);
+                compressed += u64::from(was);
+                took += time;
+            }
+            (compressed as f64 / runs as f64, took / runs as f64)
+        }
+    }
+
+    #[test]
+    fn a_slow_link_gets_compressed_pages() {
+        // 1 Gbit/s.
+        let (compressed, took) = world(8.0).run(&mut Compression::new(Mode::Auto));
+        assert!(compressed > 0.9, "{compressed}");
+        assert!(took < 2.0 * 1.3, "{took}");
+    }
+
+    #[test]
+    fn a_fast_path_is_not_slowed_down() {
+        for link in [0.5, 1.0, 1.4] {
+            let world = world(link);
+            let (compressed, took) = world.run(&mut Compression::new(Mode::Auto));
+            assert!(compressed < 0.05, "{compressed}");
+            let without = world.link.max(world.sending);
+            assert!(took < without * 1.02, "{took} against {without}");
+        }
+    }
+
+    #[test]
+    fn a_path_that_changes_is_followed() {
+        let mut compression = Compression::new(Mode::Auto);
+        world(0.5).run(&mut compression);
+        let (compressed, _) = world(8.0).run(&mut compression);
+        assert!(compressed > 0.5, "{compressed}");
+        let (compressed, _) = world(0.5).run(&mut compression);
+        assert!(compressed < 0.5, "{compressed}");
+    }
+
+    #[test]
+    fn noise_costs_next_to_nothing() {
+        let world = World {
+            compressing: 0.2,
+            ratio: 1.0,
+            ..world(2.0)
+        };
+        let (_, took) = world.run(&mut Compression::new(Mode::Auto));
+        assert!(took < 2.0 * 1.02, "{took}");
+    }
+
+    #[test]
+    fn the_operator_has_the_last_word() {
+        for (mode, expected) in [(Mode::Always, 1.0), (Mode::Never, 0.0)] {
+            for link in [0.5, 8.0] {
+                let (compressed, _) = world(link).run(&mut Compression::new(mode));
+                assert_eq!(compressed, expected);
+            }
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! Good inputs, made by our own encoders: what a fuzzer starts from.
+
+use common::images::ImagePid;
+use common::page::{PageIndex, PageRange};
+use common::proto::bulk::BulkHeader;
+use common::proto::control::{
+    Abort, BulkHello, Hello, Present, Resume, Secret, SessionId, Tally, ToDestination, ToSource,
+    Welcome,
+};
+use common::proto::demand::DemandFrame;
+use common::proto::pages::{DataHeader, DemandReply};
+use common::proto::stream;
+use common::session::State;
+use common::session_file::{SessionFile, Side, SourceSide, Task, encode};
+use serde::Serialize;
+
+const PID: ImagePid = ImagePid(100);
+const SECRET: Secret = Secret([5; 32]);
+const SESSION: SessionId = SessionId([6; 16]);
+
+/// First words of image files (`criu/include/magic.h`).
+const COMMON_MAGIC: u32 = 0x5456_4319;
+const INVENTORY_MAGIC: u32 = 0x5831_3116;
+const PSTREE_MAGIC: u32 = 0x5027_3030;
+const PAGEMAP_MAGIC: u32 = 0x5608_4025;
+const MM_MAGIC: u32 = 0x5749_2820;
+const CORE_MAGIC: u32 = 0x5505_3847;
+
+/// Good inputs of a target.
+pub fn corpus(target: &str) -> Vec<Vec<u8>> {
+    match target {
+        "control_to_source" => to_source().iter().map(framed).collect(),
+        "control_to_destination" => to_destination().iter().map(framed).collect(),
+        "bulk_hello" => vec![framed(&BulkHello {
+            session: SESSION,
+            secret: SECRET,
+        })],
+        "demand" => vec![
+            DemandFrame::Request(PID, pages(16)).encode().to_vec(),
+            DemandFrame::Discard(PID, pages(1 << 20)).encode().to_vec(),
+        ],
+        "replies" => vec![
+            DataHeader::raw(PID, pages(16), 5).encode().to_vec(),
+            DemandReply::Withheld(PID, pages(9)).encode().to_vec(),
+        ],
+        "bulk" => bulk()
+            .iter()
+            .map(|header| header.encode().to_vec())
+            .collect(),
+        "skeleton_name" => ["inventory.img", "core-1.img", "tmpfs-dev-74.tar.gz.img"]
+            .map(|name| name.as_bytes().to_vec())
+            .to_vec(),
+        "image_pagemap" => vec![image(
+            PAGEMAP_MAGIC,
+            &[
+                number(1, 1),
+                [number(1, 0x1000), number(2, 0), number(4, 2), number(5, 3)].concat(),
+                [number(1, 0x9000), number(2, 0), number(4, 4), number(5, 7)].concat(),
+            ],
+        )],
+        "image_mm" => vec![image(MM_MAGIC, &[mm()])],
+        "image_core" => vec![image(CORE_MAGIC, &[core()])],
+        "image_pstree" => vec![image(
+            PSTREE_MAGIC,
+            &[[number(1, 7), number(2, 0), number(5, 7), number(5, 8)].concat()],
+        )],
+        "image_inventory" => vec![inventory()],
+        "image_stored_pages" => vec![image(
+            PAGEMAP_MAGIC,
+            &[
+                number(1, 1),
+                [number(1, 0x1000), number(2, 0), number(4, 6), number(5, 3)].concat(),
+            ],
+        )],
+        "session_file" => vec![encode(&session_file()).expect("it is small")],
+        _ => Vec::new(),
+    }
+}
+
+fn pages(count: u64) -> PageRange {
+    PageRange::new(PageIndex(0x7f00_0000), count)
+}
+
+fn to_source() -> Vec<ToSource> {
+    vec![
+        ToSource::Hello(Hello {
+            versions: vec![1],
+            token: Some(SECRET),
+            host: String::from("b"),
+        }),
+        ToSource::Ready,
+        ToSource::Drained(Tally {
+            pages: 1 << 20,
+            digest: u64::MAX,
+            discarded: 3,
+        }),
+        ToSource::Abort(abort()),
+        ToSource::Resume(Resume {
+            version: 1,
+            session: SESSION,
+            secret: SECRET,
+        }),
+        ToSource::Present(Present {
+            pid: PID,
+            first_word: 0,
+            words: vec![u64::MAX; 9],
+        }),
+        ToSource::PresentEnd,
+    ]
+}
+
+fn to_destination() -> Vec<ToDestination> {
+    vec![
+        ToDestination::Welcome(Welcome {
+            version: 1,
+            session: SESSION,
+            secret: SECRET,
+            bulk_port: 7001,
+            host: String::from("a"),
+        }),
+        ToDestination::Frozen,
+        ToDestination::Complete,
+        ToDestination::Abort(abort()),
+        ToDestination::WelcomeBack { bulk_port: 7001 },
+    ]
+}
+
+fn abort() -> Abort {
+    Abort {
+        host: String::from("a"),
+        state: State::Listen,
+        text: String::from("no"),
+        copy_is_dead: true,
+    }
+}
+
+fn session_file() -> SessionFile {
+    let task = Task { pid: 7, start: 9 };
+    let address = "10.0.0.1:7000".parse().expect("an address");
+    SessionFile {
+        id: SESSION,
+        state: State::Postcopy,
+        boot: String::from("boot"),
+        program: task,
+        directory: String::from("/run/postcopy"),
+        identity: String::from("/etc/postcopy"),
+        accept: vec![String::from("ab")],
+        mtu: Some(1452),
+        secret: SECRET,
+        peer_host: String::from("b"),
+        side: Side::Source(SourceSide {
+            root: task,
+            tasks: vec![task; 3],
+            criu: task,
+            criu_program: String::from("criu"),
+            fault: address,
+            bulk: address,
+            on_thawed: Some(String::from("true")),
+        }),
+    }
+}
+
+fn bulk() -> Vec<BulkHeader> {
+    vec![
+        BulkHeader::File {
+            name: 13,
+            offset: 1 << 20,
+            payload: 1 << 16,
+        },
+        BulkHeader::SkeletonEnd {
+            files: 40,
+            bytes: 1 << 20,
+        },
+        BulkHeader::Data(DataHeader::raw(PID, pages(4), 0)),
+    ]
+}
+
+/// A control message as it is on the stream.
+fn framed(message: &impl Serialize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let runtime = tokio::runtime::Builder::new_current_thread().build();
+    let sent = runtime
+        .expect("a runtime")
+        .block_on(stream::send(&mut bytes, message));
+    sent.expect("a Vec takes everything");
+    bytes
+}
+
+/// An image file of these messages.
+fn image(magic: u32, messages: &[Vec<u8>]) -> Vec<u8> {
+    let mut file = [COMMON_MAGIC.to_le_bytes(), magic.to_le_bytes()].concat();
+    for message in messages {
+        file.extend((message.len() as u32).to_le_bytes());
+        file.extend(message);
+    }
+    file
+}
+
+fn inventory() -> Vec<u8> {
+    let message = [number(1, 2), number(11, 1)].concat();
+    let length = (message.len() as u32).to_le_bytes();
+    [&INVENTORY_MAGIC.to_le_bytes()[..], &length, &message].concat()
+}
+
+fn mm() -> Vec<u8> {
+    let vma = [
+        number(1, 0x1000),
+        number(2, 0x9000),
+        number(6, 0x22),
+        number(7, 1),
+    ]
+    .concat();
+    let landmarks = [5, 7, 8, 9, 10, 11].map(|field| number(field, 0x7fff_0000));
+    [landmarks.concat(), nested(14, &vma)].concat()
+}
+
+fn core() -> Vec<u8> {
+    let fields = (1..=15).chain([17, 20, 22]);
+    let registers: Vec<u8> = fields.flat_map(|field| number(field, 0x40_0000)).collect();
+    nested(2, &nested(2, &registers))
+}
+
+/// A protobuf field that holds a number.
+fn number(field: u64, value: u64) -> Vec<u8> {
+    [varint(field << 3), varint(value)].concat()
+}
+
+/// A protobuf field that holds a message.
+fn nested(field: u64, message: &[u8]) -> Vec<u8> {
+    let head = [varint(field << 3 | 2), varint(message.len() as u64)].concat();
+    [&head, message].concat()
+}
+
+fn varint(mut value: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while value >= 0x80 {
+        bytes.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    bytes.push(value as u8);
+    bytes
+}

@@ -1,0 +1,184 @@
+//! Who must not get a workload: refused and logged, while the workload runs on undisturbed.
+//!
+//! Certificates that are missing, foreign, expired or not accepted are tested on real sockets in
+//! `common/src/quic/tests/trust.rs`; wrong tokens and versions in `bad_input.rs`.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use tests::exit_code::{CONNECTION, REFUSED};
+use tests::failure::{Bystander, expect_failure};
+use tests::gate::Gate;
+use tests::harness::{self, Body, MIGRATION, REDIS_MIGRATION, Test};
+use tests::leftovers::assert_moved;
+use tests::pair::{PATIENCE, PORT, PairPlan, Side};
+use tests::process::Process;
+use tests::random::seed_of_this_run;
+use tests::rig::Rig;
+use tests::torture::{Torture, TorturePlan};
+use tests::{binaries, identity};
+
+fn main() -> ExitCode {
+    let with_redis: [(&'static str, Body); 3] = [
+        ("a_destination_of_another_ca", a_destination_of_another_ca),
+        ("a_token_of_an_earlier_run", a_token_of_an_earlier_run),
+        ("a_second_destination_before_the_cutover", |rig| {
+            a_second_destination(rig, false)
+        }),
+    ];
+    let with_torture: [(&'static str, Body); 2] = [
+        ("a_second_destination_after_the_cutover", |rig| {
+            a_second_destination(rig, true)
+        }),
+        ("a_flood_of_strangers", a_flood_of_strangers),
+    ];
+    let test = |needs| move |(name, body)| Test { name, needs, body };
+    let with_redis = with_redis.map(test(REDIS_MIGRATION));
+    harness::main(
+        with_redis
+            .into_iter()
+            .chain(with_torture.map(test(MIGRATION))),
+    )
+}
+
+/// A destination with another name for its log and files.
+fn stranger(rig: &Rig, identity: &std::path::Path, more: &[&str]) -> Result<Side> {
+    let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
+    let source = format!("{}:{PORT}", rig.source.address());
+    command.args(["restore", "--pidns", "--from", &source]);
+    command.arg("--identity").arg(identity).args(more);
+    command.arg("--criu").arg(binaries::criu()?);
+    Side::start_program(rig, "stranger", &mut command)
+}
+
+fn a_destination_of_another_ca(rig: &Rig) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let plan = PairPlan::new(rig)?;
+    let foreign = rig.folder().join("foreign");
+    identity::init(&foreign, &[])?;
+    let mut server = plan.start_server(rig, bystander.redis.pid())?;
+    let mut stranger = stranger(rig, &foreign, &[])?;
+    expect_failure(&mut stranger, REFUSED, &["lazy-restorer: error:", "CA"])?;
+    bystander.redis.assert_alive()?;
+    ensure!(server.process.is_running(), "the source ended");
+    ensure!(
+        server.process.stderr().contains("refused a peer"),
+        "the source says nothing of it: {}",
+        server.process.stderr()
+    );
+    server.terminate()?;
+    bystander.assert_unharmed(rig)
+}
+
+/// A token is good for one run of `page-server`.
+fn a_token_of_an_earlier_run(rig: &Rig) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let (first, second) = (rig.folder().join("first"), rig.folder().join("second"));
+    let with_token = |token: &std::path::Path| -> Result<PairPlan> {
+        let mut plan = PairPlan::new(rig)?;
+        plan.server.extend(["--token-file".into(), token.into()]);
+        Ok(plan)
+    };
+    let mut earlier = with_token(&first)?.start_server(rig, bystander.redis.pid())?;
+    earlier.terminate()?;
+    ensure!(first.exists(), "no token was written");
+    let plan = with_token(&second)?;
+    let mut server = plan.start_server(rig, bystander.redis.pid())?;
+    let replayed = first.to_string_lossy();
+    let identity = &plan.identities.destination;
+    let mut stranger = stranger(rig, identity, &["--token-file", &replayed])?;
+    expect_failure(&mut stranger, REFUSED, &["lazy-restorer: error:", "token"])?;
+    ensure!(
+        server.process.stderr().contains("token"),
+        "the source says nothing of it: {}",
+        server.process.stderr()
+    );
+    server.terminate()?;
+    bystander.assert_unharmed(rig)
+}
+
+/// Another destination with good papers comes while one is served: it is refused or not answered, and the migration of
+/// the first one goes through.
+fn a_second_destination(rig: &Rig, after_cutover: bool) -> Result<()> {
+    let torture = Torture::start(
+        rig,
+        TorturePlan {
+            mib: 24,
+            threads: 2,
+            seed: seed_of_this_run(),
+            ..TorturePlan::default()
+        },
+    )?;
+    let mut plan = PairPlan::new(rig)?;
+    let gate = Gate::new(rig, "served")?;
+    let (code, words) = if after_cutover {
+        // The command runs beside the migration, which therefore must not end by itself.
+        plan.restorer.push("--no-push".into());
+        plan.on_resumed = gate.after(&plan.on_resumed);
+        (REFUSED, "another destination")
+    } else {
+        plan.before_restore = gate.after(&plan.before_restore);
+        (CONNECTION, "serving another destination")
+    };
+    let mut server = plan.start_server(rig, torture.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    gate.wait(PATIENCE)?;
+    let mut stranger = stranger(rig, &plan.identities.destination, &[])?;
+    if after_cutover {
+        expect_failure(&mut stranger, code, &["lazy-restorer: error:", words])?;
+    }
+    gate.open()?;
+    if !after_cutover {
+        // Whether it is found waiting before the cutover or refused after it: it gets nothing.
+        let status = stranger.end()?;
+        let codes = [Some(code), Some(REFUSED)];
+        ensure!(
+            codes.contains(&status.code()),
+            "{status}: {}",
+            stranger.process.stderr()
+        );
+    } else {
+        torture.wait_for_rounds(100)?;
+        torture.finish()?;
+    }
+    restorer.expect_success()?;
+    server.expect_success()?;
+    if !after_cutover {
+        torture.wait_for_rounds(100)?;
+        assert_moved(rig, restorer.restored_pid()?)?;
+        torture.finish()?;
+    }
+    Ok(())
+}
+
+/// Strangers knock all the time; a migration begun and finished meanwhile is right to the last byte.
+fn a_flood_of_strangers(rig: &Rig) -> Result<()> {
+    let torture = Torture::start(
+        rig,
+        TorturePlan {
+            mib: 32,
+            threads: 2,
+            seed: seed_of_this_run(),
+            ..TorturePlan::default()
+        },
+    )?;
+    let plan = PairPlan::new(rig)?;
+    let foreign = rig.folder().join("foreign");
+    identity::init(&foreign, &[])?;
+    let mut server = plan.start_server(rig, torture.pid())?;
+    let mut command = rig.client.command(binaries::program("handshake-flood")?);
+    command
+        .arg(&foreign)
+        .arg(format!("{}:{PORT}", rig.source.address()))
+        .arg("8");
+    let mut flood = Process::start("handshake-flood", &rig.make_folder("logs")?, &mut command)?;
+    flood.wait_for_output(PATIENCE, "flooding")?;
+    let mut restorer = plan.start_restorer(rig)?;
+    restorer.expect_success()?;
+    server.expect_success()?;
+    ensure!(flood.is_running(), "the flood ended too early");
+    flood.kill();
+    torture.wait_for_rounds(200)?;
+    assert_moved(rig, restorer.restored_pid()?).context("after the flood")?;
+    torture.finish()
+}
