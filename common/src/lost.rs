@@ -15,6 +15,15 @@ pub enum OnLost {
     ThawSource,
 }
 
+/// What is done about a link that stays lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LostPlan {
+    /// The operator's limit.
+    pub give_up_after: Option<Duration>,
+    /// What is done then.
+    pub on_lost: OnLost,
+}
+
 /// A value that `--on-lost` or `--give-up-after` does not know.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum LostError {

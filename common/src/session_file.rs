@@ -48,6 +48,17 @@ pub struct SessionFile {
     pub side: Side,
 }
 
+/// What of a program's command line a restart must know.
+#[derive(Clone, Debug)]
+pub struct Remembered {
+    /// Where sessions are kept.
+    pub store: Store,
+    /// Directory of our identity.
+    pub identity: std::path::PathBuf,
+    /// Certificates to accept.
+    pub accept: Vec<String>,
+}
+
 /// What only one end has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Side {
@@ -89,12 +100,14 @@ pub struct DestinationSide {
     pub keeper: Task,
     /// Whose tree the copy is: CRIU, or the init of the copy's PID namespace.
     pub anchor: Option<Task>,
+    /// That one puts the copy away by itself when what is below it is killed.
+    pub anchor_puts_away: bool,
+    /// The copy may have been let run. Written before it is; as long as it is false the copy never ran.
+    pub may_run: bool,
     /// The restored root.
     pub root: Option<Task>,
     /// All restored processes.
     pub tasks: Vec<Task>,
-    /// The source is to push what nobody asks for.
-    pub push: bool,
     /// Where the PID of the root goes.
     pub pidfile: Option<String>,
     /// The operator's command for when the copy runs, until it has been run.
@@ -136,7 +149,8 @@ impl SessionFile {
         }
         let held = match &self.side {
             Side::Source(source) => source.root.is_alive(),
-            Side::Destination(destination) => destination.keeper.is_alive(),
+            // That the copy is dead and never ran is worth telling the source.
+            Side::Destination(destination) => !destination.may_run || destination.keeper.is_alive(),
         };
         if !held {
             return Standing::Stale(Staleness::TasksGone);

@@ -11,9 +11,11 @@ use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::identity::{Fingerprint, Identity, Trust};
+use common::lost::{LostPlan, OnLost, parse_duration};
 use common::proto::version;
 use common::quic::PathProfile;
 use common::session::State;
+use common::session_file::{DEFAULT_DIRECTORY, Remembered, SessionFile, Standing, Store};
 use common::token;
 
 use crate::advise::{self, Leniency};
@@ -47,16 +49,13 @@ pub enum Command {
     /// Bring the workload that a page-server offers to this host
     #[command(after_help = RESTORE_HELP)]
     Restore(Box<Restore>),
+    /// Go on with a session whose lazy-restorer was killed after the cutover
+    Resume(Resume),
+    /// List the sessions of this host: served, orphaned (`resume` goes on with them) or stale
+    Sessions(Sessions),
     /// Stand in the place of `criu lazy-pages` for a restore that another program runs
     #[command(after_help = LAZY_PAGES_HELP)]
     LazyPages(Box<LazyPages>),
-    /// Used by lazy-restorer itself: holds page fault descriptors should it die
-    #[command(hide = true)]
-    Keeper {
-        /// The migration's directory
-        #[arg(long)]
-        directory: PathBuf,
-    },
     /// Used by lazy-restorer itself: a PID namespace for the restored workload
     #[command(hide = true)]
     Nursery {
@@ -79,6 +78,145 @@ Example: take redis and its service address over
       --before-restore 'ip address add 10.0.0.100/24 dev eth0' \\
       --on-resumed 'arping -q -U -c 1 -I eth0 10.0.0.100' \\
       --on-aborted 'ip address del 10.0.0.100/24 dev eth0'";
+
+/// What is done about a source that cannot be reached.
+#[derive(Debug, Args)]
+struct Lost {
+    /// Give a lost source up after this time, such as 90s, 5m or 2h [default: try for ever]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    give_up_after: Option<Duration>,
+    /// What to do then: keep-paused (say so, and go on trying), kill (the copy here), or thaw-source (kill the copy here
+    /// and try to tell the source, which then lets the original run as it was when it was frozen)
+    #[arg(long, value_name = "WHAT", default_value = "keep-paused")]
+    on_lost: OnLost,
+}
+
+impl Lost {
+    fn plan(&self) -> LostPlan {
+        LostPlan {
+            give_up_after: self.give_up_after,
+            on_lost: self.on_lost,
+        }
+    }
+}
+
+/// Where sessions are kept.
+#[derive(Debug, Args)]
+pub struct StateDirectory {
+    /// Directory of session files, for a restart after a program was killed
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_DIRECTORY)]
+    state_dir: PathBuf,
+}
+
+impl StateDirectory {
+    /// The destination's sessions.
+    pub fn store(&self) -> Store {
+        Store::of_destination(&self.state_dir)
+    }
+}
+
+/// Options of `sessions`.
+#[derive(Debug, Args)]
+pub struct Sessions {
+    /// Where they are.
+    #[command(flatten)]
+    pub state: StateDirectory,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `resume`.
+#[derive(Debug, Args)]
+pub struct Resume {
+    #[command(flatten)]
+    state: StateDirectory,
+    /// The session, or how its name begins
+    #[arg(long, value_name = "ID")]
+    session: String,
+    #[command(flatten)]
+    lost: Lost,
+    /// For tests: fetch nothing but what the workload touches
+    #[arg(long, hide = true)]
+    no_push: bool,
+    /// Write a record of the rest of the migration to this file, as one JSON object
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+impl Resume {
+    /// Finds the session and makes sure that it may be gone on with.
+    pub fn plan(&self) -> Result<(MigratePlan, SessionFile), SessionError> {
+        let store = self.state.store();
+        let file = store.find(&self.session);
+        let file = file.map_err(|error| paused(Failure::BadInput, &error))?;
+        match file.standing() {
+            Standing::Orphaned => {}
+            standing => {
+                let text = format!(
+                    "session {} cannot be gone on with: it is {standing}",
+                    file.id
+                );
+                return Err(paused(Failure::BadInput, &text));
+            }
+        }
+        let plan = self.plan_of(&file, store)?;
+        Ok((plan, file))
+    }
+
+    fn plan_of(&self, file: &SessionFile, store: Store) -> Result<MigratePlan, SessionError> {
+        let side = file
+            .destination()
+            .ok_or_else(|| paused(Failure::BadInput, &"this is no session of a destination"))?;
+        let identity = Identity::load(Path::new(&file.identity))
+            .map_err(|error| paused(Failure::Identity, &error))?;
+        let accept: Vec<Fingerprint> = file
+            .accept
+            .iter()
+            .map(|text| text.parse())
+            .collect::<Result<_, _>>()
+            .map_err(|error| paused(Failure::Identity, &error))?;
+        Ok(MigratePlan {
+            connect: ConnectPlan {
+                source: side.source,
+                identity,
+                trust: trust(&accept),
+                path: PathProfile { mtu: file.mtu },
+                versions: vec![side.version],
+                token: None,
+            },
+            criu: None,
+            criu_args: Vec::new(),
+            engine: Engine::Criu,
+            leniency: Leniency::default(),
+            push: !self.no_push,
+            work_dir: None,
+            pidfile: side.pidfile.as_ref().map(PathBuf::from),
+            before_restore: None,
+            on_resumed: side.on_resumed.clone(),
+            on_aborted: None,
+            rehearsal: RehearsalPlan::default(),
+            files: Files::default(),
+            lost: self.lost.plan(),
+            remembered: Remembered {
+                store,
+                identity: PathBuf::from(&file.identity),
+                accept: file.accept.clone(),
+            },
+        })
+    }
+}
+
+fn paused(failure: Failure, error: &dyn std::fmt::Display) -> SessionError {
+    SessionError::new(failure, State::Paused, error)
+}
+
+fn trust(fingerprints: &[Fingerprint]) -> Trust {
+    match fingerprints {
+        [] => Trust::Ca,
+        fingerprints => Trust::Fingerprints(fingerprints.to_vec()),
+    }
+}
 
 /// Options of `restore`.
 #[derive(Debug, Args)]
@@ -173,6 +311,10 @@ pub struct Restore {
     /// Directory for images, best on a tmpfs [default: /run, /dev/shm or /tmp, the first that is a tmpfs]
     #[arg(long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
+    #[command(flatten)]
+    lost: Lost,
+    #[command(flatten)]
+    state: StateDirectory,
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
@@ -271,16 +413,12 @@ impl ConnectOptions<'_> {
         let identity =
             Identity::load(self.identity).map_err(|error| fail(Failure::Identity, &error))?;
         let token = self.token_file.map(token::read).transpose();
-        let trust = match self.accept {
-            [] => Trust::Ca,
-            fingerprints => Trust::Fingerprints(fingerprints.to_vec()),
-        };
         Ok(ConnectPlan {
             source: self
                 .source()
                 .map_err(|error| fail(Failure::BadInput, &error))?,
             identity,
-            trust,
+            trust: trust(self.accept),
             path: PathProfile { mtu: self.mtu },
             versions: offered_versions(),
             token: token.map_err(|error| fail(Failure::BadInput, &error))?,
@@ -340,7 +478,7 @@ impl Restore {
         };
         Ok(MigratePlan {
             connect: connect.plan()?,
-            criu,
+            criu: Some(criu),
             criu_args: self.criu_arg.clone(),
             engine: self
                 .engine()
@@ -359,6 +497,14 @@ impl Restore {
             before_restore: self.before_restore.clone(),
             on_resumed: self.on_resumed.clone(),
             on_aborted: self.on_aborted.clone(),
+            lost: self.lost.plan(),
+            remembered: Remembered {
+                store: self.state.store(),
+                // A restart may have another working directory.
+                identity: std::path::absolute(&self.identity)
+                    .unwrap_or_else(|_| self.identity.clone()),
+                accept: self.accept.iter().map(ToString::to_string).collect(),
+            },
         })
     }
 }

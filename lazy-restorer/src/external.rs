@@ -36,7 +36,7 @@ use crate::engine::Engine;
 use crate::exits::{self, pidfd_kill, pidfd_open};
 use crate::fetch::{Orders, TransferError};
 use crate::handover::{self, Handover, HandoverError, Handovers, SOCKET_NAME};
-use crate::keeper::Keeper;
+use crate::keeper::{Keeper, Setup};
 use crate::memory::{Memory, ProcessImage};
 use crate::progress::Progress;
 use crate::ready::Ready;
@@ -66,9 +66,13 @@ pub struct ExternalPlan {
 }
 
 /// Provides one restore with its memory, and fills `record` as far as it comes.
-pub async fn run(plan: &ExternalPlan, record: &mut Record) -> Result<(), SessionError> {
+pub async fn run(
+    plan: &ExternalPlan,
+    keeper: Keeper,
+    record: &mut Record,
+) -> Result<(), SessionError> {
     let mut phases = Phases::start(State::Hello);
-    let result = perform(plan, record, &mut phases).await;
+    let result = perform(plan, keeper, record, &mut phases).await;
     record.phases = phases.done().to_vec();
     record.total_us = phases.total_us();
     record.conclude(&result);
@@ -77,6 +81,7 @@ pub async fn run(plan: &ExternalPlan, record: &mut Record) -> Result<(), Session
 
 async fn perform(
     plan: &ExternalPlan,
+    keeper: Keeper,
     record: &mut Record,
     phases: &mut Phases,
 ) -> Result<(), SessionError> {
@@ -99,6 +104,7 @@ async fn perform(
         session: Session::default(),
         source,
         copy_may_run: false,
+        keeper: Some(keeper),
     };
     let result = external.migrate(dump).await;
     let last = match &result {
@@ -144,6 +150,7 @@ struct External<'a> {
     source: Source,
     /// CRIU may have let the tasks run.
     copy_may_run: bool,
+    keeper: Option<Keeper>,
 }
 
 /// The memory while it is filled.
@@ -290,15 +297,23 @@ impl External<'_> {
             pid: 0,
             peer: self.source.control.peer().to_string(),
         };
-        let keeper =
-            Keeper::start(directory.path(), None, &facts).map_err(|error| internal(&error))?;
+        let keeper = self.keeper.take();
+        let keeper = keeper.ok_or_else(|| internal(&"the keeper is in use"))?;
+        let variables = facts.variables(State::Aborted);
+        let set_up = keeper.set_up(Setup {
+            directory: directory.path().to_owned(),
+            variables: variables
+                .map(|(name, value)| (name.to_owned(), value))
+                .to_vec(),
+            ..Setup::default()
+        });
+        set_up.map_err(|error| internal(&error))?;
         let (memory, orders) = Memory::new(processes);
         let (report, failures) = mpsc::channel(FAILURES);
         let (requests, links) = mpsc::unbounded_channel();
         let orders = Orders {
             orders,
             links,
-            keeper: keeper.hand().map_err(|error| internal(&error))?,
             failures: report.clone(),
             recorder: None,
         };
@@ -361,7 +376,7 @@ impl External<'_> {
         // Threads of a restored task must never read zeros, whatever becomes of us.
         filling
             .keeper
-            .commit()
+            .commit(None)
             .map_err(|error| self.fail(Failure::Internal, error))?;
         match self.take_over_all(filling, handovers).await {
             Ok(()) => Ok(()),

@@ -12,7 +12,6 @@ use quinn::{ReadError, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use crate::keeper::KeeperHand;
 use crate::memory::{Arrival, MemberKey, Memory, MemoryError, Order};
 use crate::rehearsal::Recorder;
 use crate::uffd::UserFault;
@@ -38,9 +37,6 @@ pub enum TransferError {
     /// No memory for a decompressor.
     #[error("cannot decompress: {0}")]
     Decompressor(std::io::Error),
-    /// The keeper is gone.
-    #[error("the process that holds the page fault descriptors is gone: {0}")]
-    Keeper(std::io::Error),
     /// A descriptor cannot be watched.
     #[error("cannot watch for page faults: {0}")]
     Watch(std::io::Error),
@@ -71,8 +67,6 @@ pub struct Orders {
     pub orders: mpsc::UnboundedReceiver<Order>,
     /// Streams to send requests on; each replaces the one before.
     pub links: mpsc::UnboundedReceiver<SendStream>,
-    /// Holds every descriptor that is watched.
-    pub keeper: KeeperHand,
     /// Notes requests.
     pub recorder: Option<Recorder>,
     /// Where watchers report.
@@ -96,7 +90,7 @@ impl Orders {
                     if count == 0 {
                         return Ok(());
                     }
-                    let requests = self.sort(&mut batch, &memory)?;
+                    let requests = self.sort(&mut batch, &memory);
                     link = send(link, &requests).await;
                 }
             }
@@ -104,7 +98,7 @@ impl Orders {
     }
 
     /// Begins to watch what is to be watched; returns the requests as bytes.
-    fn sort(&self, batch: &mut Vec<Order>, memory: &Arc<Memory>) -> Result<Vec<u8>, TransferError> {
+    fn sort(&self, batch: &mut Vec<Order>, memory: &Arc<Memory>) -> Vec<u8> {
         let mut requests = Vec::with_capacity(batch.len() * DEMAND_FRAME_BYTES);
         for order in batch.drain(..) {
             match order {
@@ -116,21 +110,14 @@ impl Orders {
                     }
                     requests.extend_from_slice(&DemandFrame::encode(frame));
                 }
-                Order::Watch(key, uffd) => self.watch(key, uffd, memory)?,
+                Order::Watch(key, uffd) => self.watch(key, uffd, memory),
             }
         }
-        Ok(requests)
+        requests
     }
 
-    fn watch(
-        &self,
-        key: MemberKey,
-        uffd: Arc<UserFault>,
-        memory: &Arc<Memory>,
-    ) -> Result<(), TransferError> {
-        self.keeper.hold(&uffd).map_err(TransferError::Keeper)?;
+    fn watch(&self, key: MemberKey, uffd: Arc<UserFault>, memory: &Arc<Memory>) {
         report(watch(key, uffd, memory.clone()), self.failures.clone());
-        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@
 
 use std::env;
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -27,7 +28,7 @@ const ARMED: u8 = b'A';
 /// The script's word: the tasks run.
 const RESUMED: u8 = b'R';
 /// Our word: make them, or let them run.
-const GO: u8 = b'G';
+pub(crate) const GO: u8 = b'G';
 
 /// Runs as CRIU's script when called as one.
 pub fn run_if_called() -> Option<ExitCode> {
@@ -132,6 +133,11 @@ async fn understand(
 }
 
 impl Held {
+    /// Another descriptor of the same gate.
+    pub fn copy(&self) -> io::Result<OwnedFd> {
+        self.stream.as_fd().try_clone_to_owned()
+    }
+
     /// Lets the tasks run.
     pub async fn open(mut self) -> io::Result<()> {
         self.stream.write_all(&[GO]).await

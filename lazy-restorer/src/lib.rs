@@ -7,6 +7,8 @@
 //! | [`connect`], [`advise`] | reaching the source, and saying early what cannot work |
 //! | [`skeleton`], [`restore`], [`gate`], [`nursery`] | staging the images, CRIU, and holding it at the point of no return |
 //! | [`handover`], [`keeper`], [`exits`] | userfault descriptors and processes as they come and go |
+//! | [`journal`] | what a successor must know, in memory that outlives us |
+//! | [`session_command`] | which sessions there are |
 //! | [`resident`] | the restored workload while it becomes whole |
 //! | [`resolver`] | what happens to every page: pure |
 //! | [`memory`], [`uffd`] | carrying that out under one lock |
@@ -26,6 +28,7 @@ pub mod fetch;
 pub mod files;
 pub mod gate;
 pub mod handover;
+pub mod journal;
 pub mod keeper;
 pub mod memory;
 pub mod nursery;
@@ -39,6 +42,7 @@ pub mod resident;
 pub mod resolver;
 pub mod restore;
 pub mod session;
+pub mod session_command;
 pub mod skeleton;
 pub mod touches;
 pub mod uffd;

@@ -6,9 +6,10 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::exit::{Failure, SessionError};
 use common::{host, logging};
-use lazy_restorer::cli::{Cli, Command, LazyPages, Restore};
+use lazy_restorer::cli::{Cli, Command, LazyPages, Restore, Resume};
+use lazy_restorer::keeper::Keeper;
 use lazy_restorer::report::Record;
-use lazy_restorer::{external, files, gate, keeper, nursery, ready, session};
+use lazy_restorer::{external, files, gate, nursery, ready, session, session_command};
 
 fn main() -> ExitCode {
     if let Some(code) = files::run_if_called() {
@@ -19,7 +20,6 @@ fn main() -> ExitCode {
     }
     let cli = Cli::parse();
     match cli.command {
-        Command::Keeper { directory } => keeper::run(&directory),
         Command::Nursery {
             init: false,
             command,
@@ -28,21 +28,26 @@ fn main() -> ExitCode {
             init: true,
             command,
         } => nursery::init(&command),
-        Command::Restore(restore) => {
+        Command::Restore(command) => {
             logging::start(cli.verbose);
-            report(run(&restore))
+            concluded(restore(&command))
         }
+        Command::Resume(command) => {
+            logging::start(cli.verbose);
+            concluded(resume(&command))
+        }
+        Command::Sessions(command) => concluded(session_command::list(&command)),
         Command::LazyPages(lazy_pages) => match ready::in_background(lazy_pages.daemon) {
             Some(code) => code,
             None => {
                 logging::start(cli.verbose);
-                report(stand_in(&lazy_pages))
+                concluded(stand_in(&lazy_pages))
             }
         },
     }
 }
 
-fn report(result: Result<(), SessionError>) -> ExitCode {
+fn concluded(result: Result<(), SessionError>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -55,31 +60,48 @@ fn report(result: Result<(), SessionError>) -> ExitCode {
     }
 }
 
-fn run(restore: &Restore) -> Result<(), SessionError> {
-    let plan = restore.plan()?;
+fn restore(command: &Restore) -> Result<(), SessionError> {
+    let plan = command.plan()?;
+    let keeper = start_keeper()?;
     let mut record = Record::default();
-    let result = block_on(session::run(&plan, &mut record))?;
-    write(&record, restore.json.as_deref());
+    let result = runtime()?.block_on(session::run(&plan, keeper, &mut record));
+    write(&record, command.json.as_deref());
     result
 }
 
-fn stand_in(lazy_pages: &LazyPages) -> Result<(), SessionError> {
-    let plan = lazy_pages.plan()?;
+fn resume(command: &Resume) -> Result<(), SessionError> {
+    let (plan, file) = command.plan()?;
+    let keeper = start_keeper()?;
     let mut record = Record::default();
-    let result = block_on(external::run(&plan, &mut record))?;
-    write(&record, lazy_pages.json.as_deref());
+    let result = runtime()?.block_on(session::resume(&plan, file, keeper, &mut record));
+    write(&record, command.json.as_deref());
     result
 }
 
-fn block_on<T>(future: impl Future<Output = T>) -> Result<T, SessionError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+fn stand_in(command: &LazyPages) -> Result<(), SessionError> {
+    let plan = command.plan()?;
+    let keeper = start_keeper()?;
+    let mut record = Record::default();
+    let result = runtime()?.block_on(external::run(&plan, keeper, &mut record));
+    write(&record, command.json.as_deref());
+    result
+}
+
+/// Before there is a second thread.
+fn start_keeper() -> Result<Keeper, SessionError> {
+    let text = |error| format!("cannot start the keeper: {error}");
+    Keeper::start().map_err(|error| internal(&text(error)))
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, SessionError> {
+    let built = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build()
-        .map_err(|error| {
-            let state = common::session::State::Hello;
-            SessionError::new(Failure::Internal, state, error)
-        })?;
-    Ok(runtime.block_on(future))
+        .build();
+    built.map_err(|error| internal(&error))
+}
+
+fn internal(error: &dyn std::fmt::Display) -> SessionError {
+    SessionError::new(Failure::Internal, common::session::State::Hello, error)
 }
 
 fn write(record: &Record, path: Option<&Path>) {

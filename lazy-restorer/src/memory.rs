@@ -9,7 +9,9 @@ mod family;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::io;
 use std::ops::DerefMut;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -25,6 +27,7 @@ use self::descriptor::{Descriptor, Lock};
 use self::family::LiveFamily;
 pub use self::family::{Arrival, MemoryError};
 use crate::blocktime::Blocktime;
+use crate::journal::Journal;
 use crate::resolver::MemberId;
 use crate::uffd::UserFault;
 
@@ -89,6 +92,32 @@ pub struct Totals {
     zero_faults: AtomicU64,
 }
 
+impl Totals {
+    fn add(&self, family: &LiveFamily<UserFault>) {
+        let counts = family.counts();
+        let (lazy, received, withheld) = family.settled_slots();
+        let add = |counter: &AtomicU64, count| {
+            counter.fetch_add(count, Ordering::Relaxed);
+        };
+        add(&self.lazy, lazy);
+        add(&self.owed, lazy - received - withheld);
+        add(&self.demanded, counts.demanded);
+        add(&self.pushed, counts.pushed);
+        add(&self.zero, counts.zero);
+        add(&self.withheld, withheld);
+        add(&self.digest, counts.digest);
+    }
+}
+
+/// What a killed program left of the memory.
+#[derive(Debug)]
+pub struct Left<'a> {
+    /// The journal of each process.
+    pub journals: HashMap<ImagePid, OwnedFd>,
+    /// Userfault descriptors by the numbers they had. What is left in it belongs to processes that have ended.
+    pub uffds: &'a mut HashMap<RawFd, OwnedFd>,
+}
+
 /// [`Totals`] at one moment.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct PageCounts {
@@ -127,6 +156,12 @@ impl<D: Descriptor> Memory<D> {
             settled: Notify::new(),
         };
         (Arc::new(memory), receiver)
+    }
+
+    /// Whether every process has handed its memory over.
+    pub fn is_attached(&self) -> bool {
+        let mut pids = self.families.keys();
+        pids.all(|pid| self.family(*pid).is_some_and(|family| family.is_attached()))
     }
 
     fn family(&self, pid: ImagePid) -> Option<impl DerefMut<Target = LiveFamily<D>>> {
@@ -178,7 +213,7 @@ impl<D: Descriptor> Memory<D> {
     ) -> Result<(), MemoryError> {
         let pid = header.pid;
         let mut family = self.family(pid).ok_or(MemoryError::UnknownProcess(pid))?;
-        let new = family.receive(header, payload, &self.sink())?;
+        let new = family.receive(header, payload, arrival, &self.sink())?;
         drop(family);
         let counter = match arrival {
             Arrival::Demanded => &self.totals.demanded,
@@ -215,6 +250,7 @@ impl<D: Descriptor> Memory<D> {
         for pid in self.families.keys() {
             if let Some(mut family) = self.family(*pid) {
                 family.reconnect(&self.sink());
+                family.demand_missed(&self.sink());
             }
         }
     }
@@ -296,6 +332,57 @@ impl<D: Descriptor> Memory<D> {
     }
 }
 
+impl Memory {
+    /// From now on what changes is noted in memory that outlives this program.
+    pub fn keep_journals(&self) -> Result<(), MemoryError> {
+        for pid in self.families.keys() {
+            let journal = Journal::new(*pid).map_err(|error| MemoryError::Journal(*pid, error))?;
+            if let Some(mut family) = self.family(*pid) {
+                family.keep_journal(journal)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The memory that a killed program left, by its journals and descriptors.
+    pub fn succeed(
+        images: Vec<ProcessImage>,
+        mut inheritance: Left<'_>,
+    ) -> Result<(Arc<Self>, mpsc::UnboundedReceiver<Order>), MemoryError> {
+        let (orders, receiver) = mpsc::unbounded_channel();
+        let mut families = HashMap::new();
+        let totals = Totals::default();
+        for image in images {
+            let pid = image.pid;
+            let missing = || io::Error::other("the keeper does not have it");
+            let journal = inheritance.journals.remove(&pid).ok_or_else(missing);
+            let recovered = journal.and_then(Journal::recover);
+            let recovered = recovered.map_err(|error| MemoryError::Journal(pid, error))?;
+            let family = LiveFamily::succeed(image, &recovered, inheritance.uffds)?;
+            totals.add(&family);
+            families.insert(pid, Lock::new(family));
+        }
+        let memory = Memory {
+            families,
+            orders,
+            totals,
+            restored: AtomicBool::new(true),
+            settled: Notify::new(),
+        };
+        memory.keep_journals()?;
+        Ok((Arc::new(memory), receiver))
+    }
+
+    /// A successor begins to resolve faults.
+    pub fn begin_again(&self) {
+        for pid in self.families.keys() {
+            if let Some(mut family) = self.family(*pid) {
+                family.begin_again(&self.sink());
+            }
+        }
+    }
+}
+
 impl<D: Descriptor> fmt::Debug for Memory<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut memory = f.debug_struct("Memory");
@@ -310,6 +397,14 @@ struct Sink<'a, D> {
 }
 
 impl<D> Sink<'_, D> {
+    fn watch(&self, pid: ImagePid, member: MemberId, uffd: Arc<D>) {
+        self.order(Order::Watch(MemberKey { pid, member }, uffd));
+    }
+
+    fn request(&self, pid: ImagePid, pages: PageRange) {
+        self.order(Order::Demand(DemandFrame::Request(pid, pages)));
+    }
+
     fn order(&self, order: Order<D>) {
         // The receiver lives until the session ends; orders after that have no one to matter to.
         let _ = self.orders.send(order);

@@ -1,10 +1,12 @@
 //! The workload while it is restored and becomes whole: CRIU, the tasks' memory, and the streams that fill it.
 
 use std::fs;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::images::ImagePid;
+use common::session_file::Task;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
@@ -17,10 +19,10 @@ use crate::fetch::{self, Orders, TransferError};
 use crate::gate::{Call, Gate, Held};
 use crate::handover::{self, Handover, HandoverError};
 use crate::keeper::Keeper;
-use crate::memory::{Memory, MemoryError};
+use crate::memory::{Memory, MemoryError, Order};
 use crate::push;
 use crate::rehearsal::{Rehearsal, RehearsalPlan};
-use crate::restore::{Prepared, Restore, RestoreError};
+use crate::restore::{Anchor, Prepared, Restore, RestoreError, kill_copy};
 use crate::skeleton;
 
 /// Failures of transfer tasks that wait to be looked at.
@@ -31,14 +33,16 @@ pub(crate) const FAILURES: usize = 8;
 pub struct Resident {
     /// Its memory.
     pub memory: Arc<Memory>,
-    /// CRIU.
-    pub restore: Restore,
     /// The operator's `--on-resumed` command, while it runs.
     pub announced: Option<JoinHandle<()>>,
     /// What failed while the tasks were let run, for whoever looks after them then.
     pub failure: Option<ResidentError>,
+    /// CRIU, and its script; a successor has neither.
+    restore: Option<Restore>,
+    gate: Option<Gate>,
     keeper: Keeper,
-    gate: Gate,
+    /// Whose tree the copy is.
+    anchor: Option<Anchor>,
     criu_ended: bool,
     handed_over: bool,
     handovers: mpsc::UnboundedReceiver<Result<Handover, HandoverError>>,
@@ -51,7 +55,44 @@ pub struct Resident {
     rehearsal: Rehearsal,
     root_image: Option<ImagePid>,
     root: Option<Pid>,
-    _directory: TempDir,
+    tasks: Vec<Task>,
+    directory: Directory,
+}
+
+/// The migration's directory, which goes away with the migration.
+#[derive(Debug)]
+pub enum Directory {
+    /// Made by this program, which removes it however it ends.
+    Ours(TempDir),
+    /// Of a killed program; it stays for yet another successor unless all is well.
+    Taken(PathBuf),
+}
+
+impl Directory {
+    fn remove(self) {
+        if let Directory::Taken(path) = self
+            && let Err(error) = fs::remove_dir_all(&path)
+        {
+            tracing::warn!(path = %path.display(), %error, "cannot remove");
+        }
+    }
+}
+
+/// What is left of a restore when there is nothing to restore any more.
+#[derive(Debug)]
+pub struct Successor {
+    /// The memory of the copy.
+    pub memory: Arc<Memory>,
+    /// Its orders.
+    pub orders: mpsc::UnboundedReceiver<Order>,
+    /// Whose tree the copy is.
+    pub anchor: Option<Anchor>,
+    /// Its root.
+    pub root: Option<Pid>,
+    /// Its directory.
+    pub directory: PathBuf,
+    /// Our keeper, which has been told everything.
+    pub keeper: Keeper,
 }
 
 /// What happens to a restore.
@@ -113,6 +154,7 @@ impl Resident {
         if rehearsal.recorder().is_some() {
             memory.fetch_singly();
         }
+        memory.keep_journals()?;
         let handovers = handover::listen(&plan.work())?;
         let gate = Gate::bind(&plan.gate())?;
         let (report, failures) = mpsc::channel(FAILURES);
@@ -120,7 +162,6 @@ impl Resident {
         let orders = Orders {
             orders,
             links,
-            keeper: keeper.hand()?,
             recorder: rehearsal.recorder(),
             failures: report.clone(),
         };
@@ -130,16 +171,18 @@ impl Resident {
         // The task that receives it was just started.
         let _ = requests.send(link.requests);
         let restore = prepared.start().await?;
-        if let Some(anchor) = restore.anchor() {
+        let anchor = restore.anchor();
+        if let Some(anchor) = anchor {
             keeper.anchor(anchor)?;
         }
         Ok(Resident {
             memory,
-            restore,
+            restore: Some(restore),
             announced: None,
             failure: None,
             keeper,
-            gate,
+            gate: Some(gate),
+            anchor,
             criu_ended: false,
             handed_over: false,
             handovers,
@@ -151,26 +194,67 @@ impl Resident {
             rehearsal,
             root_image,
             root: None,
-            _directory: directory,
+            tasks: Vec::new(),
+            directory: Directory::Ours(directory),
         })
+    }
+
+    /// A copy that runs already, whose `lazy-restorer` was killed.
+    pub fn succeed(left: Successor, threads: &Threads) -> Self {
+        let (report, failures) = mpsc::channel(FAILURES);
+        let (requests, links) = mpsc::unbounded_channel();
+        let orders = Orders {
+            orders: left.orders,
+            links,
+            recorder: None,
+            failures: report.clone(),
+        };
+        let carrying_out = reported(orders.carry_out(left.memory.clone()), &report);
+        threads.fault.handle().spawn(carrying_out);
+        left.memory.begin_again();
+        let (_, handovers) = mpsc::unbounded_channel();
+        Resident {
+            memory: left.memory,
+            restore: None,
+            announced: None,
+            failure: None,
+            keeper: left.keeper,
+            gate: None,
+            anchor: left.anchor,
+            criu_ended: true,
+            handed_over: true,
+            handovers,
+            failures,
+            report,
+            requests,
+            credits: None,
+            link_tasks: JoinSet::new(),
+            rehearsal: Rehearsal::new(&RehearsalPlan::default(), &[]),
+            root_image: None,
+            root: left.root,
+            tasks: Vec::new(),
+            directory: Directory::Taken(left.directory),
+        }
     }
 
     /// Lets CRIU make tasks: addresses their sockets need are here.
     pub fn begin_tasks(&self) {
-        self.gate.let_begin();
+        if let Some(gate) = &self.gate {
+            gate.let_begin();
+        }
     }
 
     /// What happens next to the restore. Descriptors are taken over on the way. May be cancelled without loss.
     pub async fn next(&mut self) -> Result<Step, ResidentError> {
         loop {
             tokio::select! {
-                call = self.gate.next() => match call {
+                call = next_call(&mut self.gate) => match call {
                     Some(Call::Armed(held)) => return Ok(Step::Armed(held)),
                     Some(Call::Resumed) => return Ok(Step::Resumed),
                     None => return Err(ResidentError::Gate),
                 },
                 handover = self.handovers.recv(), if !self.handed_over => self.take_over(handover)?,
-                ended = self.restore.finished(), if !self.criu_ended => {
+                ended = finished(&mut self.restore), if !self.criu_ended => {
                     self.criu_ended = true;
                     ended?;
                     return Ok(Step::CriuEnded);
@@ -188,6 +272,7 @@ impl Resident {
             Some(Handover::Process { image, pid, uffd }) => {
                 let key = self.memory.attach(image, uffd)?;
                 self.keeper.watch(pid)?;
+                self.tasks.extend(Task::find(pid.as_raw()));
                 if self.root_image == Some(image) {
                     self.root = Some(pid);
                 }
@@ -246,21 +331,64 @@ impl Resident {
         self.root
     }
 
-    /// The copy is about to run.
-    pub fn commit(&mut self) -> std::io::Result<()> {
-        self.keeper.commit()
+    /// The restored processes.
+    pub fn tasks(&self) -> &[Task] {
+        &self.tasks
+    }
+
+    /// Whose tree the copy is.
+    pub fn anchor(&self) -> Option<Anchor> {
+        self.anchor
+    }
+
+    /// The migration's directory.
+    pub fn directory(&self) -> &Path {
+        match &self.directory {
+            Directory::Ours(directory) => directory.path(),
+            Directory::Taken(path) => path,
+        }
+    }
+
+    /// The process that holds everything with us.
+    pub fn keeper(&self) -> &Keeper {
+        &self.keeper
+    }
+
+    /// The copy is about to run: by us, or by the keeper with `gate` should we be killed.
+    pub fn commit(&mut self, gate: OwnedFd) -> std::io::Result<()> {
+        self.keeper.commit(Some(gate))
     }
 
     /// Kills CRIU and whatever it restored.
     pub async fn abort(self) {
-        self.restore.abort().await;
+        match (self.restore, self.anchor) {
+            (Some(restore), _) => restore.abort().await,
+            (None, Some(anchor)) => kill_copy(anchor),
+            (None, None) => {}
+        }
         release(self.keeper);
+        self.directory.remove();
     }
 
     /// The memory is whole: nothing of ours is needed any more.
     pub fn let_go(self) {
         self.rehearsal.finish();
         release(self.keeper);
+        self.directory.remove();
+    }
+}
+
+async fn next_call(gate: &mut Option<Gate>) -> Option<Call> {
+    match gate {
+        Some(gate) => gate.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn finished(restore: &mut Option<Restore>) -> Result<(), RestoreError> {
+    match restore {
+        Some(restore) => restore.finished().await,
+        None => Ok(()),
     }
 }
 

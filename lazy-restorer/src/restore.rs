@@ -76,6 +76,14 @@ pub struct Anchor {
     pub puts_away: bool,
 }
 
+/// Kills a copy that must not run any more.
+pub(crate) fn kill_copy(anchor: Anchor) {
+    match anchor.puts_away {
+        true => kill_below(anchor.pid),
+        false => kill_tree(anchor.pid),
+    }
+}
+
 /// The namespace's init and its reports.
 #[derive(Debug)]
 struct Nursery {

@@ -5,11 +5,12 @@
 //! (`session/postcopy.rs`).
 
 mod postcopy;
+mod resume;
 
 pub(crate) use self::postcopy::parts;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::control::ControlError;
@@ -17,10 +18,12 @@ use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::limits::IDLE_TIMEOUT;
+use common::lost::LostPlan;
 use common::operator::{self, Facts};
 use common::proto::control::{Abort, ToDestination, ToSource, WorkloadFacts};
 use common::record::Phases;
 use common::session::{Event, Session, State};
+use common::session_file::{DestinationSide, Kept, Remembered, SessionFile, Side, Task, boot_id};
 use common::stop::StopSignal;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
@@ -32,7 +35,7 @@ use crate::connect::{ConnectPlan, Source, Threads, connect};
 use crate::engine::Engine;
 use crate::files::{Files, Pass};
 use crate::gate::Held;
-use crate::keeper::Keeper;
+use crate::keeper::{Keeper, Setup};
 use crate::rehearsal::RehearsalPlan;
 use crate::report::Record;
 use crate::resident::{Resident, ResidentError, Step, images_directory};
@@ -44,8 +47,8 @@ use crate::skeleton;
 pub struct MigratePlan {
     /// How to reach the source.
     pub connect: ConnectPlan,
-    /// The CRIU to use.
-    pub criu: Criu,
+    /// The CRIU to use; none when there is nothing to restore any more.
+    pub criu: Option<Criu>,
     /// More arguments for `criu restore`.
     pub criu_args: Vec<String>,
     /// Who restores.
@@ -68,10 +71,20 @@ pub struct MigratePlan {
     pub on_resumed: Option<String>,
     /// Command for when the migration failed here.
     pub on_aborted: Option<String>,
+    /// What is done about a source that cannot be reached.
+    pub lost: LostPlan,
+    /// What a restart must know besides.
+    pub remembered: Remembered,
 }
 
 /// Performs one migration and fills `record` as far as it comes.
-pub async fn run(plan: &MigratePlan, record: &mut Record) -> Result<(), SessionError> {
+///
+/// `keeper` was started while this process had one thread only.
+pub async fn run(
+    plan: &MigratePlan,
+    keeper: Keeper,
+    record: &mut Record,
+) -> Result<(), SessionError> {
     let stop = StopSignal::install()
         .map_err(|error| SessionError::new(Failure::Internal, State::Hello, error))?;
     let mut migration = Migration {
@@ -82,13 +95,13 @@ pub async fn run(plan: &MigratePlan, record: &mut Record) -> Result<(), SessionE
         stop,
         record,
         copy_may_run: false,
+        kept: Kept::nothing(plan.remembered.store.clone()),
     };
-    let result = migration.perform().await;
-    migration.record.phases = migration.phases.done().to_vec();
-    migration.record.total_us = migration.phases.total_us();
-    migration.record.conclude(&result);
-    result
+    let result = migration.perform(keeper).await;
+    migration.conclude(result)
 }
+
+pub use self::resume::resume;
 
 struct Migration<'a> {
     plan: &'a MigratePlan,
@@ -99,6 +112,7 @@ struct Migration<'a> {
     record: &'a mut Record,
     /// The restored tasks were let run, and nothing says for certain that they did not.
     copy_may_run: bool,
+    kept: Kept,
 }
 
 /// What the skeleton's phase ends with.
@@ -110,14 +124,31 @@ struct Staged {
 }
 
 impl Migration<'_> {
-    async fn perform(&mut self) -> Result<(), SessionError> {
+    /// The program is about to end. What is left for a restart is only that the source is still to be told of its end.
+    fn conclude(&mut self, result: Result<(), SessionError>) -> Result<(), SessionError> {
+        self.record.phases = self.phases.done().to_vec();
+        self.record.total_us = self.phases.total_us();
+        self.record.conclude(&result);
+        let untold = |error: &SessionError| {
+            matches!(
+                error.state,
+                State::Cutover | State::Postcopy | State::Paused | State::Recover | State::Lost
+            ) && matches!(error.failure, Failure::Connection | Failure::Lost)
+        };
+        if !result.as_ref().is_err_and(untold) {
+            self.kept.end();
+        }
+        result
+    }
+
+    async fn perform(&mut self, keeper: Keeper) -> Result<(), SessionError> {
         let mut source = tokio::select! {
             source = connect(&self.plan.connect, &self.threads) => source?,
             name = self.stop.wait() => return Err(interrupted(State::Hello, name)),
         };
         self.record.session = source.welcome.session.to_string();
         self.advance(Event::Welcomed)?;
-        let result = self.migrate(&mut source).await;
+        let result = self.migrate(&mut source, keeper).await;
         let last = match &result {
             // Also to a source that broke the protocol: its operator is to learn why.
             Err(error) => Some(ToSource::Abort(Abort {
@@ -132,18 +163,14 @@ impl Migration<'_> {
         result
     }
 
-    async fn migrate(&mut self, source: &mut Source) -> Result<(), SessionError> {
+    async fn migrate(&mut self, source: &mut Source, keeper: Keeper) -> Result<(), SessionError> {
         let facts = self.advise(source).await?;
         let directory = host::staging_directory(self.plan.work_dir.as_deref())
             .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
-        let keeper = Keeper::start(
-            directory.path(),
-            self.plan.on_aborted.as_deref(),
-            &self.facts(source, None),
-        )
-        .map_err(|error| self.fail(Failure::Internal, error))?;
+        let set_up = keeper.set_up(self.keeper_setup(source, directory.path()));
+        set_up.map_err(|error| self.fail(Failure::Internal, error))?;
         let prepared = self
-            .restore_plan(&facts, &directory)
+            .restore_plan(&facts, &directory)?
             .prepare()
             .await
             .map_err(|error| self.fail(Failure::Restore, error))?;
@@ -165,6 +192,20 @@ impl Migration<'_> {
         }
     }
 
+    fn keeper_setup(&self, source: &Source, directory: &Path) -> Setup {
+        let id = source.welcome.session;
+        let variables = self.facts(source, None).variables(State::Aborted);
+        Setup {
+            directory: directory.to_owned(),
+            on_aborted: self.plan.on_aborted.clone(),
+            variables: variables
+                .map(|(name, value)| (name.to_owned(), value))
+                .to_vec(),
+            socket: self.kept.store().socket(&id),
+            session: self.kept.store().path(&id),
+        }
+    }
+
     fn state(&self) -> State {
         self.session.state()
     }
@@ -175,6 +216,7 @@ impl Migration<'_> {
             .apply(event)
             .map_err(|error| self.fail(Failure::Internal, error))?;
         self.phases.enter(next);
+        self.kept.enter(next);
         Ok(())
     }
 
@@ -234,15 +276,21 @@ impl Migration<'_> {
         Ok(facts)
     }
 
-    fn restore_plan(&self, facts: &WorkloadFacts, directory: &TempDir) -> RestorePlan {
-        RestorePlan {
-            criu: self.plan.criu.clone(),
+    fn restore_plan(
+        &self,
+        facts: &WorkloadFacts,
+        directory: &TempDir,
+    ) -> Result<RestorePlan, SessionError> {
+        let criu = self.plan.criu.clone();
+        let no_criu = || self.fail(Failure::Internal, "no CRIU");
+        Ok(RestorePlan {
+            criu: criu.ok_or_else(no_criu)?,
             directory: directory.path().to_owned(),
             criu_args: self.plan.criu_args.clone(),
             tcp_established: facts.tcp_established,
             shell_job: facts.shell_job,
             engine: self.plan.engine.clone(),
-        }
+        })
     }
 
     /// Stages the skeleton as the source sends it.
@@ -403,6 +451,8 @@ impl Migration<'_> {
         resident: &mut Resident,
         held: Held,
     ) -> Result<(), SessionError> {
+        self.until_attached(resident).await?;
+        self.remember(source, resident)?;
         self.send(source, &ToSource::CutoverRequest).await?;
         self.advance(Event::CutoverAsked)?;
         let state = self.state();
@@ -416,17 +466,88 @@ impl Migration<'_> {
             }
             Err(error) => return Err(error),
         }
-        resident
-            .commit()
-            .map_err(|error| self.fail(Failure::Internal, error))?;
+        // Written before it can happen: a restart must not take a copy for dead that runs.
+        let may_run = self.kept.change(|file| {
+            if let Side::Destination(side) = &mut file.side {
+                side.may_run = true;
+            }
+        });
+        may_run.map_err(|error| self.fail(Failure::Internal, error))?;
+        let gate = held.copy();
+        let committed = gate.and_then(|gate| resident.commit(gate));
+        committed.map_err(|error| self.fail(Failure::Internal, error))?;
         self.copy_may_run = true;
         let opened = held.open().await;
         opened.map_err(|error| self.fail(Failure::Restore, error))?;
+        let told = resident.keeper().opened();
+        told.map_err(|error| self.fail(Failure::Internal, error))?;
         // The sockets exist, and CRIU unlocks their network now: announcing takes about as long as it needs to let the
         // tasks run. The memory must not wait for the command either.
         let facts = self.facts(source, resident.root());
         resident.announced = Some(tokio::spawn(announce(self.plan.clone(), facts)));
         self.until_resumed(resident).await
+    }
+
+    /// CRIU has handed every process's memory over, but we may not have taken it all yet.
+    async fn until_attached(&mut self, resident: &mut Resident) -> Result<(), SessionError> {
+        let memory = resident.memory.clone();
+        let attached = async {
+            while !memory.is_attached() {
+                resident.next().await?;
+            }
+            Ok::<(), ResidentError>(())
+        };
+        match timeout(ATTACH_TIMEOUT, attached).await {
+            Ok(attached) => attached.map_err(|error| self.fail(Failure::Restore, error)),
+            Err(_) => Err(self.fail(Failure::Restore, "CRIU did not hand all memory over")),
+        }
+    }
+
+    /// Writes down what a restart must know, before there is anything to restart.
+    fn remember(&mut self, source: &Source, resident: &Resident) -> Result<(), SessionError> {
+        let internal = |text: String| self.fail(Failure::Internal, text);
+        let find = |pid: Pid| Task::find(pid.as_raw());
+        let gone = || internal(String::from("the keeper is gone"));
+        let program = Task::ourselves().ok_or_else(gone)?;
+        let keeper = find(resident.keeper().pid()).ok_or_else(gone)?;
+        let welcome = &source.welcome;
+        let connect = &self.plan.connect;
+        let file = SessionFile {
+            id: welcome.session,
+            state: self.state(),
+            boot: boot_id().unwrap_or_default(),
+            program,
+            directory: resident.directory().display().to_string(),
+            identity: self.plan.remembered.identity.display().to_string(),
+            accept: self.plan.remembered.accept.clone(),
+            mtu: connect.path.mtu,
+            secret: welcome.secret.clone(),
+            peer_host: welcome.host.clone(),
+            side: Side::Destination(DestinationSide {
+                source: connect.source,
+                bulk_port: welcome.bulk_port,
+                version: welcome.version,
+                keeper,
+                anchor: resident.anchor().and_then(|anchor| find(anchor.pid)),
+                anchor_puts_away: resident.anchor().is_some_and(|anchor| anchor.puts_away),
+                may_run: false,
+                root: resident.root().and_then(find),
+                tasks: resident.tasks().to_vec(),
+                pidfile: self
+                    .plan
+                    .pidfile
+                    .as_ref()
+                    .map(|path| path.display().to_string()),
+                on_resumed: self.plan.on_resumed.clone(),
+            }),
+        };
+        let written = self.kept.begin(file);
+        written.map_err(|error| {
+            self.fail(
+                Failure::Restore,
+                format!("session file: {error}; see --state-dir"),
+            )
+        })
     }
 
     /// Waits until CRIU has let the tasks run. An error means that it killed them instead.
@@ -473,6 +594,9 @@ async fn announce(plan: MigratePlan, facts: Facts) {
 
 /// Time to try to learn whether the source has given the workload away; killing our copy, which never ran, is safe.
 const GRANT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Time we have to take descriptors that CRIU has sent already.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Time in which the control stream may explain better why another stream broke.
 const EXPLANATION: Duration = Duration::from_millis(500);

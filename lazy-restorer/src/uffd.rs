@@ -10,7 +10,7 @@ use common::page::{PageIndex, PageRange, VirtAddr, bytes_to_pages};
 use nix::errno::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use userfaultfd::{Error, Event, EventBuffer, Uffd};
+use userfaultfd::{Error, Uffd};
 
 /// The last page below the end of a 47-bit address space, where no stack or mapping of the kernel's choice ends up:
 /// the kernel has to look at the process before it can say that nothing is registered there.
@@ -19,8 +19,14 @@ const UNUSED: PageRange = PageRange {
     count: 1,
 };
 
+/// The lowest page a process may map by default (`vm.mmap_min_addr`).
+const LOWEST: PageIndex = PageIndex(16);
+
 /// Messages read with one system call.
-const EVENTS_PER_READ: usize = 64;
+pub const MESSAGES_PER_READ: usize = 64;
+/// 64-bit words of a message.
+pub const MESSAGE_WORDS: usize = 4;
+const _: () = assert!(size_of::<Message>() == 32, "struct uffd_msg has 32 bytes");
 
 /// One process's userfault descriptor, registered by CRIU or born in a fork.
 #[derive(Debug)]
@@ -72,7 +78,7 @@ pub enum Stop {
 /// The descriptor cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read page fault events: {0}")]
-pub struct ReadError(Error);
+pub struct ReadError(Errno);
 
 impl UserFault {
     /// Takes over a descriptor received from a restoring task.
@@ -89,17 +95,28 @@ impl UserFault {
         watched.map_err(|error| io::Error::other(error.to_string()))
     }
 
-    /// A room for messages, to be reused between reads.
-    pub fn event_buffer() -> EventBuffer {
-        EventBuffer::new(EVENTS_PER_READ)
+    /// Reads messages that wait into `messages`, at most `count`, and returns how many there were.
+    ///
+    /// # Safety
+    /// `messages` must be writable for `count` messages, and nobody else may use it meanwhile.
+    pub unsafe fn read_to(&self, messages: *mut Message, count: usize) -> Result<usize, ReadError> {
+        let bytes = count * size_of::<Message>();
+        // SAFETY: the caller's promise.
+        let read = unsafe { libc::read(self.as_raw_fd(), messages.cast(), bytes) };
+        match Errno::result(read) {
+            Ok(bytes) => Ok(bytes.unsigned_abs() / size_of::<Message>()),
+            Err(Errno::EAGAIN) => Ok(0),
+            Err(error) => Err(ReadError(error)),
+        }
     }
 
-    /// Reads the messages that wait, at most one buffer full. Empty when there are none.
-    pub fn read(&self, buffer: &mut EventBuffer) -> Result<Vec<MemoryEvent>, ReadError> {
-        let events = self.uffd.read_events(buffer).map_err(ReadError)?;
-        events
-            .map(|event| event.map(MemoryEvent::from).map_err(ReadError))
-            .collect()
+    /// Wakes every thread of the process that waits for a page: it faults again.
+    pub fn wake_all(&self) {
+        let end = UNUSED.start.0;
+        self.wake(PageRange::new(
+            PageIndex(LOWEST.0),
+            end.saturating_sub(LOWEST.0),
+        ));
     }
 
     /// Copies pages to `target` and wakes the threads that wait for them.
@@ -161,24 +178,72 @@ impl AsRawFd for UserFault {
     }
 }
 
-impl From<Event> for MemoryEvent {
-    fn from(event: Event) -> Self {
-        let addr = |pointer: *mut libc::c_void| VirtAddr(pointer as u64);
-        match event {
-            Event::Pagefault { addr: at, .. } => MemoryEvent::Fault(addr(at).page()),
-            Event::Fork { uffd } => MemoryEvent::Fork(UserFault { uffd }),
-            Event::Remap { from, to, len } => {
-                let end = VirtAddr(addr(from).0.saturating_add(len as u64));
-                MemoryEvent::Remap(PageRange::covering(addr(from), end), addr(to).page())
+/// A message of the kernel as it is (`struct uffd_msg` of `linux/userfaultfd.h`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Message(pub [u64; MESSAGE_WORDS]);
+
+/// What a message says, without owning what comes with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Said {
+    /// As [`MemoryEvent::Fault`].
+    Fault(PageIndex),
+    /// As [`MemoryEvent::Fork`], with the number of the new descriptor.
+    Fork(RawFd),
+    /// As [`MemoryEvent::Remap`].
+    Remap(PageRange, PageIndex),
+    /// As [`MemoryEvent::Remove`].
+    Remove(PageRange),
+    /// As [`MemoryEvent::Unmap`].
+    Unmap(PageRange),
+}
+
+impl Message {
+    /// What it says; `None` when it says nothing, or nothing that CRIU asked the kernel to report.
+    pub fn said(&self) -> Option<Said> {
+        let [head, first, second, third] = self.0;
+        let addr = VirtAddr;
+        let range = |start, end| PageRange::covering(addr(start), addr(end));
+        Some(match head as u8 {
+            // The flags come first.
+            event::PAGEFAULT => Said::Fault(addr(second).page()),
+            event::FORK => Said::Fork(first as u32 as RawFd),
+            event::REMAP => {
+                let from = range(first, first.saturating_add(third));
+                Said::Remap(from, addr(second).page())
             }
-            Event::Remove { start, end } => {
-                MemoryEvent::Remove(PageRange::covering(addr(start), addr(end)))
-            }
-            Event::Unmap { start, end } => {
-                MemoryEvent::Unmap(PageRange::covering(addr(start), addr(end)))
-            }
-        }
+            event::REMOVE => Said::Remove(range(first, second)),
+            event::UNMAP => Said::Unmap(range(first, second)),
+            _ => return None,
+        })
     }
+
+    /// What it says, with what comes with it.
+    ///
+    /// # Safety
+    /// The kernel has written the message to us, and it is taken once: a new descriptor is ours then.
+    pub unsafe fn take(&self) -> Option<MemoryEvent> {
+        Some(match self.said()? {
+            Said::Fault(page) => MemoryEvent::Fault(page),
+            Said::Fork(fd) => {
+                // SAFETY: the caller's promise.
+                let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+                MemoryEvent::Fork(UserFault::from_fd(fd))
+            }
+            Said::Remap(from, to) => MemoryEvent::Remap(from, to),
+            Said::Remove(pages) => MemoryEvent::Remove(pages),
+            Said::Unmap(pages) => MemoryEvent::Unmap(pages),
+        })
+    }
+}
+
+/// Event numbers of `linux/userfaultfd.h`.
+mod event {
+    pub const PAGEFAULT: u8 = 0x12;
+    pub const FORK: u8 = 0x13;
+    pub const REMAP: u8 = 0x14;
+    pub const REMOVE: u8 = 0x15;
+    pub const UNMAP: u8 = 0x16;
 }
 
 /// Reads a result field of the kernel: bytes done when positive, else a negative errno.

@@ -125,6 +125,7 @@ impl Adopted {
         network_lock::remove(&dump_log(&self.left.directory), None);
         // Whoever CRIU did not kill stands still by the stop that waited for this.
         self.signal(Signal::SIGKILL);
+        freezer::thaw_noted(&self.left.directory);
         self.remove_directory();
         told
     }

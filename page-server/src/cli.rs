@@ -11,11 +11,11 @@ use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::host::{self, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
 use common::identity::{Fingerprint, Identity, Trust};
-use common::lost::{OnLost, parse_duration};
+use common::lost::{LostPlan, OnLost, parse_duration};
 use common::proto::control::Secret;
 use common::quic::PathProfile;
 use common::session::State;
-use common::session_file::{DEFAULT_DIRECTORY, SessionFile, Standing, Store};
+use common::session_file::{DEFAULT_DIRECTORY, Remembered, SessionFile, Standing, Store};
 use common::token;
 use nix::unistd::Pid;
 
@@ -26,7 +26,7 @@ use crate::files::Files;
 use crate::identity_command::IdentityCommand;
 use crate::listen::ListenPlan;
 use crate::offer::Dumped;
-use crate::session::{LostPlan, Remembered, ServePlan};
+use crate::session::ServePlan;
 use crate::workload::Workload;
 
 /// Source host of a post-copy migration: freezes a process tree and serves its memory to the host it moves to.

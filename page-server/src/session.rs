@@ -14,12 +14,12 @@ use std::time::Duration;
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
-use common::lost::OnLost;
+use common::lost::LostPlan;
 use common::operator::{self, Facts};
 use common::proto::control::{Secret, SessionId, ToDestination, ToSource};
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
-use common::session_file::{Kept, SessionFile, Side, SourceSide, Store, Task, boot_id};
+use common::session_file::{Kept, Remembered, SessionFile, Side, SourceSide, Task, boot_id};
 use common::stop::StopSignal;
 use tokio::time::sleep;
 
@@ -73,26 +73,6 @@ pub struct ServePlan {
     pub lost: LostPlan,
     /// What a restart must know besides.
     pub remembered: Remembered,
-}
-
-/// What of the command line a restart must know.
-#[derive(Clone, Debug)]
-pub struct Remembered {
-    /// Where sessions are kept.
-    pub store: Store,
-    /// Directory of our identity.
-    pub identity: PathBuf,
-    /// Certificates to accept.
-    pub accept: Vec<String>,
-}
-
-/// What is done about a link that stays lost.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct LostPlan {
-    /// The operator's limit.
-    pub give_up_after: Option<Duration>,
-    /// What is done then.
-    pub on_lost: OnLost,
 }
 
 /// Performs one migration and fills `record` as far as it comes.

@@ -142,6 +142,20 @@ impl PairPlan {
         Ok(command)
     }
 
+    /// Starts another `lazy-restorer` for the one session the first one left behind.
+    pub fn resume_restorer(&self, rig: &Rig, options: &[&str]) -> Result<Side> {
+        let mut files = SideFiles::make(rig, "lazy-restorer-2")?;
+        // What the first one left goes away with the second.
+        files.temporary = rig.make_folder("lazy-restorer-tmp")?;
+        let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
+        command
+            .args(["resume", "--session", &session_of(rig, "destination")?])
+            .arg("--json")
+            .arg(&files.json)
+            .args(options);
+        Side::start("lazy-restorer-2", files, &mut command)
+    }
+
     /// Starts `lazy-restorer`.
     pub fn start_restorer(&self, rig: &Rig) -> Result<Side> {
         let files = SideFiles::make(rig, "lazy-restorer")?;

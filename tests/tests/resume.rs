@@ -16,7 +16,12 @@ use tests::torture::{Torture, TorturePlan};
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 2] = [
+    let tests: [(&'static str, Body); 4] = [
+        (
+            "a_killed_restorer_is_succeeded",
+            a_killed_restorer_is_succeeded,
+        ),
+        ("successors_are_succeeded", successors_are_succeeded),
         (
             "a_killed_page_server_is_succeeded",
             a_killed_page_server_is_succeeded,
@@ -77,6 +82,51 @@ fn a_killed_page_server_is_succeeded(rig: &Rig) -> Result<()> {
         sessions(rig, "source")?.is_empty(),
         "a session file is left"
     );
+    torture.finish()
+}
+
+fn a_killed_restorer_is_succeeded(rig: &Rig) -> Result<()> {
+    let torture = torture(rig)?;
+    let (plan, mut server, mut restorer) = half_way(rig, &torture)?;
+    let copy = restorer.restored_pid()?;
+    kill(restorer.process.pid(), Signal::SIGKILL)?;
+    restorer.end()?;
+    wait_until(PATIENCE, "a thread to wait for a page", || {
+        task::waits_for_page(copy)
+    })?;
+    let listed = sessions(rig, "destination")?;
+    ensure!(listed[0]["standing"] == "orphaned", "{listed:?}");
+    let mut successor = plan.resume_restorer(rig, &[])?;
+    successor.expect_success()?;
+    server.expect_success()?;
+    torture.wait_for_rounds(20)?;
+    assert_moved(rig, copy)?;
+    ensure!(
+        sessions(rig, "destination")?.is_empty(),
+        "a session file is left"
+    );
+    torture.finish()
+}
+
+/// Both programs are killed, and their successors, and again.
+fn successors_are_succeeded(rig: &Rig) -> Result<()> {
+    let torture = torture(rig)?;
+    let (plan, mut server, mut restorer) = half_way(rig, &torture)?;
+    let copy = restorer.restored_pid()?;
+    for options in [&["--no-push"][..], &["--no-push"], &[]] {
+        for side in [&mut restorer, &mut server] {
+            kill(side.process.pid(), Signal::SIGKILL)?;
+            side.end()?;
+        }
+        server = plan.resume_server(rig, &[])?;
+        restorer = plan.resume_restorer(rig, options)?;
+        let said = |words: &str| restorer.process.stderr().contains(words);
+        wait_until(PATIENCE, "the ends to meet", || said("reconnected"))?;
+    }
+    restorer.expect_success()?;
+    server.expect_success()?;
+    torture.wait_for_rounds(20)?;
+    assert_moved(rig, copy)?;
     torture.finish()
 }
 

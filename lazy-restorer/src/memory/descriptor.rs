@@ -4,20 +4,23 @@
 //! `tests/simulation`, so that what is simulated and model checked is this very code.
 
 use std::fmt::Debug;
+use std::io;
 use std::ops::DerefMut;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use common::page::PageRange;
-use userfaultfd::EventBuffer;
 
+use crate::journal::{Inbox, Note};
+use crate::resolver::MemberId;
 use crate::uffd::{MemoryEvent, Progress, ReadError, UserFault};
 
 /// The kernel's side of one process's memory. What each method means is said at [`UserFault`].
 pub trait Descriptor: Debug + Send + Sync + Sized + 'static {
     /// Room for messages.
-    type Buffer: Send;
+    type Buffer: Buffer;
     /// What keeps readers of events and installers apart.
     type Lock<T: Send>: Lock<T>;
 
@@ -35,9 +38,31 @@ pub trait Descriptor: Debug + Send + Sync + Sized + 'static {
     fn is_quiet(&self) -> bool;
     /// Whether the process has ended, or runs another program.
     fn is_gone(&self) -> bool;
+    /// Its number, as a successor of this program knows it.
+    fn number(&self) -> RawFd {
+        0
+    }
     /// Lets time pass before something is tried again, while the kernel changes the address space.
     fn pause(&self, time: Duration);
 }
+
+/// Room for messages, and for what a successor of this program must know of a family.
+pub trait Buffer: Debug + Send {
+    /// Messages of this member are read next.
+    fn begin(&mut self, _member: MemberId) {}
+    /// Notes a change that is about to be made.
+    fn note(&mut self, _note: Note) {}
+    /// Whether a checkpoint is due.
+    fn is_full(&self) -> bool {
+        false
+    }
+    /// Everything noted so far is in `state`.
+    fn checkpoint(&mut self, _state: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Buffer for () {}
 
 /// A mutual exclusion.
 pub trait Lock<T>: Send + Sync {
@@ -70,15 +95,19 @@ impl<T: Send> Lock<T> for Mutex<T> {
 }
 
 impl Descriptor for UserFault {
-    type Buffer = EventBuffer;
+    type Buffer = Inbox;
     type Lock<T: Send> = Mutex<T>;
 
-    fn buffer() -> EventBuffer {
-        UserFault::event_buffer()
+    fn buffer() -> Inbox {
+        Inbox::default()
     }
 
-    fn read(&self, buffer: &mut EventBuffer) -> Result<Vec<MemoryEvent>, ReadError> {
-        UserFault::read(self, buffer)
+    fn read(&self, buffer: &mut Inbox) -> Result<Vec<MemoryEvent>, ReadError> {
+        buffer.read(self)
+    }
+
+    fn number(&self) -> RawFd {
+        self.as_raw_fd()
     }
 
     fn copy(&self, target: PageRange, content: &[u8]) -> Progress {

@@ -1,5 +1,7 @@
 //! A family with its descriptors: applies events to the map and the map to memory. Every method runs under the lock.
 
+mod succession;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,11 +15,13 @@ use common::page::{PAGE_SIZE, PageIndex, PageRange, page_in_buffer};
 use common::proto::demand::DemandFrame;
 use common::proto::pages::DataHeader;
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 
-use super::descriptor::Descriptor;
+use super::descriptor::{Buffer, Descriptor};
 use super::{MemberKey, Order, PresentMap, ProcessImage, Sink};
 use crate::blocktime::Blocktime;
-use crate::resolver::{Family, Fault, Install, MemberId};
+use crate::journal::Note;
+use crate::resolver::{Change, Family, Fault, Install, MemberId};
 use crate::uffd::{MemoryEvent, Progress, ReadError, Stop};
 
 /// Bytes of pages kept for a process that is not restored yet.
@@ -54,6 +58,9 @@ pub enum MemoryError {
     /// Events cannot be read.
     #[error("{0}")]
     Read(#[from] ReadError),
+    /// What a successor must know cannot be written down.
+    #[error("cannot keep the journal of {0}: {1}")]
+    Journal(ImagePid, std::io::Error),
     /// The kernel refuses an install.
     #[error("the kernel refuses pages {1:?} of {0}: {2}")]
     Refused(ImagePid, PageRange, Errno),
@@ -89,16 +96,17 @@ pub(super) struct LiveFamily<D: Descriptor> {
     /// Slots that threads wait for, since when.
     waiting: HashMap<usize, Instant>,
     blocktime: Blocktime,
-    buffer: Events<D::Buffer>,
+    buffer: D::Buffer,
+    counts: FamilyCounts,
 }
 
-/// The buffer for uffd messages; it has nothing to show.
-struct Events<B>(B);
-
-impl<B> std::fmt::Debug for Events<B> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Events")
-    }
+/// What of a family came, and how.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct FamilyCounts {
+    pub(super) demanded: u64,
+    pub(super) pushed: u64,
+    pub(super) zero: u64,
+    pub(super) digest: u64,
 }
 
 impl<D: Descriptor> LiveFamily<D> {
@@ -112,7 +120,8 @@ impl<D: Descriptor> LiveFamily<D> {
             early_bytes: 0,
             waiting: HashMap::new(),
             blocktime: Blocktime::default(),
-            buffer: Events(D::buffer()),
+            buffer: D::buffer(),
+            counts: FamilyCounts::default(),
         }
     }
 
@@ -128,6 +137,7 @@ impl<D: Descriptor> LiveFamily<D> {
         if !self.uffds.is_empty() {
             return Err(MemoryError::AttachedTwice(self.family.pid()));
         }
+        self.note(Note::of_descriptor(Change::Attach, uffd.number()))?;
         let member = self.family.attach(&self.vmas);
         Ok(self.watch(member, uffd, sink))
     }
@@ -184,7 +194,9 @@ impl<D: Descriptor> LiveFamily<D> {
             return Ok(());
         };
         loop {
-            let events = uffd.read(&mut self.buffer.0)?;
+            self.make_room()?;
+            self.buffer.begin(member);
+            let events = uffd.read(&mut self.buffer)?;
             if events.is_empty() {
                 return Ok(());
             }
@@ -269,6 +281,10 @@ impl<D: Descriptor> LiveFamily<D> {
     }
 
     pub(super) fn exited(&mut self, member: MemberId, sink: &Sink<'_, D>) {
+        if let Err(error) = self.note(Change::Exit(member)) {
+            // A successor finds out by itself that the process is gone.
+            tracing::warn!(%error, "a process ended");
+        }
         let unneeded = self.family.exit(member);
         self.discard(unneeded, sink);
         self.uffds.remove(&member);
@@ -363,13 +379,14 @@ impl<D: Descriptor> LiveFamily<D> {
         &mut self,
         header: &DataHeader,
         payload: &[u8],
+        arrival: Arrival,
         sink: &Sink<'_, D>,
     ) -> Result<NewPages, MemoryError> {
         let slots = self
             .family
             .slots_of(header.pages)
             .ok_or(MemoryError::UnknownPages(header.pid, header.pages))?;
-        let new = self.account(header, payload, slots);
+        let new = self.account(header, payload, slots, arrival)?;
         self.place_frame(header, payload, sink)?;
         if !self.restored {
             self.keep(header, payload)?;
@@ -387,24 +404,44 @@ impl<D: Descriptor> LiveFamily<D> {
     }
 
     /// Marks slots received and adds up those that are new.
-    fn account(&mut self, header: &DataHeader, payload: &[u8], slots: Range<usize>) -> NewPages {
+    fn account(
+        &mut self,
+        header: &DataHeader,
+        payload: &[u8],
+        slots: Range<usize>,
+        arrival: Arrival,
+    ) -> Result<NewPages, MemoryError> {
         let mut new = NewPages::default();
+        let (mut mask, mut zeros) = (0_u16, 0_u16);
         let mut stored = payload.chunks_exact(PAGE_SIZE);
-        for (index, slot) in slots.enumerate() {
+        for (index, slot) in slots.clone().enumerate() {
             let page = header.pages.start.forward(index as u64);
             let content = (!header.is_zero(index)).then(|| stored.next()).flatten();
-            if !self.family.receive(slot) {
+            if self.family.received().contains(slot) {
                 continue;
             }
             let hash = match content {
                 Some(content) => page_hash(header.pid, page, content),
                 None => zero_page_hash(header.pid, page),
             };
+            mask |= 1 << index;
+            zeros |= u16::from(content.is_none()) << index;
             new.pages += 1;
             new.zero_pages += u64::from(content.is_none());
             new.digest = new.digest.wrapping_add(hash);
         }
-        new
+        if mask != 0 {
+            self.note(Note {
+                change: Change::Received(slots.start, mask),
+                detail: new.digest,
+                extra: u64::from(zeros) | u64::from(arrival == Arrival::Pushed) << 16,
+            })?;
+        }
+        for slot in slots {
+            self.family.receive(slot);
+        }
+        self.counts.add(new, arrival);
+        Ok(new)
     }
 
     fn place_frame(
@@ -491,6 +528,7 @@ impl<D: Descriptor> LiveFamily<D> {
     ) -> Result<(), MemoryError> {
         self.drain(member, sink)?;
         if self.uffds.get(&member).is_none_or(|uffd| uffd.is_quiet()) {
+            self.note(Change::Quiet(member))?;
             self.family.assume_quiet(member);
         } else {
             self.pause(member);
@@ -529,13 +567,13 @@ impl<D: Descriptor> LiveFamily<D> {
             progress => progress,
         };
         let done = pages as usize;
-        self.family.installed(member, slot..slot + done);
+        self.installed(member, slot..slot + done)?;
         let Some(stop) = stop else { return Ok(true) };
         let failed = PageRange::new(target.start.forward(pages), 1);
         match stop {
             Stop::AlreadyPresent => {
                 // Of a longer run the first page is the one that is there.
-                self.family.installed(member, slot + done..slot + done + 1);
+                self.installed(member, slot + done..slot + done + 1)?;
                 uffd.wake(failed);
             }
             Stop::EventsPending => {
@@ -549,6 +587,7 @@ impl<D: Descriptor> LiveFamily<D> {
                 self.place_singly(install, first_slot, content, sink)?;
             }
             Stop::NotMapped => {
+                self.note(Change::Gone(member, target))?;
                 self.family.gone(member, target);
                 uffd.wake(target);
             }
@@ -559,6 +598,14 @@ impl<D: Descriptor> LiveFamily<D> {
             }
         }
         Ok(false)
+    }
+
+    fn installed(&mut self, member: MemberId, slots: Range<usize>) -> Result<(), MemoryError> {
+        if !slots.is_empty() {
+            self.note(Change::Installed(member, slots.start, slots.len()))?;
+            self.family.installed(member, slots);
+        }
+        Ok(())
     }
 
     fn place_singly(
@@ -596,7 +643,9 @@ impl<D: Descriptor> LiveFamily<D> {
     /// Returns how many pages were not confirmed before.
     pub(super) fn confirm_withheld(&mut self, pages: PageRange) -> Result<u64, MemoryError> {
         let confirmed = self.family.confirm_withheld(pages);
-        confirmed.ok_or(MemoryError::UnknownPages(self.family.pid(), pages))
+        let confirmed = confirmed.ok_or(MemoryError::UnknownPages(self.family.pid(), pages))?;
+        self.note(Change::Withheld(pages))?;
+        Ok(confirmed)
     }
 }
 

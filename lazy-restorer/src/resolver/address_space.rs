@@ -8,6 +8,7 @@ use common::images::DumpedVma;
 use common::lazy_map::LazyMap;
 use common::page::{PageIndex, PageRange};
 use common::page_set::PageSet;
+use serde::{Deserialize, Serialize};
 
 use super::departures::{Departures, Displaced, without};
 
@@ -42,7 +43,49 @@ pub struct Piece {
     pub slot: usize,
 }
 
+/// An address space at one moment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SpaceState {
+    /// First run-time page, and the pages that were dumped.
+    segments: Vec<(PageIndex, PageRange)>,
+    present: Vec<u64>,
+    removed: Vec<u64>,
+    departures: Departures,
+    inherited: bool,
+}
+
 impl AddressSpace {
+    /// The address space at this moment.
+    pub fn state(&self) -> SpaceState {
+        let segments = self.segments.iter();
+        SpaceState {
+            segments: segments
+                .map(|(at, segment)| (*at, PageRange::new(segment.dump, segment.count)))
+                .collect(),
+            present: self.present.words().to_vec(),
+            removed: self.removed.words().to_vec(),
+            departures: self.departures.clone(),
+            inherited: self.inherited,
+        }
+    }
+
+    /// The address space of a state; `None` when it is of another process.
+    pub fn from_state(lazy: Arc<LazyMap>, state: SpaceState) -> Option<Self> {
+        let mut space = AddressSpace {
+            segments: BTreeMap::new(),
+            by_dump: BTreeMap::new(),
+            present: PageSet::from_words(state.present, lazy.slots())?,
+            removed: PageSet::from_words(state.removed, lazy.slots())?,
+            departures: state.departures,
+            inherited: state.inherited,
+            lazy,
+        };
+        for (at, dump) in state.segments {
+            space.insert(at, dump);
+        }
+        Some(space)
+    }
+
     /// The address space as it was at the freeze: every lazy page missing, at its dump-time address.
     ///
     /// Lazy pages outside every lazy mapping count as removed: nothing can take them.

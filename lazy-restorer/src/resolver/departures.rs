@@ -7,12 +7,13 @@
 //! is the one the next departure from there speaks of.
 
 use common::page::{PageIndex, PageRange};
+use serde::{Deserialize, Serialize};
 
 /// Old places of moves that are remembered at most, should the kernel never say that it takes pages again.
 const MAX_VACATED: usize = 1024;
 
 /// Reports that are still to come.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Departures {
     /// Old places of moves: each is reported as unmapped once more.
     vacated: Vec<PageRange>,
@@ -21,7 +22,7 @@ pub struct Departures {
 }
 
 /// Dump-time pages that were at `at` when others came.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Displaced {
     /// Their first run-time page then.
     pub at: PageIndex,

@@ -11,6 +11,7 @@
 //! * *withheld*: every member removed it before it came, and the source has confirmed that it will never send it.
 
 mod address_space;
+mod change;
 mod departures;
 mod prefetch;
 
@@ -23,6 +24,7 @@ use common::page::{PageIndex, PageRange};
 use common::page_set::PageSet;
 
 pub use self::address_space::{AddressSpace, Piece};
+pub use self::change::{CHANGE_WORDS, Change, FamilyState};
 use self::prefetch::Prefetch;
 
 /// A member of a family, numbered in the order they appeared; 0 is the restored process itself.
@@ -129,6 +131,11 @@ impl Family {
     pub fn members(&self) -> impl Iterator<Item = MemberId> {
         let alive = self.members.iter().enumerate();
         alive.filter_map(|(index, space)| space.as_ref().map(|_| MemberId(index)))
+    }
+
+    /// The number the next member gets.
+    pub fn next_member(&self) -> MemberId {
+        MemberId(self.members.len())
     }
 
     /// Whether nothing is owed: every page was received or withheld.

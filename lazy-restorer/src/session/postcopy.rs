@@ -6,9 +6,12 @@ use common::exit::{Failure, SessionError};
 use common::host;
 use common::images::ImagePid;
 use common::limits::{MAX_PRESENT_WORDS, RECONNECT_PAUSE};
-use common::proto::control::{Present, ToDestination, ToSource};
+use common::lost::OnLost;
+use common::proto::control::{Abort, Present, ToDestination, ToSource, Welcome};
 use common::record::unix_us;
 use common::session::Event;
+use common::session_file::Side;
+use nix::unistd::Pid;
 use tokio::time::{interval, sleep, timeout};
 
 use super::{EXPLANATION, Migration, gave_up, lost, understood, unexpected};
@@ -16,6 +19,7 @@ use crate::connect::{Source, reconnect};
 use crate::fetch::TransferError;
 use crate::progress::Progress;
 use crate::resident::{Resident, ResidentError};
+use crate::restore::{kill_copy, kill_tree};
 
 /// Time between two looks at how far the memory has come.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -31,10 +35,29 @@ impl Migration<'_> {
         mut resident: Resident,
     ) -> Result<(), SessionError> {
         self.record.resumed_at_unix_us = unix_us(SystemTime::now());
-        let mut whole = match source.control.send(&ToSource::Resumed).await {
+        let whole = match source.control.send(&ToSource::Resumed).await {
             Ok(()) => self.until_whole(source, &mut resident).await,
             Err(error) => Err(lost(self.state(), &error)),
         };
+        self.complete(source, resident, whole).await
+    }
+
+    /// As [`postcopy`](Self::postcopy), from a link that was lost at once.
+    pub(super) async fn postcopy_after(
+        &mut self,
+        source: &mut Source,
+        resident: Resident,
+        error: SessionError,
+    ) -> Result<(), SessionError> {
+        self.complete(source, resident, Err(error)).await
+    }
+
+    async fn complete(
+        &mut self,
+        source: &mut Source,
+        mut resident: Resident,
+        mut whole: Result<(), SessionError>,
+    ) -> Result<(), SessionError> {
         while let Err(error) = &whole
             && error.failure == Failure::Connection
         {
@@ -45,10 +68,14 @@ impl Migration<'_> {
         }
         self.record.count(&resident.memory);
         let announced = resident.announced.take();
-        if let Err(error) = whole {
-            return Err(self.hold(error, resident).await);
+        match whole {
+            Ok(()) => resident.let_go(),
+            Err(error) if !self.copy_may_run => {
+                resident.abort().await;
+                return Err(error);
+            }
+            Err(error) => return Err(self.hold(error, resident).await),
         }
-        resident.let_go();
         match announced {
             Some(announced) => announced
                 .await
@@ -70,11 +97,23 @@ impl Migration<'_> {
             "lazy-restorer: {error}; threads that touch a missing page wait, trying to reconnect"
         );
         self.advance(Event::LinkLost)?;
+        *source = self.find_again(&source.welcome, resident, limit).await?;
+        self.go_on(source, resident).await
+    }
+
+    /// Tries to reach the source of a lost link, or of a session that another program began.
+    pub(super) async fn find_again(
+        &mut self,
+        welcome: &Welcome,
+        resident: &mut Resident,
+        limit: Option<Duration>,
+    ) -> Result<Source, SessionError> {
         let mut pause = RECONNECT_PAUSE.0;
         let lost_since = Instant::now();
-        *source = loop {
-            match reconnect(&self.plan.connect, &self.threads, &source.welcome).await {
-                Ok(source) => break source,
+        let mut operators = self.plan.lost.give_up_after;
+        loop {
+            match reconnect(&self.plan.connect, &self.threads, welcome).await {
+                Ok(source) => return Ok(source),
                 Err(error) if error.failure != Failure::Connection => {
                     return Err(self.fail(Failure::Lost, error.text));
                 }
@@ -88,19 +127,107 @@ impl Migration<'_> {
                     "the source cannot be reached; should page-server still wait there, the workload is frozen there",
                 ));
             }
+            if operators.is_some_and(|limit| lost_since.elapsed() > limit) {
+                operators = None;
+                self.give_up(welcome, resident).await?;
+            }
             tokio::select! {
                 () = sleep(pause) => {}
                 name = self.stop.wait() => tracing::warn!(owed, "{name} ignored: the workload still needs the source"),
             }
             pause = (pause * 2).min(RECONNECT_PAUSE.1);
-        };
+        }
+    }
+
+    /// The operator's limit has passed. An error when the copy was killed for it.
+    async fn give_up(
+        &mut self,
+        welcome: &Welcome,
+        resident: &Resident,
+    ) -> Result<(), SessionError> {
+        let what = self.plan.lost.on_lost;
+        if what == OnLost::KeepPaused {
+            eprintln!(
+                "lazy-restorer: error: destination host {}, phase {}: the source did not come back in time; the workload \
+                 runs here, but threads that touch a missing page wait",
+                host::name(),
+                self.state()
+            );
+            return Ok(());
+        }
+        if let Some(anchor) = resident.anchor() {
+            kill_copy(anchor);
+        }
+        for task in resident.tasks().iter().filter(|task| task.is_alive()) {
+            kill_tree(Pid::from_raw(task.pid));
+        }
+        self.copy_may_run = false;
+        let noted = self.kept.change(|file| {
+            if let Side::Destination(side) = &mut file.side {
+                side.may_run = false;
+            }
+        });
+        if let Err(error) = noted {
+            tracing::warn!(%error, "a restart does not know that the copy is dead");
+        }
+        if what == OnLost::ThawSource {
+            return Err(self.tell_dead(welcome).await);
+        }
+        self.advance(Event::GaveUp)?;
+        Err(self.fail(
+            Failure::Lost,
+            "the source did not come back in time; the copy was killed, as --on-lost says",
+        ))
+    }
+
+    /// The copy is dead. Tries to tell the source, which then lets the original run, until it is told.
+    pub(super) async fn tell_dead(&mut self, welcome: &Welcome) -> SessionError {
+        let error = self.fail(
+            Failure::Peer,
+            "the copy here is dead; the source was told to let the original run",
+        );
+        let mut pause = RECONNECT_PAUSE.0;
+        loop {
+            match reconnect(&self.plan.connect, &self.threads, welcome).await {
+                Ok(source) => {
+                    let abort = Abort {
+                        host: host::name(),
+                        state: self.state(),
+                        text: String::from("the copy is dead"),
+                        copy_is_dead: true,
+                    };
+                    source.close(Some(ToSource::Abort(abort))).await;
+                    return error;
+                }
+                Err(error) if error.failure != Failure::Connection => {
+                    return self.fail(Failure::Peer, error.text);
+                }
+                Err(error) => tracing::info!(%error, "not yet"),
+            }
+            tokio::select! {
+                () = sleep(pause) => {}
+                name = self.stop.wait() => {
+                    let text = format!("stopped by {name}; the source does not know yet that the copy is dead");
+                    return self.fail(Failure::Lost, text);
+                }
+            }
+            pause = (pause * 2).min(RECONNECT_PAUSE.1);
+        }
+    }
+
+    /// The source is there again: settles with it what has come, and goes on.
+    pub(super) async fn go_on(
+        &mut self,
+        source: &mut Source,
+        resident: &mut Resident,
+    ) -> Result<(), SessionError> {
         self.advance(Event::Reconnected)?;
         resident.unlink().await;
         self.tell_present(source, resident).await?;
         let resumed = resident.reconnect(source, &self.threads).await;
         resumed.map_err(|error| self.fail(Failure::Connection, error))?;
         eprintln!("lazy-restorer: reconnected");
-        self.advance(Event::Settled).map(drop)
+        self.advance(Event::Settled)
     }
 
     /// Tells the source which pages have come.
@@ -137,7 +264,10 @@ impl Migration<'_> {
         loop {
             tokio::select! {
                 () = memory.settled() => break,
-                _ = shown.tick() => progress.show(&memory),
+                _ = shown.tick() => {
+                    progress.show(&memory);
+                    self.note_announced(resident);
+                }
                 step = resident.next() => if let Err(error) = step {
                     return Err(self.resident_failed(source, error).await);
                 },
@@ -160,6 +290,24 @@ impl Migration<'_> {
             return Err(unexpected(self.state(), &message));
         }
         self.advance(Event::Agreed)
+    }
+
+    /// A restart need not run the operator's command again.
+    fn note_announced(&mut self, resident: &Resident) {
+        let is_done = resident
+            .announced
+            .as_ref()
+            .is_some_and(|task| task.is_finished());
+        let noted = self.kept.change(|file| {
+            if let Side::Destination(side) = &mut file.side
+                && is_done
+            {
+                side.on_resumed = None;
+            }
+        });
+        if let Err(error) = noted {
+            tracing::warn!(%error, "a restart would run --on-resumed again");
+        }
     }
 
     /// The restore or a stream failed: of the link, which the control stream explains better, or for good.
