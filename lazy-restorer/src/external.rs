@@ -274,7 +274,11 @@ impl External<'_> {
             }
             Err(error) => return Err(error),
         }
-        self.provide(&mut filling).await?;
+        if let Err(error) = self.provide(&mut filling).await {
+            // No task has run, and those there were are killed: there is nothing to keep.
+            release(filling.keeper);
+            return Err(error);
+        }
         let counted = self.until_whole(&mut filling).await;
         self.record.count(&filling.memory);
         match counted {

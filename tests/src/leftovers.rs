@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -11,6 +12,9 @@ use crate::host::Host;
 use crate::rig::Rig;
 use crate::wait::wait_until;
 use crate::{namespace, task};
+
+/// The directory of session files below `/run`.
+const SESSIONS: &str = "postcopy";
 
 /// The kernel takes a moment to bury a killed process.
 const BURIAL: Duration = Duration::from_secs(10);
@@ -47,6 +51,15 @@ fn processes(host: &Host) -> Vec<Pid> {
     all.into_iter().filter(|pid| task::is_alive(*pid)).collect()
 }
 
+fn files_below(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let below = |path: PathBuf| match path.is_dir() {
+        true => files_below(&path),
+        false => vec![path.display().to_string()],
+    };
+    entries.flat_map(|entry| below(entry.path())).collect()
+}
+
 impl Snapshot {
     /// Looks at both hosts.
     pub fn take(rig: &Rig) -> Result<Self> {
@@ -56,11 +69,12 @@ impl Snapshot {
             source: HostState::of(&rig.source)?,
             destination: HostState::of(&rig.destination)?,
             mounts: mounts.lines().map(str::to_owned).collect(),
-            // CRIU's knowledge of the kernel is meant to stay.
+            // CRIU's knowledge of the kernel is meant to stay, and so may the directory of session files, but none of them.
             run: run
                 .flatten()
                 .map(|entry| entry.file_name().to_string_lossy().into_owned())
-                .filter(|name| name != "criu.kdat" && name != "xtables.lock")
+                .filter(|name| !["criu.kdat", "xtables.lock", SESSIONS].contains(&name.as_str()))
+                .chain(files_below(&Path::new("/run").join(SESSIONS)))
                 .collect(),
             staging: ["/dev/shm", "/tmp"]
                 .into_iter()
