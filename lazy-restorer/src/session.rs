@@ -317,8 +317,9 @@ impl Migration<'_> {
                     Ok(Err(error)) => return Err(self.staging_failed(source, error).await),
                     Err(error) => return Err(self.fail(Failure::Internal, error)),
                 },
-                message = self.next(source), if !frozen => match message? {
-                    ToDestination::Frozen => frozen = true,
+                // Also when nothing is expected: the source, or the operator, may give up.
+                message = self.next(source) => match message? {
+                    ToDestination::Frozen if !frozen => frozen = true,
                     message => return Err(unexpected(self.state(), &message)),
                 },
             }

@@ -321,7 +321,11 @@ impl Migration<'_> {
             tracing::error!(%error, "the workload is thawed nevertheless");
         }
         match workload.thaw().await {
-            Ok(()) => tracing::info!("the workload runs here as before"),
+            Ok(()) => {
+                // Also past the point of no return, when it could not be told to the hook.
+                self.kept.end();
+                tracing::info!("the workload runs here as before");
+            }
             Err(error) => tracing::error!(%error, "thawing"),
         }
     }
