@@ -421,6 +421,8 @@ impl Migration<'_> {
             Err(error) if self.copy_may_run => Err(self.hold(error, resident).await),
             Err(error) => {
                 resident.abort().await;
+                // Also when the grant was waited for in vain: nothing is left that a successor could go on with.
+                self.kept.end();
                 Err(error)
             }
         }
