@@ -10,7 +10,7 @@ pub const V1: u16 = 1;
 /// on the credit stream in which order it wants them.
 pub const V2: u16 = 2;
 
-/// Answers to requests may come compressed.
+/// Answers to requests may come compressed, and the source says which pages were huge.
 pub const V3: u16 = 3;
 
 /// The highest of the offered versions that this build speaks too.
