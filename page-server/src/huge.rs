@@ -107,11 +107,10 @@ mod tests {
         assert_ne!(at, libc::MAP_FAILED);
         let at = at.cast::<u8>();
         let aligned = at.wrapping_add(at.align_offset(HUGE_PAGE));
-        // SAFETY: three huge pages from the first aligned address are within the four mapped.
-        unsafe {
-            libc::madvise(aligned.cast(), 2 * HUGE_PAGE, advice);
-            aligned.write_bytes(1, 2 * HUGE_PAGE);
-        }
+        // SAFETY: two huge pages from the first aligned address are within the four mapped.
+        unsafe { libc::madvise(aligned.cast(), 2 * HUGE_PAGE, advice) };
+        // SAFETY: as above.
+        unsafe { aligned.write_bytes(1, 2 * HUGE_PAGE) };
         aligned
     }
 
