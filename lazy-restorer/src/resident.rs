@@ -89,6 +89,8 @@ pub struct Successor {
     pub anchor: Option<Anchor>,
     /// Its root.
     pub root: Option<Pid>,
+    /// Its processes when it was let run.
+    pub tasks: Vec<Task>,
     /// Its directory.
     pub directory: PathBuf,
     /// Our keeper, which has been told everything.
@@ -232,7 +234,7 @@ impl Resident {
             rehearsal: Rehearsal::new(&RehearsalPlan::default(), &[]),
             root_image: None,
             root: left.root,
-            tasks: Vec::new(),
+            tasks: left.tasks,
             directory: Directory::Taken(left.directory),
         }
     }

@@ -21,6 +21,7 @@ use common::limits::IDLE_TIMEOUT;
 use common::lost::LostPlan;
 use common::operator::{self, Facts};
 use common::proto::control::{Abort, ToDestination, ToSource, WorkloadFacts};
+use common::proto::version::V3;
 use common::record::Phases;
 use common::session::{Event, Session, State};
 use common::session_file::{DestinationSide, Kept, Remembered, SessionFile, Side, Task, boot_id};
@@ -265,10 +266,19 @@ impl Migration<'_> {
     }
 
     async fn advise(&mut self, source: &mut Source) -> Result<WorkloadFacts, SessionError> {
-        let facts = match self.next(source).await? {
+        let mut facts = match self.next(source).await? {
             ToDestination::Advise(facts) => facts,
             message => return Err(unexpected(self.state(), &message)),
         };
+        if source.welcome.version >= V3 {
+            facts.more = match self.next(source).await? {
+                ToDestination::AdviseMore(more) => more,
+                message => return Err(unexpected(self.state(), &message)),
+            };
+        } else if !self.plan.files.is_empty() {
+            let text = "the source's release sends no files; use the same release on both hosts";
+            return Err(self.fail(Failure::Refused, text));
+        }
         // Programs are looked at when they are here.
         self.bring_files(source, Pass::First).await?;
         let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency);
@@ -299,8 +309,8 @@ impl Migration<'_> {
         source: &mut Source,
         directory: TempDir,
     ) -> Result<Staged, SessionError> {
-        let images = images_directory(&directory)
-            .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
+        let images = images_directory(&directory).and_then(skeleton::Folder::open);
+        let images = images.map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
         let (credits, pages) = source
             .take_bulk_stream()
             .ok_or_else(|| self.fail(Failure::Internal, "the bulk stream is in use"))?;

@@ -93,6 +93,13 @@ impl Book {
         Book::new(pending, &first.eager, &first.hot)
     }
 
+    /// The same for a successor: what was sent is not known, and the destination will say it.
+    pub fn of_left(dumped: &[DumpedProcess]) -> Self {
+        let (mut pending, first) = owed(dumped);
+        pending.forget();
+        Book::new(pending, &[], &first.hot)
+    }
+
     /// Opens the book on everything owed; `eager` pages are pushed first, `hot` ones before most.
     pub fn new(pending: Pending, eager: &[Run], hot: &[Run]) -> Self {
         let counts = SentCounts {

@@ -11,8 +11,9 @@ use common::images::ImagePid;
 use common::limits::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, MAX_LAZY_PAGES, MAX_PROCESSES};
 use common::proto::control::{
     Abort, Hello, Present, Resume, Secret, SessionId, ToDestination, ToSource, Welcome,
+    WorkloadFacts,
 };
-use common::proto::version;
+use common::proto::version::{self, V3};
 use common::session::State;
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::time::timeout;
@@ -121,6 +122,8 @@ pub struct Acquaintance {
     pub secret: Secret,
     /// Its host's name.
     pub host: String,
+    /// The version of the protocol that was agreed on.
+    pub version: u16,
 }
 
 /// Takes a destination back that proves to be the one of this session; turns everybody else away.
@@ -189,8 +192,8 @@ async fn take_back(
         refuse(control, &text).await;
         return Err(text);
     };
-    if !version::SUPPORTED.contains(&resume.version) {
-        let text = format!("this page-server does not speak version {}", resume.version);
+    if resume.version != old.version {
+        let text = format!("this session speaks version {}, and no other", old.version);
         refuse(control, &text).await;
         return Err(text);
     }
@@ -287,7 +290,9 @@ impl Destination {
             let message = timeout(HANDSHAKE_TIMEOUT, self.control.next()).await;
             match message.map_err(|_| silent())? {
                 Ok(ToSource::Present(present)) => append(&mut map.received, present)?,
-                Ok(ToSource::Withheld(withheld)) => append(&mut map.withheld, withheld)?,
+                Ok(ToSource::Withheld(withheld)) if self.version >= V3 => {
+                    append(&mut map.withheld, withheld)?;
+                }
                 Ok(ToSource::PresentEnd) => return Ok(map),
                 Ok(ToSource::Abort(abort)) if abort.copy_is_dead => {
                     return Err(Unsettled::CopyDead(abort));
@@ -351,6 +356,7 @@ impl Destination {
         Acquaintance {
             secret: self.secret.clone(),
             host: self.host.clone(),
+            version: self.version,
         }
     }
 
@@ -373,6 +379,7 @@ impl Destination {
     pub async fn next(&mut self, state: State) -> Result<ToSource, SessionError> {
         match self.control.next().await {
             Ok(ToSource::Abort(abort)) => Err(self.gave_up(state, &abort)),
+            Ok(message) if message.since() > self.version => Err(unexpected(state, &message)),
             Ok(message) => Ok(message),
             Err(error) => Err(lost(state, &error)),
         }
@@ -406,6 +413,16 @@ impl Destination {
             Ok(()) => Ok(()),
             Err(error) => Err(self.explain(state, lost(state, &error)).await),
         }
+    }
+
+    /// Says what is going to move, as far as its version knows it.
+    pub async fn advise(&mut self, state: State, facts: WorkloadFacts) -> Result<(), SessionError> {
+        let more = facts.more.clone();
+        self.send(state, &ToDestination::Advise(facts)).await?;
+        if self.version < V3 {
+            return Ok(());
+        }
+        self.send(state, &ToDestination::AdviseMore(more)).await
     }
 
     /// Serves the demand stream as soon as the destination opens it.

@@ -13,6 +13,8 @@ use quinn::{Connection, RecvStream, SendStream};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use crate::privileges;
+
 /// Authenticated peers that wait for their turn.
 const WAITING_PEERS: usize = 4;
 
@@ -61,16 +63,22 @@ pub enum ListenError {
 }
 
 impl Listen {
-    /// Binds both ports.
+    /// Binds both ports, and gives up the capabilities that the calling thread does not need any more then.
     pub fn open(plan: &ListenPlan) -> Result<Self, ListenError> {
-        let fault_thread = IoThread::start("fault", Priority::Urgent)?;
+        let fault_thread = IoThread::start("fault", Priority::Urgent, privileges::DATA)?;
         let urgent_granted = fault_thread.granted();
-        let bulk_thread = IoThread::start("bulk", Priority::Background { urgent_granted })?;
+        let bulk_thread = IoThread::start(
+            "bulk",
+            Priority::Background { urgent_granted },
+            privileges::DATA,
+        )?;
         let gauge = FaultGauge::default();
-        Ok(Listen {
+        let listen = Listen {
             fault: Port::open(fault_thread, Role::Fault, plan, &gauge)?,
             bulk: Port::open(bulk_thread, Role::Bulk, plan, &gauge)?,
-        })
+        };
+        privileges::give_up()?;
+        Ok(listen)
     }
 }
 

@@ -8,6 +8,7 @@ use common::images::ImagePid;
 use common::limits::{MAX_PRESENT_WORDS, RECONNECT_PAUSE};
 use common::lost::OnLost;
 use common::proto::control::{Abort, Present, ToDestination, ToSource, Welcome};
+use common::proto::version::V3;
 use common::record::unix_us;
 use common::session::Event;
 use common::session_file::Side;
@@ -240,7 +241,12 @@ impl Migration<'_> {
             for part in parts(pid, &map.received) {
                 self.send(source, &ToSource::Present(part)).await?;
             }
-            for part in parts(pid, &map.withheld) {
+            // An older source keeps that in mind itself; it knows no successors.
+            let withheld: &[u64] = match source.welcome.version {
+                V3.. => &map.withheld,
+                _ => &[],
+            };
+            for part in parts(pid, withheld) {
                 self.send(source, &ToSource::Withheld(part)).await?;
             }
         }

@@ -171,6 +171,7 @@ impl Migration<'_> {
                     puts_away: side.anchor_puts_away,
                 }),
             root: side.root.filter(|task| task.is_alive()).map(pid_of),
+            tasks: side.tasks.clone(),
             directory,
             keeper,
         })

@@ -12,7 +12,7 @@ use common::proto::demand::DemandFrame;
 use common::proto::pages::{DataHeader, DemandReply};
 use common::proto::stream;
 use common::session::State;
-use common::session_file::{SessionFile, Side, SourceSide, Task, encode};
+use common::session_file::{FrozenTasks, Original, SessionFile, Side, SourceSide, Task, encode};
 use serde::Serialize;
 
 const PID: ImagePid = ImagePid(100);
@@ -154,9 +154,16 @@ fn session_file() -> SessionFile {
         secret: SECRET,
         peer_host: String::from("b"),
         side: Side::Source(SourceSide {
-            root: task,
-            tasks: vec![task; 3],
-            criu: task,
+            original: Original::Foreign(
+                FrozenTasks {
+                    root: task,
+                    tasks: vec![task; 3],
+                    criu: task,
+                    container: None,
+                },
+                String::from("/var/tmp/images"),
+            ),
+            version: 3,
             criu_program: String::from("criu"),
             fault: address,
             bulk: address,
