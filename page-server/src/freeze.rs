@@ -224,9 +224,9 @@ impl Frozen {
 
     /// Lets the workload run on as if nothing had happened.
     pub async fn thaw(mut self) -> Result<(), FreezeError> {
-        let has_ended = self.child.try_wait();
-        // Tasks that nobody holds any more are not to run before their connections are put right.
-        if let Ok(None) = has_ended {
+        // Tasks that nobody holds any more are not to run before their connections are put right. That CRIU lives
+        // counts, not the runtime that called it.
+        if self.criu.is_some_and(is_alive) {
             signal_all(&self.tasks, Signal::SIGCONT);
         }
         if let Err(error) = self.tell(Verdict::Thaw).await {
