@@ -431,8 +431,13 @@ impl Migration<'_> {
             Err(error) if self.copy_may_run => Err(self.hold(error, resident).await),
             Err(error) => {
                 resident.abort().await;
-                // Also when the grant was waited for in vain: nothing is left that a successor could go on with.
-                self.kept.end();
+                if error.failure == Failure::Lost && !error.state.source_may_thaw() {
+                    // The source may have given the workload away, and would wait for us.
+                    eprintln!(
+                        "lazy-restorer: {error}; the copy never ran and is dead, trying to tell the source"
+                    );
+                    return Err(self.tell_dead(&source.welcome.clone(), Some(TELLING)).await);
+                }
                 Err(error)
             }
         }
@@ -607,6 +612,9 @@ async fn announce(plan: MigratePlan, facts: Facts) {
 
 /// Time to try to learn whether the source has given the workload away; killing our copy, which never ran, is safe.
 const GRANT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Time to try to tell a source that our copy is dead, which never ran. Afterwards `resume` still can.
+const TELLING: Duration = Duration::from_secs(600);
 
 /// Time we have to take descriptors that CRIU has sent already.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);

@@ -15,13 +15,12 @@ use common::session_file::{
 };
 use common::stop::StopSignal;
 use nix::unistd::Pid;
-use quinn::Connection;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 
 use crate::attach::ForeignDump;
 use crate::destination::{Acquaintance, Caller, Destination, receive};
-use crate::listen::{Listen, ListenPlan};
+use crate::listen::{Call, Listen, ListenPlan};
 use crate::offer::{Dumped, Offer, OfferError};
 use crate::report::Record;
 use crate::session::too_late;
@@ -140,7 +139,7 @@ impl<'a> Reception<'a> {
         tokio::pin!(late);
         while records.len() < self.plan.fan_out {
             tokio::select! {
-                Some(connection) = self.listen.fault.next() => self.receive(connection).await,
+                Some(call) = self.listen.fault.next() => self.receive(call).await,
                 Some(ended) = self.visits.join_next() => {
                     let ended = self.farewell(ended, records);
                     result = result.and(ended);
@@ -171,14 +170,14 @@ impl<'a> Reception<'a> {
         error
     }
 
-    async fn receive(&mut self, connection: Connection) {
-        let peer = connection.remote_address();
-        if let Err(reason) = self.admit(connection).await {
+    async fn receive(&mut self, call: Call) {
+        let peer = call.control.peer();
+        if let Err(reason) = self.admit(call).await {
             tracing::warn!(%peer, reason, "refused a destination");
         }
     }
 
-    async fn admit(&mut self, connection: Connection) -> Result<(), String> {
+    async fn admit(&mut self, call: Call) -> Result<(), String> {
         let is_open = self.admitted < self.plan.fan_out && self.stop.borrow().is_none();
         let session = is_open
             .then(SessionId::random)
@@ -187,15 +186,7 @@ impl<'a> Reception<'a> {
         let known = self.guests.iter();
         let known = known.map(|(id, guest)| (*id, guest.acquaintance.clone()));
         let token = self.plan.token.as_ref();
-        match receive(
-            &mut self.listen,
-            connection,
-            session,
-            token,
-            &known.collect(),
-        )
-        .await?
-        {
+        match receive(&mut self.listen, call, session, token, &known.collect()).await? {
             Caller::New(id, destination) => self.begin(id, destination)?,
             Caller::Back(id, destination) => {
                 if let Some(guest) = self.guests.get(&id) {

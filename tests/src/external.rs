@@ -100,6 +100,16 @@ impl<'a> Orchestrator<'a> {
 
     /// Starts `lazy-restorer lazy-pages` for `images` and does not wait.
     pub fn spawn_lazy_pages(&self, images: &Path, options: &[&str]) -> Result<Side> {
+        self.spawn_lazy_pages_in(&[], images, options)
+    }
+
+    /// The same in an environment.
+    pub fn spawn_lazy_pages_in(
+        &self,
+        variables: &[(&str, &str)],
+        images: &Path,
+        options: &[&str],
+    ) -> Result<Side> {
         let mut command = self
             .rig
             .destination
@@ -107,7 +117,7 @@ impl<'a> Orchestrator<'a> {
         command.args(["lazy-pages", "--images-dir"]).arg(images);
         command.args(["--from", &format!("{}:{PORT}", self.rig.source.address())]);
         command.arg("--identity").arg(&self.identities.destination);
-        command.args(options);
+        command.args(options).envs(variables.iter().copied());
         Side::start_program(self.rig, "lazy-restorer", &mut command)
     }
 

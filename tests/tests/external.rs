@@ -65,6 +65,11 @@ fn main() -> ExitCode {
             body: the_programs_of_clones_are_succeeded,
         },
         Test {
+            name: "an_older_source_is_refused",
+            needs: MIGRATION,
+            body: an_older_source_is_refused,
+        },
+        Test {
             name: "one_dump_becomes_three_processes",
             needs: CLONE,
             body: one_dump_becomes_three_processes,
@@ -327,4 +332,20 @@ fn the_programs_of_clones_are_succeeded(rig: &Rig) -> Result<()> {
         ensure!(sessions(rig, role)?.is_empty(), "a session file is left");
     }
     warm.finish(COPIES)
+}
+
+/// One that sends its images always.
+fn an_older_source_is_refused(rig: &Rig) -> Result<()> {
+    let torture = start_torture(rig)?;
+    let orchestrator = Orchestrator::new(rig)?;
+    orchestrator.dump(torture.pid())?;
+    let mut server = orchestrator.start_server(&["serve"])?;
+    orchestrator.copy_images()?;
+    let versions = [("POSTCOPY_OFFER_VERSIONS", "1,2")];
+    let mut daemon = orchestrator.spawn_lazy_pages_in(&versions, &orchestrator.copied, &[])?;
+    ensure!(!daemon.end()?.success(), "it went on");
+    let line = daemon.error_line()?;
+    ensure!(line.contains("sends its images always"), "{line}");
+    ensure!(!server.end()?.success(), "page-server served it");
+    Ok(())
 }

@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 use tests::binaries;
 use tests::container::{Container, NAME};
-use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, RESTORE};
+use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, REFUSED, RESTORE};
 use tests::failure::expect_failure;
 use tests::gate::Gate;
 use tests::harness::{self, Body, CONTAINER_MIGRATION, Test};
@@ -25,7 +25,7 @@ use tests::task;
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 11] = [
+    let tests: [(&'static str, Body); 12] = [
         ("a_container_moves", a_container_moves),
         ("a_container_comes_back", a_container_comes_back),
         (
@@ -46,6 +46,10 @@ fn main() -> ExitCode {
             a_container_is_thawed_by_force,
         ),
         ("what_does_not_run_is_refused", what_does_not_run_is_refused),
+        (
+            "an_older_destination_is_refused",
+            an_older_destination_is_refused,
+        ),
         ("a_taken_name_is_refused", a_taken_name_is_refused),
         ("another_bundle_is_refused", another_bundle_is_refused),
         ("a_missing_bundle_is_refused", a_missing_bundle_is_refused),
@@ -222,6 +226,18 @@ fn what_does_not_run_is_refused(rig: &Rig) -> Result<()> {
     boxed.assert_movable(rig)
 }
 
+/// It would take the container for a process tree.
+fn an_older_destination_is_refused(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 1)?;
+    let mut plan = boxed.plan.clone();
+    plan.restorer_env
+        .push(("POSTCOPY_OFFER_VERSIONS".into(), "1,2".into()));
+    let (mut server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
+    expect_failure(&mut server, REFUSED, &["advise", "no containers"])?;
+    expect_failure(&mut restorer, ABORTED_BY_PEER, &["no containers"])?;
+    boxed.assert_movable(rig)
+}
+
 fn a_taken_name_is_refused(rig: &Rig) -> Result<()> {
     let boxed = Boxed::start(rig, 1)?;
     let place = &boxed.container.destination;
@@ -353,8 +369,9 @@ fn a_container_is_thawed_by_force(rig: &Rig) -> Result<()> {
     wait_until(PATIENCE, "the original to run", || {
         !task::is_frozen(original)
     })?;
+    // More than it holds already, so that there is something new to ask for.
     let plan = ClientPlan {
-        mib: 1,
+        mib: 40,
         seed: seed_of_this_run(),
         rate: 500,
     };

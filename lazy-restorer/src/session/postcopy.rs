@@ -172,7 +172,7 @@ impl Migration<'_> {
             tracing::warn!(%error, "a restart does not know that the copy is dead");
         }
         if what == OnLost::ThawSource {
-            return Err(self.tell_dead(welcome).await);
+            return Err(self.tell_dead(welcome, None).await);
         }
         self.advance(Event::GaveUp)?;
         Err(self.fail(
@@ -181,8 +181,13 @@ impl Migration<'_> {
         ))
     }
 
-    /// The copy is dead. Tries to tell the source, which then lets the original run, until it is told.
-    pub(super) async fn tell_dead(&mut self, welcome: &Welcome) -> SessionError {
+    /// The copy is dead. Tries to tell the source, which then lets the original run, until it is told or `limit` is over.
+    pub(super) async fn tell_dead(
+        &mut self,
+        welcome: &Welcome,
+        limit: Option<Duration>,
+    ) -> SessionError {
+        let began = Instant::now();
         let error = self.fail(
             Failure::Peer,
             "the copy here is dead; the source was told to let the original run",
@@ -204,6 +209,10 @@ impl Migration<'_> {
                     return self.fail(Failure::Peer, error.text);
                 }
                 Err(error) => tracing::info!(%error, "not yet"),
+            }
+            if limit.is_some_and(|limit| began.elapsed() > limit) {
+                let text = "the source does not know yet that the copy is dead; `lazy-restorer resume` tells it";
+                return self.fail(Failure::Lost, text);
             }
             tokio::select! {
                 () = sleep(pause) => {}

@@ -78,7 +78,7 @@ impl Migration<'_> {
             }
             sleep(PAUSE).await;
         }
-        self.tell_dead(welcome).await
+        self.tell_dead(welcome, None).await
     }
 
     async fn take_over(
