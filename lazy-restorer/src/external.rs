@@ -264,15 +264,15 @@ impl External<'_> {
 
     async fn migrate(&mut self, dump: Dump) -> Result<(), SessionError> {
         self.advance(Event::Welcomed)?;
+        let mut facts = match self.next().await? {
+            ToDestination::Advise(facts) => facts,
+            message => return Err(self.unexpected(&message)),
+        };
         if self.source.welcome.version < V3 {
             let text =
                 "the source's release sends its images always; use the same release on both hosts";
             return Err(self.fail(Failure::Refused, text));
         }
-        let mut facts = match self.next().await? {
-            ToDestination::Advise(facts) => facts,
-            message => return Err(self.unexpected(&message)),
-        };
         facts.more = match self.next().await? {
             ToDestination::AdviseMore(more) => more,
             message => return Err(self.unexpected(&message)),

@@ -494,11 +494,11 @@ mod tests {
         let acquaintance = Acquaintance {
             secret: secret.clone(),
             host: String::from("b"),
-            version: version::V3,
+            version: V3,
         };
         let known = HashMap::from([(session, acquaintance)]);
         let resume = Resume {
-            version: version::V3,
+            version: V3,
             session,
             secret,
         };

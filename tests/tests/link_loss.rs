@@ -125,7 +125,7 @@ fn a_grant_that_never_arrives_is_given_back(rig: &Rig) -> Result<()> {
             ..TorturePlan::default()
         },
     )?;
-    let gate = Gate::new(rig, "before the grant")?;
+    let gate = Gate::new(rig, "before-the-grant")?;
     let mut plan = PairPlan::new(rig)?;
     plan.before_restore = gate.after(&plan.before_restore);
     let mut server = plan.start_server(rig, torture.pid())?;
