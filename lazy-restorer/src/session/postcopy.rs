@@ -25,6 +25,9 @@ use crate::restore::{kill_copy, kill_tree};
 /// Time between two looks at how far the memory has come.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
+/// Time the source has to let the original run, with the operator's command before that, and to say so.
+const HEARING: Duration = Duration::from_secs(60);
+
 /// Time to try to tell the source that every page is here; the workload does not need it any more.
 const ACKNOWLEDGEMENT_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -181,6 +184,26 @@ impl Migration<'_> {
         ))
     }
 
+    /// Says that the copy is dead, and waits until the source has heard it: it lets the original run, and ends.
+    async fn is_told(&self, mut source: Source) -> bool {
+        let abort = ToSource::Abort(Abort {
+            host: host::name(),
+            state: self.state(),
+            text: String::from("the copy is dead"),
+            copy_is_dead: true,
+        });
+        if source.control.send(&abort).await.is_err() {
+            return false;
+        }
+        let answered = match timeout(HEARING, source.control.next()).await {
+            Ok(Err(error)) => !error.is_link_lost(),
+            Ok(Ok(_)) => true,
+            Err(_) => false,
+        };
+        source.close(None).await;
+        answered
+    }
+
     /// The copy is dead. Tries to tell the source, which then lets the original run, until it is told or `limit` is over.
     pub(super) async fn tell_dead(
         &mut self,
@@ -196,14 +219,9 @@ impl Migration<'_> {
         loop {
             match reconnect(&self.plan.connect, &self.threads, welcome).await {
                 Ok(source) => {
-                    let abort = Abort {
-                        host: host::name(),
-                        state: self.state(),
-                        text: String::from("the copy is dead"),
-                        copy_is_dead: true,
-                    };
-                    source.close(Some(ToSource::Abort(abort))).await;
-                    return error;
+                    if self.is_told(source).await {
+                        return error;
+                    }
                 }
                 Err(error) if error.failure != Failure::Connection => {
                     return self.fail(Failure::Peer, error.text);

@@ -122,7 +122,10 @@ impl Migration<'_> {
                 result
             }
             Found::CopyDead(destination, abort) => {
-                Err(self.copy_died(workload, &destination, &abort).await)
+                let error = self.copy_died(workload, &destination, &abort).await;
+                // It waits to hear that it was understood.
+                destination.control.close().await;
+                Err(error)
             }
             Found::GaveUp => Err(self.gave_up(workload).await),
         }
