@@ -139,6 +139,9 @@ pub struct Resume {
     /// For tests: fetch nothing but what the workload touches
     #[arg(long, hide = true)]
     no_push: bool,
+    /// Leave transparent huge pages as the small pages they arrive as
+    #[arg(long)]
+    small_pages: bool,
     /// Write a record of the rest of the migration to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -190,6 +193,7 @@ impl Resume {
             engine: Engine::Criu,
             leniency: Leniency::default(),
             push: !self.no_push,
+            huge_pages: !self.small_pages,
             work_dir: None,
             pidfile: side.pidfile.as_ref().map(PathBuf::from),
             before_restore: None,
@@ -290,6 +294,9 @@ pub struct Restore {
     /// For measurements: fetch nothing but what the workload touches
     #[arg(long, hide = true)]
     no_push: bool,
+    /// Leave transparent huge pages as the small pages they arrive as
+    #[arg(long)]
+    small_pages: bool,
     /// Record the order in which the workload first touches its memory to this file, for --replay; for a while nothing
     /// is pushed then, so the workload is slower
     #[arg(long, value_name = "FILE")]
@@ -504,6 +511,7 @@ impl Restore {
                 programs: self.ignore_programs,
             },
             push: !self.no_push,
+            huge_pages: !self.small_pages,
             rehearsal: self
                 .rehearsal()
                 .map_err(|error| fail(Failure::BadInput, &error))?,

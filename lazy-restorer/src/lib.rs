@@ -29,6 +29,7 @@ pub mod fetch;
 pub mod files;
 pub mod gate;
 pub mod handover;
+pub mod huge;
 pub mod journal;
 pub mod keeper;
 pub mod memory;

@@ -12,6 +12,8 @@ pub const DATA: Capabilities = Capabilities::empty();
 const MAIN: Capabilities = Capabilities::KILL
     // Killing a copy means finding its processes, also where /proc hides those of others.
     .union(Capabilities::SYS_PTRACE)
+    // Having the kernel make pages of the copy huge again.
+    .union(Capabilities::SYS_NICE)
     // Unmounting what a killed CRIU has mounted.
     .union(Capabilities::SYS_ADMIN)
     // Large socket buffers, when it connects again.

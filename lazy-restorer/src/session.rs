@@ -58,6 +58,8 @@ pub struct MigratePlan {
     pub leniency: Leniency,
     /// Let the source push; else only what is touched comes.
     pub push: bool,
+    /// Whether pages that were huge on the source are made huge again.
+    pub huge_pages: bool,
     /// What to do with the order of first touches.
     pub rehearsal: RehearsalPlan,
     /// Directories that come along.

@@ -34,6 +34,7 @@ pub mod freezer;
 pub mod frozen;
 pub mod guard;
 pub mod hook;
+mod huge;
 pub mod identity_command;
 pub mod image_pages;
 mod iptables_lock;

@@ -20,6 +20,7 @@ pub mod faulty_peer;
 pub mod gate;
 pub mod harness;
 pub mod host;
+pub mod huge;
 pub mod identity;
 pub mod latency;
 pub mod leftovers;

@@ -145,8 +145,19 @@ pub enum ToDestination {
         /// The port.
         bulk_port: u16,
     },
+    /// Huge pages of one process, before [`Complete`](Self::Complete); from version 3 on.
+    Huge(HugeAreas),
     /// More of what is going to move, directly after `Advise`. From [`V3`] on.
     AdviseMore(MoreFacts),
+}
+
+/// Anonymous memory that lay on huge pages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HugeAreas {
+    /// The process.
+    pub pid: ImagePid,
+    /// First page and number of pages, at most [`MAX_HUGE_PIECE`](crate::limits::MAX_HUGE_PIECE) times.
+    pub areas: Vec<(u64, u64)>,
 }
 
 /// Proves to be the destination of a session that lost its link.

@@ -12,7 +12,7 @@ pub const V2: u16 = 2;
 
 /// The source tells more of the workload (`AdviseMore`: containers, programs) and serves files; a destination may have the
 /// images already (`ReadyWithImages`), and says when it comes again what was promised never to come (`Withheld`).
-/// Answers to requests may come compressed.
+/// Answers to requests may come compressed, and the source says which pages were huge.
 pub const V3: u16 = 3;
 
 /// The highest of the offered versions that this build speaks too.

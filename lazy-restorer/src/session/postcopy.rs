@@ -18,6 +18,7 @@ use tokio::time::{interval, sleep, timeout};
 use super::{EXPLANATION, Migration, gave_up, lost, understood, unexpected};
 use crate::connect::{Source, reconnect};
 use crate::fetch::TransferError;
+use crate::huge::Huge;
 use crate::progress::Progress;
 use crate::resident::{Resident, ResidentError};
 use crate::restore::{kill_copy, kill_tree};
@@ -73,7 +74,10 @@ impl Migration<'_> {
         self.record.count(&resident.memory);
         let announced = resident.announced.take();
         match whole {
-            Ok(()) => resident.let_go(),
+            Ok(()) => {
+                let huge = resident.let_go();
+                self.make_huge(huge).await;
+            }
             Err(error) if !self.copy_may_run => {
                 resident.abort().await;
                 return Err(error);
@@ -318,11 +322,30 @@ impl Migration<'_> {
         self.advance(Event::AllPresent)?;
         self.send(source, &ToSource::Drained(memory.tally()))
             .await?;
-        let message = understood(self.state(), source.control.next().await)?;
-        if message != ToDestination::Complete {
-            return Err(unexpected(self.state(), &message));
+        loop {
+            match understood(self.state(), source.control.next().await)? {
+                ToDestination::Complete => break,
+                ToDestination::Huge(areas) if resident.note_huge(&areas) => {}
+                message => return Err(unexpected(self.state(), &message)),
+            }
         }
         self.advance(Event::Agreed)
+    }
+
+    /// The migration is complete; pages that were huge become it again while the workload runs.
+    async fn make_huge(&mut self, huge: Huge) {
+        if !self.plan.huge_pages {
+            return;
+        }
+        tokio::select! {
+            counts = huge.make() => {
+                if counts.wanted > 0 {
+                    tracing::info!(?counts, "huge pages");
+                }
+                self.record.huge_pages = counts;
+            }
+            name = self.stop.wait() => tracing::warn!("stopped by {name}; some pages stay small"),
+        }
     }
 
     /// A restart need not run the operator's command again.
@@ -370,7 +393,7 @@ impl Migration<'_> {
     pub(super) async fn hold(&mut self, error: SessionError, resident: Resident) -> SessionError {
         if resident.memory.counts().owed == 0 {
             // Whole, only not acknowledged: the workload needs nothing from anyone any more.
-            resident.let_go();
+            drop(resident.let_go());
             return error;
         }
         eprintln!(

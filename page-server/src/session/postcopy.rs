@@ -2,11 +2,14 @@
 
 use std::time::SystemTime;
 
+use common::control::ControlError;
 use common::exit::{Failure, SessionError};
 use common::host;
+use common::limits::MAX_HUGE_PIECE;
 use common::lost::OnLost;
 use common::operator;
-use common::proto::control::{Abort, Tally, ToDestination, ToSource};
+use common::proto::control::{Abort, HugeAreas, Tally, ToDestination, ToSource};
+use common::proto::version;
 use common::record::unix_us;
 use common::session::{Event, State};
 use tokio::time::{Instant, sleep_until};
@@ -364,7 +367,7 @@ impl Migration<'_> {
             let error = self.fail(Failure::Lost, text);
             return Err(self.hold(error).await);
         }
-        let told = destination.control.send(&ToDestination::Complete).await;
+        let told = tell_whole(destination, workload.source.as_ref()).await;
         Ok(told.map_err(|error| error.to_string()))
     }
 
@@ -404,6 +407,24 @@ fn serve_again(
         });
     }
     transfer
+}
+
+/// Says that nothing is owed any more, and before that what only matters then.
+async fn tell_whole(
+    destination: &mut Destination,
+    source: &dyn PageSource,
+) -> Result<(), ControlError> {
+    if destination.version >= version::V3 {
+        for (pid, areas) in source.huge_areas() {
+            for piece in areas.chunks(MAX_HUGE_PIECE) {
+                let areas = piece.iter().map(|pages| (pages.start.0, pages.count));
+                let areas = areas.collect();
+                let message = ToDestination::Huge(HugeAreas { pid, areas });
+                destination.control.send(&message).await?;
+            }
+        }
+    }
+    destination.control.send(&ToDestination::Complete).await
 }
 
 /// Learns what the destination has, and owes it the rest.
