@@ -368,6 +368,11 @@ pub struct LazyPages {
     /// Write our PID to this file when ready
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
+    /// For tests: fetch nothing but what the workload touches
+    #[arg(long, hide = true)]
+    no_push: bool,
+    #[command(flatten)]
+    state: StateDirectory,
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
@@ -394,12 +399,23 @@ impl LazyPages {
         Ok(ExternalPlan {
             connect: connect.plan()?,
             images: self.images_dir.clone(),
+            push: !self.no_push,
             work: work.clone(),
             ready: Ready {
                 status_fd: self.status_fd,
                 pidfile: self.pidfile.clone(),
             },
+            remembered: remembered(&self.state, &self.identity, &self.accept),
         })
+    }
+}
+
+fn remembered(state: &StateDirectory, identity: &Path, accept: &[Fingerprint]) -> Remembered {
+    Remembered {
+        store: state.store(),
+        // A restart may have another working directory.
+        identity: std::path::absolute(identity).unwrap_or_else(|_| identity.to_owned()),
+        accept: accept.iter().map(ToString::to_string).collect(),
     }
 }
 
@@ -506,13 +522,7 @@ impl Restore {
             on_resumed: self.on_resumed.clone(),
             on_aborted: self.on_aborted.clone(),
             lost: self.lost.plan(),
-            remembered: Remembered {
-                store: self.state.store(),
-                // A restart may have another working directory.
-                identity: std::path::absolute(&self.identity)
-                    .unwrap_or_else(|_| self.identity.clone()),
-                accept: self.accept.iter().map(ToString::to_string).collect(),
-            },
+            remembered: remembered(&self.state, &self.identity, &self.accept),
         })
     }
 }

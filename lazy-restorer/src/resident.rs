@@ -92,6 +92,8 @@ pub struct Successor {
     pub anchor: Option<Anchor>,
     /// Its root.
     pub root: Option<Pid>,
+    /// Its processes when it was let run.
+    pub tasks: Vec<Task>,
     /// Its directory.
     pub directory: PathBuf,
     /// Our keeper, which has been told everything.
@@ -236,7 +238,7 @@ impl Resident {
             rehearsal: Rehearsal::new(&RehearsalPlan::default(), &[]),
             root_image: None,
             root: left.root,
-            tasks: Vec::new(),
+            tasks: left.tasks,
             // Whose memory is whose is not known any more: what was huge becomes it when the kernel sees fit.
             huge: Huge::default(),
             directory: Directory::Taken(left.directory),

@@ -16,6 +16,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use nix::unistd::{Pid, setsid};
 
 use crate::engine::inheritable;
+use crate::privileges;
 use crate::rescue::rescue;
 
 /// The file that says that the workload has been given away.
@@ -82,6 +83,8 @@ fn forget_session(directory: &Path) {
 pub fn run(root: Pid, directory: &Path) -> ExitCode {
     // Signals meant for the group of `page-server`, as from a terminal, must not end its guard.
     let _ = setsid();
+    // One that may do more than it needs is better than none.
+    let _ = privileges::give_up();
     let told = io::stdin().read(&mut [0]);
     let is_orphan = matches!(told, Ok(0)) && directory.exists();
     if is_orphan && !directory.join(COMMITTED).exists() {

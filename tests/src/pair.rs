@@ -110,18 +110,7 @@ impl PairPlan {
 
     /// Starts another `page-server` for the one session the first one left behind, and returns when it listens.
     pub fn resume_server(&self, rig: &Rig, options: &[&str]) -> Result<Side> {
-        let mut files = SideFiles::make(rig, "page-server-2")?;
-        // What the first one left goes away with the second.
-        files.temporary = rig.make_folder("page-server-tmp")?;
-        let mut command = rig.source.command(binaries::program("page-server")?);
-        command
-            .args(["resume", "--session", &session_of(rig, "source")?])
-            .arg("--json")
-            .arg(&files.json)
-            .args(options);
-        let mut side = Side::start("page-server-2", files, &mut command)?;
-        side.process.wait_for_output(PATIENCE, "listening on")?;
-        Ok(side)
+        resume_server(rig, &session_of(rig, "source")?, options)
     }
 
     /// `lazy-restorer` on the destination, in a mount namespace of its own when it is to see other directories.
@@ -144,16 +133,7 @@ impl PairPlan {
 
     /// Starts another `lazy-restorer` for the one session the first one left behind.
     pub fn resume_restorer(&self, rig: &Rig, options: &[&str]) -> Result<Side> {
-        let mut files = SideFiles::make(rig, "lazy-restorer-2")?;
-        // What the first one left goes away with the second.
-        files.temporary = rig.make_folder("lazy-restorer-tmp")?;
-        let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
-        command
-            .args(["resume", "--session", &session_of(rig, "destination")?])
-            .arg("--json")
-            .arg(&files.json)
-            .args(options);
-        Side::start("lazy-restorer-2", files, &mut command)
+        resume_restorer(rig, &session_of(rig, "destination")?, options)
     }
 
     /// Starts `lazy-restorer`.
@@ -199,6 +179,36 @@ impl PairPlan {
             total,
         })
     }
+}
+
+/// Starts another `page-server` for a session that was left behind, and returns when it listens.
+pub fn resume_server(rig: &Rig, session: &str, options: &[&str]) -> Result<Side> {
+    let mut files = SideFiles::make(rig, "page-server-2")?;
+    // What the first one left goes away with the second.
+    files.temporary = rig.make_folder("page-server-tmp")?;
+    let mut command = rig.source.command(binaries::program("page-server")?);
+    command
+        .args(["resume", "--session", session])
+        .arg("--json")
+        .arg(&files.json)
+        .args(options);
+    let mut side = Side::start("page-server-2", files, &mut command)?;
+    side.process.wait_for_output(PATIENCE, "listening on")?;
+    Ok(side)
+}
+
+/// Starts another `lazy-restorer` for a session that was left behind.
+pub fn resume_restorer(rig: &Rig, session: &str, options: &[&str]) -> Result<Side> {
+    let mut files = SideFiles::make(rig, "lazy-restorer-2")?;
+    // What the first one left goes away with the second.
+    files.temporary = rig.make_folder("lazy-restorer-tmp")?;
+    let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
+    command
+        .args(["resume", "--session", session])
+        .arg("--json")
+        .arg(&files.json)
+        .args(options);
+    Side::start("lazy-restorer-2", files, &mut command)
 }
 
 /// The name of the one session of `role` on this rig.

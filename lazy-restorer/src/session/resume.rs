@@ -78,7 +78,7 @@ impl Migration<'_> {
             }
             sleep(PAUSE).await;
         }
-        self.tell_dead(welcome).await
+        self.tell_dead(welcome, None).await
     }
 
     async fn take_over(
@@ -171,6 +171,7 @@ impl Migration<'_> {
                     puts_away: side.anchor_puts_away,
                 }),
             root: side.root.filter(|task| task.is_alive()).map(pid_of),
+            tasks: side.tasks.clone(),
             directory,
             keeper,
         })

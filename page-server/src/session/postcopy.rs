@@ -12,7 +12,6 @@ use common::proto::control::{Abort, HugeAreas, Tally, ToDestination, ToSource};
 use common::proto::version;
 use common::record::unix_us;
 use common::session::{Event, State};
-use quinn::Connection;
 use tokio::time::{Instant, sleep_until};
 
 use super::Migration;
@@ -21,7 +20,7 @@ use crate::destination::{self, Acquaintance, Destination, Unsettled, unexpected}
 use crate::frame;
 use crate::framer::Form;
 use crate::frozen::FrozenWorkload;
-use crate::listen::Listen;
+use crate::listen::{Call, Listen};
 use crate::memory::PageSource;
 use crate::pending::Run;
 use crate::push::Push;
@@ -126,7 +125,10 @@ impl Migration<'_> {
                 result
             }
             Found::CopyDead(destination, abort) => {
-                Err(self.copy_died(workload, &destination, &abort).await)
+                let error = self.copy_died(workload, &destination, &abort).await;
+                // It waits to hear that it was understood.
+                destination.control.close().await;
+                Err(error)
             }
             Found::GaveUp => Err(self.gave_up(workload).await),
         }
@@ -147,9 +149,9 @@ impl Migration<'_> {
                     let error = self.fail(Failure::Lost, error);
                     return Err(self.hold(error).await);
                 }
-                Some(connection) = listen.fault.next() => {
+                Some(call) = listen.fault.next() => {
                     // Only a destination that lost its link earlier than we did has a reason to come.
-                    match self.readmit(listen, connection, &destination.acquaintance()).await {
+                    match self.readmit(listen, call, &destination.acquaintance()).await {
                         Some(again) => {
                             let text = String::from("the destination came again");
                             return Ok(Served::LinkLost(text, Some(again)));
@@ -186,11 +188,11 @@ impl Migration<'_> {
     async fn readmit(
         &self,
         listen: &mut Listen,
-        connection: Connection,
+        call: Call,
         known: &Acquaintance,
     ) -> Option<Destination> {
-        let peer = connection.remote_address();
-        match destination::readmit(listen, connection, self.id, known).await {
+        let peer = call.control.peer();
+        match destination::readmit(listen, call, self.id, known).await {
             Ok(again) => Some(again),
             Err(reason) => {
                 tracing::warn!(%peer, reason, "refused a destination");
@@ -259,8 +261,8 @@ impl Migration<'_> {
     ) -> Option<Destination> {
         loop {
             tokio::select! {
-                Some(connection) = listen.fault.next() => {
-                    if let Some(again) = self.readmit(listen, connection, known).await {
+                Some(call) = listen.fault.next() => {
+                    if let Some(again) = self.readmit(listen, call, known).await {
                         return Some(again);
                     }
                 }
@@ -432,7 +434,7 @@ pub(crate) async fn settle(
     source: &dyn PageSource,
 ) -> Result<(), Unsettled> {
     let nonsense = || Unsettled::Lost(String::from("it claims pages that it cannot have"));
-    let present = destination.present().await?;
+    let present = destination.present(book.slots()).await?;
     let (mut lost, mut known) = (0_u64, 0_u64);
     for (pid, words) in present.received {
         let recovered = book.recover(pid, words).ok_or_else(nonsense)?;

@@ -22,6 +22,7 @@ pub async fn resume(
     let fail =
         |failure, error: &dyn std::fmt::Display| SessionError::new(failure, State::Paused, error);
     let stop = StopSignal::install().map_err(|error| fail(Failure::Internal, &error))?;
+    let version = file.source().map_or(0, |source| source.version);
     let left = Left::find(&file).map_err(|error| fail(Failure::Lost, &error))?;
     let mut listen = Listen::open(&plan.listen).map_err(|error| fail(Failure::BadInput, &error))?;
     let adopted = FrozenWorkload::adopt(left).await;
@@ -31,6 +32,7 @@ pub async fn resume(
     let known = Acquaintance {
         secret: file.secret.clone(),
         host: file.peer_host.clone(),
+        version,
     };
     let mut migration = Migration {
         plan,
