@@ -23,6 +23,7 @@ pub mod host;
 pub mod identity;
 pub mod latency;
 pub mod leftovers;
+pub mod matrix;
 pub mod namespace;
 pub mod pair;
 pub mod path;

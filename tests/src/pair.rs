@@ -108,7 +108,8 @@ impl PairPlan {
         Side::start("page-server", files, &mut command)
     }
 
-    /// Starts another `page-server` for the one session the first one left behind, and returns when it listens.
+    /// Starts another `page-server` for the one session the first one left behind, and returns when it listens, or has
+    /// ended because there was nothing left to wait for.
     pub fn resume_server(&self, rig: &Rig, options: &[&str]) -> Result<Side> {
         let mut files = SideFiles::make(rig, "page-server-2")?;
         // What the first one left goes away with the second.
@@ -120,7 +121,9 @@ impl PairPlan {
             .arg(&files.json)
             .args(options);
         let mut side = Side::start("page-server-2", files, &mut command)?;
-        side.process.wait_for_output(PATIENCE, "listening on")?;
+        wait_until(PATIENCE, "the successor to listen", || {
+            !side.process.is_running() || side.process.stdout().contains("listening on")
+        })?;
         Ok(side)
     }
 
