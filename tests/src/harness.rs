@@ -111,7 +111,7 @@ fn run(test: &Test) -> Result<(), Failed> {
 }
 
 /// Shows the ends of all logs in `folder`.
-pub(crate) fn show_logs(folder: &Path) {
+pub fn show_logs(folder: &Path) {
     let Ok(entries) = std::fs::read_dir(folder) else {
         return;
     };

@@ -42,6 +42,7 @@ pub mod runtimes;
 pub mod service;
 pub mod shared_file;
 pub mod shell;
+pub mod shuttle;
 pub mod siblings;
 pub mod small_disk;
 pub mod stop_and_copy;

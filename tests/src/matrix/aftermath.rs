@@ -36,7 +36,7 @@ pub fn watch(rig: &Rig, mut scene: Scene) -> Result<Verdict> {
     for side in &mut successors {
         side.end()?;
     }
-    let host = where_it_runs(rig, &scene)?;
+    let host = host_of(rig, scene.torture.pid())?;
     match host {
         Host::Source => {
             scene.torture.wait_for_original(ROUNDS)?;
@@ -77,9 +77,8 @@ fn is_orphaned(rig: &Rig, role: &str) -> Result<bool> {
         .any(|session| session["standing"] == "orphaned"))
 }
 
-/// Exactly one host runs the tree, and nothing of it is left on the other.
-fn where_it_runs(rig: &Rig, scene: &Scene) -> Result<Host> {
-    let root = scene.torture.pid();
+/// Exactly one host has the torture workload whose root was `root`, and there it runs.
+pub fn host_of(rig: &Rig, root: Pid) -> Result<Host> {
     let on_source = task::is_alive(root);
     let copies = copies(rig);
     match (on_source, copies.is_empty()) {
@@ -89,13 +88,8 @@ fn where_it_runs(rig: &Rig, scene: &Scene) -> Result<Host> {
         }
         (false, false) => Ok(Host::Destination),
         (true, false) => anyhow::bail!("both hosts have it: {root} and {copies:?}"),
-        (false, true) => Err(lost(scene)),
+        (false, true) => anyhow::bail!("no host has it any more"),
     }
-}
-
-fn lost(scene: &Scene) -> anyhow::Error {
-    let moment: Moment = scene.moment;
-    anyhow::anyhow!("no host has the tree any more, after {moment}")
 }
 
 fn copies(rig: &Rig) -> Vec<Pid> {
