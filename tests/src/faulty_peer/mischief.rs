@@ -80,6 +80,10 @@ impl Mischief {
             }
             _ => return Passage::Send(vec![message]),
         };
+        if self.done && !matches!(scenario, Scenario::Holds(_)) {
+            // The path is being lost.
+            return Passage::Stall;
+        }
         if !kind.is(&message) || !self.strikes(scenario) {
             return Passage::Send(vec![message]);
         }
