@@ -497,8 +497,14 @@ impl Migration<'_> {
         let committed = gate.and_then(|gate| resident.commit(gate));
         committed.map_err(|error| self.fail(Failure::Internal, error))?;
         self.copy_may_run = true;
-        let opened = held.open().await;
-        opened.map_err(|error| self.fail(Failure::Restore, error))?;
+        if let Err(error) = held.open().await {
+            // CRIU or its script was killed while we asked: nobody got the word that lets the tasks run.
+            self.copy_may_run = false;
+            return Err(self.fail(
+                Failure::Restore,
+                format!("CRIU was lost before the cutover was granted: {error}"),
+            ));
+        }
         let told = resident.keeper().opened();
         told.map_err(|error| self.fail(Failure::Internal, error))?;
         // The sockets exist, and CRIU unlocks their network now: announcing takes about as long as it needs to let the

@@ -118,7 +118,8 @@ fn run(test: &Test) -> Result<(), Failed> {
     })
 }
 
-fn show_logs(folder: &Path) {
+/// Shows the ends of all logs in `folder`.
+pub fn show_logs(folder: &Path) {
     let Ok(entries) = std::fs::read_dir(folder) else {
         return;
     };

@@ -78,6 +78,11 @@ impl Rig {
         Ok(rig)
     }
 
+    /// The destination becomes the source, and the source the destination.
+    pub fn turn_round(&mut self) {
+        std::mem::swap(&mut self.source, &mut self.destination);
+    }
+
     /// A directory for files of this run, which goes with the rig.
     pub fn folder(&self) -> &Path {
         self.folder.path()

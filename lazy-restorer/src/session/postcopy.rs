@@ -392,8 +392,9 @@ impl Migration<'_> {
     /// There is no way on. Holds the workload's memory: threads that touch a missing page wait, and never read zeros.
     pub(super) async fn hold(&mut self, error: SessionError, resident: Resident) -> SessionError {
         if resident.memory.counts().owed == 0 {
-            // Whole, only not acknowledged: the workload needs nothing from anyone any more.
+            // Whole, only not acknowledged: the workload needs nothing from anyone any more, and nobody is to go on.
             drop(resident.let_go());
+            self.kept.end();
             return error;
         }
         eprintln!(

@@ -367,6 +367,8 @@ impl Migration<'_> {
             let error = self.fail(Failure::Lost, text);
             return Err(self.hold(error).await);
         }
+        // Written before it is said: a destination that heard it never comes again, and a restart must not wait for it.
+        self.kept.enter(State::Complete);
         let told = tell_whole(destination, workload.source.as_ref()).await;
         Ok(told.map_err(|error| error.to_string()))
     }
