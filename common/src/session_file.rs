@@ -18,6 +18,7 @@ pub use self::kept::Kept;
 pub use self::listing::Listed;
 pub use self::store::{DEFAULT_DIRECTORY, Entry, Store, StoreError};
 pub use self::task::{Task, boot_id};
+use crate::address::MovingAddress;
 use crate::proto::control::{Secret, SessionId};
 use crate::session::State;
 
@@ -108,6 +109,8 @@ pub struct DestinationSide {
     pub root: Option<Task>,
     /// All restored processes.
     pub tasks: Vec<Task>,
+    /// Service addresses that came along.
+    pub addresses: Vec<MovingAddress>,
     /// Where the PID of the root goes.
     pub pidfile: Option<String>,
     /// The operator's command for when the copy runs, until it has been run.

@@ -17,7 +17,7 @@ use crate::freeze::FreezeError;
 use crate::freezer;
 use crate::hook::Verdict;
 use crate::network_lock;
-use crate::rescue::{dump_log, rescue};
+use crate::rescue::{dump_log, put_addresses_back, rescue};
 use crate::workload::signal_all;
 
 /// Time CRIU's script has to call: it tries several times a second.
@@ -132,6 +132,7 @@ impl Adopted {
 
     /// Lets the workload run on as if nothing had happened.
     pub async fn thaw(mut self) -> Result<(), FreezeError> {
+        put_addresses_back(&self.left.directory);
         let criu_holds = self.hook.is_some() && self.left.criu.is_alive();
         if criu_holds {
             // The stop that waits for them must not outlive the freeze.

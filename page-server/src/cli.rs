@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use common::address::{self, AddressError, Prefixed};
 use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
@@ -79,8 +80,7 @@ Commands run by `sh -c` with POSTCOPY_PHASE, POSTCOPY_SESSION, POSTCOPY_PID and 
 
 Example: move redis and its service address
   page-server serve --pid $(pidof redis-server) --listen 10.0.0.1:7000 --identity /etc/postcopy \\
-      --tcp-established --on-frozen 'ip address del 10.0.0.100/24 dev eth0' \\
-      --on-thawed 'ip address add 10.0.0.100/24 dev eth0'";
+      --tcp-established --move-address 10.0.0.100/32 --dev eth0";
 
 const ATTACH_HELP: &str = "\
 Waits until the dump is complete and CRIU waits for its lazy-pages daemon, whose place this pair takes: nobody else may \
@@ -158,6 +158,18 @@ pub struct Serve {
     /// One more argument for `criu dump`; may be given several times
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     criu_arg: Vec<String>,
+    /// A service address that moves with the workload: taken off this host while the workload is frozen, and put back if
+    /// it runs on here; may be given several times. lazy-restorer must be given the same
+    #[arg(
+        long,
+        value_name = "ADDR/PREFIX",
+        requires = "dev",
+        conflicts_with = "images"
+    )]
+    move_address: Vec<Prefixed>,
+    /// The network device of --move-address: one for all, or one for each in the same order
+    #[arg(long, value_name = "IF", requires = "move_address")]
+    dev: Vec<String>,
     /// Command to run when the workload is frozen and its network locked: take its service address away here
     #[arg(long, value_name = "CMD")]
     on_frozen: Option<String>,
@@ -320,6 +332,7 @@ impl Resume {
             token: None,
             compress: Mode::default(),
             files: Arc::default(),
+            addresses: Vec::new(),
             work_dir: None,
             on_frozen: None,
             on_thawed: source.on_thawed.clone(),
@@ -386,6 +399,12 @@ impl Serve {
         let workload = Workload::find(root).map_err(|error| fail(Failure::BadInput, &error))?;
         let criu =
             Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
+        let addresses = address::pair(&self.move_address, &self.dev)
+            .and_then(|addresses| address::check_source(&addresses).map(|()| addresses))
+            .map_err(|error| match &error {
+                AddressError::Capability(_) => fail(Failure::NotPermitted, &error),
+                _ => fail(Failure::BadInput, &error),
+            })?;
         let token = self.token_file.as_deref().map(new_token).transpose()?;
         let files = Files::offer(workload.root(), &self.sync)
             .map_err(|error| fail(Failure::BadInput, &error))?;
@@ -401,6 +420,7 @@ impl Serve {
             token,
             compress: self.compress,
             files,
+            addresses,
             work_dir: self.work_dir.clone(),
             on_frozen: self.on_frozen.clone(),
             on_thawed: self.on_thawed.clone(),

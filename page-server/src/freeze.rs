@@ -24,7 +24,7 @@ use crate::freezer;
 use crate::guard::{Guard, note_committed};
 use crate::hook::{ON_THAWED_VARIABLE, SOCKET_VARIABLE, Verdict};
 use crate::network_lock;
-use crate::rescue::{dump_log, rescue};
+use crate::rescue::{dump_log, put_addresses_back, rescue};
 use crate::workload::{Workload, signal_all};
 
 /// Time CRIU has to let tasks go, or to kill them.
@@ -224,6 +224,7 @@ impl Frozen {
 
     /// Lets the workload run on as if nothing had happened.
     pub async fn thaw(mut self) -> Result<(), FreezeError> {
+        put_addresses_back(&self.plan.directory);
         // Tasks that nobody holds any more are not to run before their connections are put right. That CRIU lives
         // counts, not the runtime that called it.
         if self.criu.is_some_and(is_alive) {

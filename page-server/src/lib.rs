@@ -18,6 +18,7 @@
 
 pub mod adopt;
 pub mod attach;
+pub mod backlog;
 pub mod book;
 pub mod cli;
 pub mod compression;

@@ -12,6 +12,7 @@ pub mod container;
 pub mod criu_baseline;
 pub mod crowd;
 pub mod dataset;
+pub mod echo;
 pub mod exit_code;
 pub mod external;
 pub mod failure;

@@ -60,6 +60,7 @@ pub async fn resume(
         record,
         copy_may_run: side.may_run,
         kept: Kept::taken_over(plan.remembered.store.clone(), file),
+        door: None,
     };
     let result = match side.may_run {
         true => migration.take_over(&side, &welcome, keeper).await,
@@ -90,7 +91,7 @@ impl Migration<'_> {
         self.until_criu_is_gone(side.anchor).await?;
         let successor = self.inherit(side, keeper)?;
         let mut resident = Resident::succeed(successor, &self.threads);
-        if self.plan.on_resumed.is_some() {
+        if self.plan.on_resumed.is_some() || !self.plan.addresses.is_empty() {
             let facts = common::operator::Facts {
                 session: welcome.session,
                 pid: resident.root().map_or(0, |pid| pid.as_raw().unsigned_abs()),
@@ -144,6 +145,7 @@ impl Migration<'_> {
             variables: Vec::new(),
             socket,
             session,
+            addresses: side.addresses.clone(),
         };
         let pid = keeper.pid().as_raw();
         let written = self.kept.change(|file| {
