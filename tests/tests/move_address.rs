@@ -226,12 +226,13 @@ fn the_restorer_is_killed_after_the_cutover(rig: &Rig) -> Result<()> {
 
 fn what_cannot_move_is_refused(rig: &Rig) -> Result<()> {
     let bystander = Bystander::start(rig)?;
-    let with = |address: &str, device: &str| -> Result<PairPlan> {
-        let mut plan = PairPlan::new(rig)?;
+    let plan = PairPlan::new(rig)?;
+    let with = |address: &str, device: &str| -> PairPlan {
+        let mut plan = plan.clone();
         let options = ["--move-address", address, "--dev", device];
         plan.server.extend(options.map(Into::into));
         plan.restorer.extend(options.map(Into::into));
-        Ok(plan)
+        plan
     };
     let service = format!("{}/32", rig.service.0);
     let on_source: [(&str, &str, &str); 4] = [
@@ -241,19 +242,22 @@ fn what_cannot_move_is_refused(rig: &Rig) -> Result<()> {
         (&service, "lo", "not an address of lo"),
     ];
     for (address, device, word) in on_source {
-        let mut server = with(address, device)?.spawn_server(rig, bystander.redis.pid())?;
+        let mut server = with(address, device).spawn_server(rig, bystander.redis.pid())?;
         expect_failure(&mut server, BAD_INPUT, &[word])?;
     }
+    rig.destination
+        .shell("ip link add quiet type veth peer name other")?;
     let own = format!("{}/32", rig.destination.address());
     let on_destination = [
         (own.as_str(), INTERFACE, "already"),
         (&service, "eth9", "no network device eth9"),
-        (&service, "lo", "is down"),
+        (&service, "quiet", "is down"),
     ];
     for (address, device, word) in on_destination {
-        let mut restorer = with(address, device)?.start_restorer(rig)?;
+        let mut restorer = with(address, device).start_restorer(rig)?;
         expect_failure(&mut restorer, BAD_INPUT, &[word])?;
     }
+    rig.destination.shell("ip link del quiet")?;
     bystander.assert_unharmed(rig)
 }
 
