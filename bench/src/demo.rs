@@ -36,7 +36,7 @@ pub fn run(options: &DemoOptions) -> Result<()> {
         options.memory
     );
     let rig = Rig::new()?;
-    let plan = PairPlan::new(&rig)?;
+    let plan = PairPlan::new(&rig)?.move_address(&rig);
     let redis = redis::start(&rig)?;
     let client_plan = ClientPlan {
         mib: options.memory,

@@ -53,9 +53,5 @@ fn keep_alive_connections_and_a_download(rig: &Rig) -> Result<()> {
         report.longest_stall.as_millis(),
         migration.source.cutover_us / 1000
     );
-    println!(
-        "{:?}\n{:?}",
-        migration.source.phases, migration.destination.phases
-    );
     assert_moved(rig, migration.pid)
 }

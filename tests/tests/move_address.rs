@@ -284,10 +284,27 @@ fn who_asks_early_is_not_told(rig: &Rig) -> Result<()> {
     ensure!(status.trim() == "124", "a packet got in: {status}");
     rig.client
         .shell(&format!("ip neigh del {} dev {INTERFACE}", rig.service.0))?;
+    answers_come_in(rig).context("sockets that are being restored ask where their peer is")?;
     held.gate.open()?;
     held.restorer.expect_success()?;
     held.server.expect_success()?;
     held.bystander.redis.assert_alive()?;
     held.bystander.redis.client.end()?;
     Ok(())
+}
+
+/// The destination may ask where the client is, in the name of the address that nobody may reach yet.
+fn answers_come_in(rig: &Rig) -> Result<()> {
+    let (service, client) = (rig.service.0, rig.client.address());
+    let send = format!(
+        "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('{service}', 0)); \
+         s.sendto(b'x', ('{client}', 9))"
+    );
+    rig.destination.shell("ip neigh flush all")?;
+    rig.destination
+        .shell(&format!("python3 -I -c \"{send}\""))?;
+    wait_until(PATIENCE, "an answer", || {
+        let known = rig.destination.shell(&format!("ip neigh show {client}"));
+        known.is_ok_and(|known| known.contains("lladdr"))
+    })
 }

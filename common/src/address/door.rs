@@ -73,26 +73,14 @@ impl Door {
             has_arp: false,
         };
         let ips = || addresses.iter().map(|address| address.ip);
-        let mut rules: Vec<Vec<u8>> = ips()
-            .map(|ip| match shut {
-                Shut::Wholly => rule(|list| to(list, ip)),
-                Shut::ToNewConnections => rule(|list| {
-                    to(list, ip);
-                    opens_tcp(list);
-                }),
-            })
-            .collect();
-        if shut == Shut::Wholly {
-            rules.extend(ips().filter_map(|ip| match ip {
-                IpAddr::V6(ip) => Some(rule(|list| solicits(list, &ip.octets()))),
-                IpAddr::V4(_) => None,
-            }));
-        }
+        let rules: Vec<Vec<u8>> = match shut {
+            Shut::Wholly => ips().flat_map(nothing_in).collect(),
+            Shut::ToNewConnections => ips().map(no_connection_in).collect(),
+        };
         door.make(Family::Inet, &rules)?;
         let asked: Vec<Vec<u8>> = ips()
             .filter_map(|ip| match ip {
-                // The target's address in an ARP packet of Ethernet and IPv4.
-                IpAddr::V4(ip) => Some(rule(|list| header(list, NETWORK, 24, &ip.octets()))),
+                IpAddr::V4(ip) => Some(rule(DROP, |list| asks_by_arp(list, &ip.octets()))),
                 IpAddr::V6(_) => None,
             })
             .collect();
@@ -214,18 +202,49 @@ const FAMILY_OF_PACKET: u32 = 15;
 const PROTOCOL: u32 = 16;
 const TCP: u8 = 6;
 const ICMPV6: u8 = 58;
-/// Neighbour solicitation.
+/// Neighbour solicitation and advertisement.
 const SOLICITATION: u8 = 135;
+const ADVERTISEMENT: u8 = 136;
 
-/// The expressions of a rule that drops what `matches`.
-fn rule(matches: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+/// `NF_DROP`.
+const DROP: u32 = 0;
+/// `NF_ACCEPT`.
+const ACCEPT: u32 = 1;
+
+/// The rules that keep all packets to an address out.
+///
+/// Sockets that are being restored send already, and ask who has their peer's address: those answers come in.
+fn nothing_in(ip: IpAddr) -> Vec<Vec<u8>> {
+    let everything = rule(DROP, |list| to(list, ip));
+    match ip {
+        IpAddr::V4(_) => vec![everything],
+        IpAddr::V6(ip) => vec![
+            rule(DROP, |list| {
+                neighbours(list, SOLICITATION);
+                header(list, TRANSPORT, 8, &ip.octets());
+            }),
+            rule(ACCEPT, |list| neighbours(list, ADVERTISEMENT)),
+            everything,
+        ],
+    }
+}
+
+fn no_connection_in(ip: IpAddr) -> Vec<u8> {
+    rule(DROP, |list| {
+        to(list, ip);
+        opens_tcp(list);
+    })
+}
+
+/// The expressions of a rule with a `verdict` for what `matches`.
+fn rule(verdict: u32, matches: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut list = Vec::new();
     matches(&mut list);
-    // The verdict register gets `NF_DROP`.
+    // Register 0 is the verdict's.
     expression(&mut list, "immediate", |data| {
         number(data, 1, 0);
         nest(data, 2, |value| {
-            nest(value, 2, |verdict| number(verdict, 1, 0))
+            nest(value, 2, |code| number(code, 1, verdict))
         });
     });
     list
@@ -299,10 +318,16 @@ fn opens_tcp(list: &mut Vec<u8>) {
     equals(list, &[SYN]);
 }
 
-/// Questions of IPv6 neighbours who has an address.
-fn solicits(list: &mut Vec<u8>, ip: &[u8]) {
+/// Questions who has an address. Answers have it as their target too.
+fn asks_by_arp(list: &mut Vec<u8>, ip: &[u8]) {
+    // Operation and target in an ARP packet of Ethernet and IPv4.
+    header(list, NETWORK, 6, &[0, 1]);
+    header(list, NETWORK, 24, ip);
+}
+
+/// Messages of a kind between IPv6 neighbours.
+fn neighbours(list: &mut Vec<u8>, kind: u8) {
     meta(list, FAMILY_OF_PACKET, libc::AF_INET6 as u8);
     meta(list, PROTOCOL, ICMPV6);
-    header(list, TRANSPORT, 0, &[SOLICITATION]);
-    header(list, TRANSPORT, 8, ip);
+    header(list, TRANSPORT, 0, &[kind]);
 }
