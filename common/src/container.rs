@@ -97,6 +97,16 @@ pub enum ContainerError {
         /// How.
         reason: String,
     },
+    /// Devices of a network namespace that nobody else can plug in again.
+    #[error(
+        "container {id} has a network namespace of its own with {devices} in it, which CRIU cannot bring to another host; make the namespace beforehand on both hosts and name its path in the bundles"
+    )]
+    Devices {
+        /// The name.
+        id: String,
+        /// The devices.
+        devices: String,
+    },
     /// A terminal.
     #[error("container {0} has a terminal, which cannot move; run it without one")]
     Terminal(String),

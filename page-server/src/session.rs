@@ -299,6 +299,7 @@ impl Migration<'_> {
         if let Some(frozen) = workload.ours() {
             self.record.frozen_at_unix_us = unix_us(frozen.frozen_at());
             self.record.skeleton_bytes = skeleton::bytes(&frozen.plan().images());
+            self.record.shared_bytes = skeleton::shared_bytes(&frozen.plan().images());
         }
         Ok(workload)
     }

@@ -115,6 +115,8 @@ pub struct Record {
     pub pages: Pages,
     /// Bytes of the skeleton, with everything that is not lazy in it.
     pub skeleton_bytes: u64,
+    /// Bytes of shared memory in it.
+    pub shared_bytes: u64,
     /// How pushed pages were carried.
     pub push: Pushed,
     /// Bytes on the wire.

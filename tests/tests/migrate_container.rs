@@ -7,11 +7,12 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
-use tests::container::{Container, NAME};
+use tests::container::{Container, NAME, Place};
 use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, RESTORE};
 use tests::failure::expect_failure;
 use tests::gate::Gate;
 use tests::harness::{self, Body, CONTAINER_MIGRATION, Test};
+use tests::host::Host;
 use tests::leftovers::{Snapshot, assert_moved};
 use tests::namespace;
 use tests::pair::{PATIENCE, PairPlan, Side};
@@ -23,7 +24,7 @@ use tests::task;
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 9] = [
+    let tests: [(&'static str, Body); 13] = [
         ("a_container_moves", a_container_moves),
         ("a_container_comes_back", a_container_comes_back),
         (
@@ -39,6 +40,16 @@ fn main() -> ExitCode {
         ("a_taken_name_is_refused", a_taken_name_is_refused),
         ("another_bundle_is_refused", another_bundle_is_refused),
         ("a_missing_bundle_is_refused", a_missing_bundle_is_refused),
+        ("a_network_of_its_own_by_path", a_network_of_its_own_by_path),
+        (
+            "a_network_of_its_own_comes_back",
+            a_network_of_its_own_comes_back,
+        ),
+        ("a_loopback_of_its_own", a_loopback_of_its_own),
+        (
+            "a_device_of_its_own_is_refused",
+            a_device_of_its_own_is_refused,
+        ),
     ];
     harness::main(tests.map(|(name, body)| Test {
         name,
@@ -277,4 +288,165 @@ fn a_missing_bundle_is_refused(rig: &Rig) -> Result<()> {
     let mut restorer = plan.start_restorer(rig)?;
     expect_failure(&mut restorer, BAD_INPUT, &["/nonexistent/config.json"])?;
     boxed.assert_movable(rig)
+}
+
+/// A container whose network namespace somebody else made and plugged in, as CNI does, on both hosts.
+struct Plugged {
+    container: Container,
+    networks: [Host; 2],
+    client: RedisClient,
+    plan: PairPlan,
+}
+
+impl Plugged {
+    fn start(rig: &Rig) -> Result<Self> {
+        // The service address lies in the container's world, not on a host.
+        rig.source.shell(&rig.service.on_frozen())?;
+        let number = rig.service.0.octets()[3];
+        let here = rig.plug_in("boxa", number)?;
+        let there = rig.plug_in("boxb", number)?;
+        rig.source.shell(&rig.set_port("boxb", "down"))?;
+        let words = redis::arguments("/tmp".as_ref());
+        let words: Vec<&str> = words.iter().skip(1).map(String::as_str).collect();
+        let container = Container::prepare(rig, &words)?;
+        let networks = [here, there];
+        for (place, network) in [&container.source, &container.destination]
+            .into_iter()
+            .zip(&networks)
+        {
+            place.isolate(Some(&namespace::path(network.namespace())))?;
+        }
+        container.run()?;
+        let client_plan = ClientPlan {
+            mib: 16,
+            seed: seed_of_this_run(),
+            rate: 1000,
+        };
+        let address = rig.service.port(redis::PORT);
+        let client = RedisClient::start(rig.client.namespace(), address, client_plan)?;
+        client.wait_for_replies(200)?;
+        let mut plan = container.plan(rig)?;
+        let announce = format!(
+            "{}; nsenter --net={} arping -q -U -c 1 -w 1 -I eth0 {} >/dev/null 2>&1 &",
+            rig.set_port("boxb", "up"),
+            namespace::path(networks[1].namespace()).display(),
+            rig.service.0
+        );
+        plan.on_frozen = rig.set_port("boxa", "down");
+        plan.on_thawed = rig.set_port("boxa", "up");
+        plan.before_restore = String::new();
+        plan.on_resumed = announce;
+        plan.on_aborted = rig.set_port("boxb", "down");
+        Ok(Self {
+            container,
+            networks,
+            client,
+            plan,
+        })
+    }
+
+    fn assert_no_rules(&self) -> Result<()> {
+        for network in &self.networks {
+            let rules = network.filter_rules()?;
+            ensure!(rules.is_empty(), "{network} still filters: {rules}");
+        }
+        Ok(())
+    }
+}
+
+fn a_network_of_its_own_by_path(rig: &Rig) -> Result<()> {
+    let plugged = Plugged::start(rig)?;
+    let pid = plugged.container.source.running()?;
+    let migration = plugged.plan.migrate(rig, pid)?;
+    plugged.client.wait_for_replies(500)?;
+    ensure!(
+        plugged.container.destination.running()? == migration.pid,
+        "it runs elsewhere"
+    );
+    let (network, inhabitants) = (
+        namespace::path(plugged.networks[1].namespace()),
+        task::in_network_namespace,
+    );
+    ensure!(
+        inhabitants(&network).contains(&migration.pid),
+        "it is in another network"
+    );
+    plugged.assert_no_rules()?;
+    plugged.client.end().context("the client noticed")?;
+    Ok(())
+}
+
+fn a_network_of_its_own_comes_back(rig: &Rig) -> Result<()> {
+    let plugged = Plugged::start(rig)?;
+    let pid = plugged.container.source.running()?;
+    let mut plan = plugged.plan.clone();
+    plan.before_restore = String::from("echo the hook says no >&2; exit 3");
+    let (mut server, mut restorer) = start(rig, &plan, pid)?;
+    expect_failure(&mut restorer, RESTORE, &["the hook says no"])?;
+    expect_failure(&mut server, ABORTED_BY_PEER, &["the hook says no"])?;
+    plugged.client.wait_for_replies(200)?;
+    plugged.assert_no_rules()?;
+    plugged.plan.migrate(rig, pid).context("the second try")?;
+    plugged.client.wait_for_replies(200)?;
+    plugged.client.end().context("the client noticed")?;
+    Ok(())
+}
+
+/// Says by a file in its root filesystem that it talks to itself.
+const SELF_TALK: &str = r#"
+import os, socket, time
+listener = socket.create_server(("127.0.0.1", 7000))
+ours = socket.create_connection(("127.0.0.1", 7000))
+theirs, _ = listener.accept()
+number = 0
+while True:
+    number += 1
+    ours.sendall(b"%08d" % number)
+    if int(theirs.recv(8)) != number:
+        break
+    with open("/root/said.new", "w") as file:
+        file.write(str(number))
+    os.rename("/root/said.new", "/root/said")
+    time.sleep(0.005)
+"#;
+
+fn said(place: &Place) -> u64 {
+    let said = fs::read_to_string(place.bundle.join("rootfs/root/said"));
+    said.ok().and_then(|said| said.parse().ok()).unwrap_or(0)
+}
+
+/// CRIU moves an own network namespace with nothing in it but `lo`, and what is connected through that.
+fn a_loopback_of_its_own(rig: &Rig) -> Result<()> {
+    let script = format!(
+        "import subprocess; subprocess.run(['ip', 'link', 'set', 'lo', 'up'])\n{SELF_TALK}"
+    );
+    let container = Container::prepare(rig, &["/usr/bin/python3", "-I", "-c", &script])?;
+    for place in [&container.source, &container.destination] {
+        place.isolate(None)?;
+        place.allow("CAP_NET_ADMIN")?;
+    }
+    container.run()?;
+    wait_until(PATIENCE, "the container to talk", || {
+        said(&container.source) > 10
+    })?;
+    let pid = container.source.running()?;
+    container.plan(rig)?.migrate(rig, pid)?;
+    let before = said(&container.source);
+    wait_until(PATIENCE, "the container to talk on", || {
+        said(&container.destination) > before + 10
+    })
+}
+
+fn a_device_of_its_own_is_refused(rig: &Rig) -> Result<()> {
+    let container = Container::prepare(rig, &["/usr/bin/sleep", "1000"])?;
+    for place in [&container.source, &container.destination] {
+        place.isolate(None)?;
+    }
+    container.run()?;
+    let pid = container.source.running()?;
+    rig.source.shell(&format!(
+        "ip link add outer type veth peer name inner netns {pid}"
+    ))?;
+    let mut server = container.plan(rig)?.spawn_server(rig, pid)?;
+    expect_failure(&mut server, BAD_INPUT, &[NAME, "inner", "path"])
 }
