@@ -97,16 +97,11 @@ pub enum ContainerError {
         /// How.
         reason: String,
     },
-    /// Devices of a network namespace that nobody else can plug in again.
+    /// A network namespace that the runtime made.
     #[error(
-        "container {id} has a network namespace of its own with {devices} in it, which CRIU cannot bring to another host; make the namespace beforehand on both hosts and name its path in the bundles"
+        "container {0} has a network namespace that the runtime made, and runc restores such a one empty, with not even lo up; make the namespace beforehand on both hosts and name its path in the bundles, or share the host's"
     )]
-    Devices {
-        /// The name.
-        id: String,
-        /// The devices.
-        devices: String,
-    },
+    OwnNetwork(String),
     /// A terminal.
     #[error("container {0} has a terminal, which cannot move; run it without one")]
     Terminal(String),

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::freeze::FreezeError;
 use crate::freezer;
 use crate::hook::Verdict;
-use crate::network_lock;
+use crate::network_lock::{self, Network};
 use crate::rescue::{dump_log, put_addresses_back, rescue};
 use crate::workload::signal_all;
 
@@ -121,8 +121,9 @@ pub struct Adopted {
 impl Adopted {
     /// Kills the frozen original: the workload lives elsewhere.
     pub async fn release(mut self) -> Result<(), FreezeError> {
+        let network = Network::of(self.left.root);
         let told = self.tell(Verdict::Release).await;
-        network_lock::remove(&dump_log(&self.left.directory), None);
+        network_lock::remove(&dump_log(&self.left.directory), &network);
         // Whoever CRIU did not kill stands still by the stop that waited for this.
         self.signal(Signal::SIGKILL);
         freezer::thaw_noted(&self.left.directory);

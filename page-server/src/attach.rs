@@ -23,7 +23,7 @@ use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
 use crate::iptables_lock;
-use crate::network_lock;
+use crate::network_lock::{self, Network};
 use crate::rescue::end_repair;
 use crate::sockets::pidfd_open;
 use crate::workload::{signal_all, tree_pids};
@@ -154,7 +154,7 @@ impl ForeignDump {
 
     fn unlock(&self) {
         if let Some(run) = &self.run {
-            network_lock::remove_of_run(run, Some(self.root));
+            network_lock::remove_of_run(run, &Network::of(self.root));
         }
         iptables_lock::remove(&self.tasks, Some(self.root));
     }

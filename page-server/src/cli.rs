@@ -367,6 +367,7 @@ impl Serve {
                 shell_job: self.shell_job,
             },
             fan_out: self.fan_out.into(),
+            keep_original: false,
             listen: listen.plan()?,
             wait: self.wait.map(Duration::from_secs),
             token: self.token_file.as_deref().map(new_token).transpose()?,
@@ -451,6 +452,13 @@ pub struct Attach {
     /// PID of the root process that is being dumped
     #[arg(long)]
     pid: i32,
+    /// Make this many clones of it, at the same time or one after the other. The original is killed when all of them are
+    /// whole, and runs on when any of them fails
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
+    fan_out: u16,
+    /// The original runs on in any case
+    #[arg(long)]
+    keep_original: bool,
     /// Address and UDP port to wait for the destination on
     #[arg(long, value_name = "ADDR:PORT")]
     listen: SocketAddr,
@@ -490,6 +498,13 @@ impl Attach {
     /// Checks everything that can be checked before anyone connects.
     pub fn plan(&self) -> Result<ExternalPlan, SessionError> {
         check_privileges()?;
+        if self.tcp_established && (self.fan_out > 1 || self.keep_original) {
+            return Err(SessionError::new(
+                Failure::BadInput,
+                State::Hello,
+                "a connection cannot have two ends of one kind: leave --tcp-established out for clones",
+            ));
+        }
         let listen = ListenOptions {
             listen: self.listen,
             bulk_port: self.bulk_port,
@@ -504,7 +519,8 @@ impl Attach {
                 tcp_established: self.tcp_established,
                 shell_job: self.shell_job,
             },
-            fan_out: 1,
+            fan_out: self.fan_out.into(),
+            keep_original: self.keep_original,
             listen: listen.plan()?,
             wait: self.wait.map(Duration::from_secs),
             token: self.token_file.as_deref().map(new_token).transpose()?,

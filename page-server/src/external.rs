@@ -38,6 +38,8 @@ pub struct ExternalPlan {
     pub dumped: Dumped,
     /// How many destinations to serve.
     pub fan_out: usize,
+    /// The frozen tree runs on here in the end, whatever was made of it elsewhere.
+    pub keep_original: bool,
     /// How to listen.
     pub listen: ListenPlan,
     /// How long to wait for the first destination; forever when not given.
@@ -48,6 +50,13 @@ pub struct ExternalPlan {
     pub work_dir: Option<PathBuf>,
     /// Called when destinations may come.
     pub ready: fn(std::net::SocketAddr),
+}
+
+impl ExternalPlan {
+    /// The frozen tree becomes more than one: no destination decides about it alone.
+    fn makes_clones(&self) -> bool {
+        self.attach_to.is_some() && (self.fan_out > 1 || self.keep_original)
+    }
 }
 
 /// Serves as many destinations as planned; the records of their visits, and the first error.
@@ -77,11 +86,13 @@ struct Reception<'a> {
     plan: &'a ExternalPlan,
     listen: Listen,
     offer: Arc<Offer>,
-    /// What keeps the memory until the first destination comes.
+    /// What keeps the memory until the first destination comes, or until all have gone when they are clones.
     hold: Option<Hold>,
     guests: HashMap<SessionId, Guest>,
     visits: JoinSet<Ended>,
     admitted: usize,
+    /// CRIU is gone: the tasks stand still by themselves.
+    is_lost: bool,
     signals: StopSignal,
     stop: watch::Sender<Option<&'static str>>,
 }
@@ -116,6 +127,7 @@ impl<'a> Reception<'a> {
             guests: HashMap::new(),
             visits: JoinSet::new(),
             admitted: 0,
+            is_lost: false,
             signals,
             stop: watch::channel(None).0,
         })
@@ -133,7 +145,13 @@ impl<'a> Reception<'a> {
                     result = result.and(ended);
                 }
                 error = &mut late, if self.admitted == 0 => return Err(self.give_up(error).await),
-                error = lost(self.hold.as_ref()) => return Err(error),
+                error = lost(self.hold.as_ref()), if !self.is_lost => {
+                    if self.admitted == 0 {
+                        return Err(error);
+                    }
+                    self.is_lost = true;
+                    tracing::warn!(%error, "the frozen tasks stay stopped, and are served on");
+                }
                 name = self.signals.wait() => {
                     let _ = self.stop.send(Some(name));
                     if self.visits.is_empty() {
@@ -147,7 +165,21 @@ impl<'a> Reception<'a> {
                 break;
             }
         }
+        self.end_original(result.is_ok() && records.len() == self.plan.fan_out)
+            .await;
         result
+    }
+
+    /// Its clones are made: the original dies when all of them are whole, and else runs on.
+    async fn end_original(&mut self, all_are_whole: bool) {
+        let Some(hold) = self.hold.take() else {
+            return;
+        };
+        if self.plan.keep_original || !all_are_whole {
+            hold.thaw().await;
+        } else if let Err(error) = hold.release().await {
+            tracing::warn!(%error, "the frozen original is killed nevertheless");
+        }
     }
 
     /// Nobody came: the workload runs on.
@@ -214,7 +246,14 @@ impl<'a> Reception<'a> {
             threads,
             self.stop.subscribe(),
         );
-        let hold = self.hold.take().unwrap_or(Hold::Files);
+        let hold = match &self.hold {
+            Some(original) if self.plan.makes_clones() => {
+                // It stands still now whoever dies.
+                original.commit();
+                Hold::Files
+            }
+            _ => self.hold.take().unwrap_or(Hold::Files),
+        };
         self.visits.spawn(async move {
             let (record, result) = visit.perform(hold).await;
             (id, record, result)

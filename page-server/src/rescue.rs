@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::unistd::Pid;
 
+use crate::network_lock::Network;
 use crate::workload::{self, signal_all};
 use crate::{freezer, network_lock, sockets};
 
@@ -25,7 +26,7 @@ pub fn rescue(root: Pid, directory: &Path) {
     put_addresses_back(directory);
     let tasks = workload::tree_pids(root);
     let connections = end_repair(&tasks);
-    network_lock::remove(&dump_log(directory), Some(root));
+    network_lock::remove(&dump_log(directory), &Network::of(root));
     signal_all(&tasks, Signal::SIGCONT);
     freezer::thaw_noted(directory);
     tracing::warn!(%root, connections, "CRIU was killed while it held the workload; it runs on");

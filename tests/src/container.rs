@@ -187,16 +187,6 @@ impl Place {
         self.write_config(&config)
     }
 
-    /// Gives the container's process one more capability.
-    pub fn allow(&self, capability: &str) -> Result<()> {
-        let mut config = self.config()?;
-        for set in ["bounding", "effective", "permitted"] {
-            let set = config["process"]["capabilities"][set].as_array_mut();
-            set.context("a list")?.push(json!(capability));
-        }
-        self.write_config(&config)
-    }
-
     fn config_file(&self) -> PathBuf {
         self.bundle.join("config.json")
     }

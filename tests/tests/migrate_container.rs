@@ -7,11 +7,11 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
-use tests::container::{Container, NAME, Place};
+use tests::container::{Container, NAME};
 use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, RESTORE};
 use tests::failure::expect_failure;
 use tests::gate::Gate;
-use tests::harness::{self, Body, CONTAINER_MIGRATION, Test};
+use tests::harness::{self, Body, CONTAINER_MIGRATION, Need, Test};
 use tests::host::Host;
 use tests::leftovers::{Snapshot, assert_moved};
 use tests::namespace;
@@ -24,7 +24,7 @@ use tests::task;
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 13] = [
+    let tests: [(&'static str, Body); 12] = [
         ("a_container_moves", a_container_moves),
         ("a_container_comes_back", a_container_comes_back),
         (
@@ -45,17 +45,27 @@ fn main() -> ExitCode {
             "a_network_of_its_own_comes_back",
             a_network_of_its_own_comes_back,
         ),
-        ("a_loopback_of_its_own", a_loopback_of_its_own),
         (
-            "a_device_of_its_own_is_refused",
-            a_device_of_its_own_is_refused,
+            "a_network_made_by_the_runtime_is_refused",
+            a_network_made_by_the_runtime_is_refused,
         ),
     ];
-    harness::main(tests.map(|(name, body)| Test {
+    let tests = tests.map(|(name, body)| Test {
         name,
         needs: CONTAINER_MIGRATION,
         body,
-    }))
+    });
+    let crun = Test {
+        name: "crun_is_refused",
+        needs: &[
+            Need::Namespaces,
+            Need::Criu,
+            Need::Program("runc"),
+            Need::Program("crun"),
+        ],
+        body: crun_is_refused,
+    };
+    harness::main(tests.into_iter().chain([crun]))
 }
 
 /// A container with redis, its client, and how both hosts were before.
@@ -392,61 +402,34 @@ fn a_network_of_its_own_comes_back(rig: &Rig) -> Result<()> {
     Ok(())
 }
 
-/// Says by a file in its root filesystem that it talks to itself.
-const SELF_TALK: &str = r#"
-import os, socket, time
-listener = socket.create_server(("127.0.0.1", 7000))
-ours = socket.create_connection(("127.0.0.1", 7000))
-theirs, _ = listener.accept()
-number = 0
-while True:
-    number += 1
-    ours.sendall(b"%08d" % number)
-    if int(theirs.recv(8)) != number:
-        break
-    with open("/root/said.new", "w") as file:
-        file.write(str(number))
-    os.rename("/root/said.new", "/root/said")
-    time.sleep(0.005)
-"#;
-
-fn said(place: &Place) -> u64 {
-    let said = fs::read_to_string(place.bundle.join("rootfs/root/said"));
-    said.ok().and_then(|said| said.parse().ok()).unwrap_or(0)
-}
-
-/// CRIU moves an own network namespace with nothing in it but `lo`, and what is connected through that.
-fn a_loopback_of_its_own(rig: &Rig) -> Result<()> {
-    let script = format!(
-        "import subprocess; subprocess.run(['ip', 'link', 'set', 'lo', 'up'])\n{SELF_TALK}"
-    );
-    let container = Container::prepare(rig, &["/usr/bin/python3", "-I", "-c", &script])?;
-    for place in [&container.source, &container.destination] {
-        place.isolate(None)?;
-        place.allow("CAP_NET_ADMIN")?;
-    }
-    container.run()?;
-    wait_until(PATIENCE, "the container to talk", || {
-        said(&container.source) > 10
-    })?;
-    let pid = container.source.running()?;
-    container.plan(rig)?.migrate(rig, pid)?;
-    let before = said(&container.source);
-    wait_until(PATIENCE, "the container to talk on", || {
-        said(&container.destination) > before + 10
-    })
-}
-
-fn a_device_of_its_own_is_refused(rig: &Rig) -> Result<()> {
+/// runc has CRIU restore a network namespace that it made itself as an empty one.
+fn a_network_made_by_the_runtime_is_refused(rig: &Rig) -> Result<()> {
     let container = Container::prepare(rig, &["/usr/bin/sleep", "1000"])?;
-    for place in [&container.source, &container.destination] {
-        place.isolate(None)?;
-    }
+    container.source.isolate(None)?;
     container.run()?;
     let pid = container.source.running()?;
-    rig.source.shell(&format!(
-        "ip link add outer type veth peer name inner netns {pid}"
-    ))?;
     let mut server = container.plan(rig)?.spawn_server(rig, pid)?;
-    expect_failure(&mut server, BAD_INPUT, &[NAME, "inner", "path"])
+    expect_failure(&mut server, BAD_INPUT, &[NAME, "network namespace", "path"])
+}
+
+/// Debian's is built without CRIU; one with it has no lazy restore.
+fn crun_is_refused(rig: &Rig) -> Result<()> {
+    let container = Container::prepare(rig, &["/usr/bin/sleep", "1000"])?;
+    container.run()?;
+    let pid = container.source.running()?;
+    let mut plan = container.plan(rig)?;
+    plan.server.extend(["--runtime".into(), "crun".into()]);
+    plan.restorer.extend(["--runtime".into(), "crun".into()]);
+    let mut server = plan.spawn_server(rig, pid)?;
+    expect_failure(
+        &mut server,
+        BAD_INPUT,
+        &["crun", "--lazy-pages", "runc can"],
+    )?;
+    let mut restorer = plan.start_restorer(rig)?;
+    expect_failure(
+        &mut restorer,
+        BAD_INPUT,
+        &["crun", "--lazy-pages", "runc can"],
+    )
 }

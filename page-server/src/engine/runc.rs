@@ -3,7 +3,6 @@
 //! runc gives CRIU its options by RPC and takes none of ours, so they come by a configuration file (see
 //! [`common::criu::under_runtime`]). It names no page server to CRIU; the file does.
 
-use std::fs;
 use std::io;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
@@ -39,9 +38,9 @@ impl Container {
         if facts.terminal {
             return Err(ContainerError::Terminal(id.to_owned()));
         }
-        if let Some(devices) = own_devices(&facts, state.pid) {
-            let id = id.to_owned();
-            return Err(ContainerError::Devices { id, devices });
+        // One that is joined by path is called otherwise.
+        if facts.namespaces.iter().any(|name| name == "network") {
+            return Err(ContainerError::OwnNetwork(id.to_owned()));
         }
         Ok(Container {
             runtime,
@@ -77,21 +76,6 @@ impl Container {
     pub(super) fn delete(&self) -> Result<(), ContainerError> {
         self.runtime.delete(&self.id)
     }
-}
-
-/// The network devices of a container that made its network namespace itself, but for `lo`.
-fn own_devices(facts: &ContainerFacts, init: i32) -> Option<String> {
-    if !facts.namespaces.iter().any(|name| name == "network") {
-        return None;
-    }
-    let table = fs::read_to_string(format!("/proc/{init}/net/dev")).unwrap_or_default();
-    // Two lines of headings come first, without a colon.
-    let names = table.lines().filter_map(|line| line.split_once(':'));
-    let names: Vec<&str> = names
-        .map(|(name, _)| name.trim())
-        .filter(|name| *name != "lo")
-        .collect();
-    (!names.is_empty()).then(|| names.join(", "))
 }
 
 /// Where the runtime writes its own log.
