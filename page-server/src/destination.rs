@@ -17,7 +17,9 @@ use common::session::State;
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::time::timeout;
 
+use crate::answers::Answers;
 use crate::book::Book;
+use crate::compression::Paying;
 use crate::listen::{Listen, accept_bulk};
 use crate::memory::PageSource;
 use crate::serve::serve;
@@ -34,6 +36,8 @@ pub struct Destination {
     secret: Secret,
     /// The version it speaks with us.
     pub version: u16,
+    /// Whether compressing pays on the way to it.
+    pub paying: Paying,
     /// Its bulk connection.
     pub bulk: Connection,
     push: Option<SendStream>,
@@ -238,6 +242,7 @@ async fn take_bulk(
         host: known.host,
         secret: known.secret,
         version: known.version,
+        paying: Paying::default(),
         bulk,
         push: Some(push),
         credits: Some(credits),
@@ -415,12 +420,14 @@ impl Destination {
         book: Arc<Book>,
     ) -> impl Future<Output = Result<(), TransferError>> + Send + 'static {
         let connection = self.control.connection().clone();
+        let answers = Answers::new(self.version, self.paying.clone());
         async move {
+            let answers = answers.map_err(TransferError::Compressor)?;
             let (replies, requests) = connection
                 .accept_bi()
                 .await
                 .map_err(|_| TransferError::Link)?;
-            serve(replies, requests, source, book).await
+            serve(replies, requests, source, book, answers).await
         }
     }
 }

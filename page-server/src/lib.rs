@@ -17,6 +17,7 @@
 //! | [`cli`], [`identity_command`], [`report`] | what the operator says and is told |
 
 pub mod adopt;
+pub mod answers;
 pub mod attach;
 pub mod backlog;
 pub mod book;
@@ -40,6 +41,7 @@ pub mod listen;
 pub mod memory;
 pub mod network_lock;
 pub mod offer;
+pub mod packer;
 pub mod pending;
 pub mod push;
 pub mod push_order;

@@ -440,6 +440,7 @@ impl Migration<'_> {
             compress: self.plan.compress,
             version: destination.version,
             related: workload.book.is_of_many(),
+            paying: destination.paying.clone(),
         }
     }
 

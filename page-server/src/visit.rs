@@ -381,6 +381,7 @@ impl Visit {
             compress: Mode::Auto,
             version: self.destination.version,
             related: self.book.is_of_many(),
+            paying: self.destination.paying.clone(),
         }
     }
 

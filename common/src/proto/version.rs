@@ -1,7 +1,7 @@
 //! Protocol versions, newest last; each says what it changed.
 
 /// Versions this build speaks, oldest first. The destination offers them; the source picks the highest it knows.
-pub const SUPPORTED: &[u16] = &[V1, V2];
+pub const SUPPORTED: &[u16] = &[V1, V2, V3];
 
 /// The first version.
 pub const V1: u16 = 1;
@@ -9,6 +9,9 @@ pub const V1: u16 = 1;
 /// Pushed pages may come in packed frames (compressed, or as references to recent ones), and the destination may say
 /// on the credit stream in which order it wants them.
 pub const V2: u16 = 2;
+
+/// Answers to requests may come compressed.
+pub const V3: u16 = 3;
 
 /// The highest of the offered versions that this build speaks too.
 pub fn select(offered: &[u16]) -> Option<u16> {

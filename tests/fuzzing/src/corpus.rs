@@ -9,11 +9,25 @@ use common::proto::control::{
 };
 use common::proto::credit::CreditFrame;
 use common::proto::demand::DemandFrame;
+use common::proto::packed::{Body, PackedHeader};
 use common::proto::pages::{DataHeader, DemandReply};
 use common::proto::stream;
 use common::session::State;
 use common::session_file::{SessionFile, Side, SourceSide, Task, encode};
 use serde::Serialize;
+
+/// A packed frame, which refers to other pages or does not.
+fn packed(referred: u64, kept: bool) -> PackedHeader {
+    PackedHeader {
+        pid: PID,
+        pages: pages(16),
+        zero: 0,
+        referred,
+        kept,
+        body: Body::Zstd,
+        payload: 5000,
+    }
+}
 
 const PID: ImagePid = ImagePid(100);
 const SECRET: Secret = Secret([5; 32]);
@@ -43,6 +57,7 @@ pub fn corpus(target: &str) -> Vec<Vec<u8>> {
         "replies" => vec![
             DataHeader::raw(PID, pages(16), 5).encode().to_vec(),
             DemandReply::Withheld(PID, pages(9)).encode().to_vec(),
+            DemandReply::Packed(packed(0, false)).encode().to_vec(),
         ],
         "bulk" => bulk()
             .iter()
