@@ -11,6 +11,7 @@ mod path;
 mod peer;
 mod programs;
 mod quiet;
+mod record;
 mod scale;
 mod skew;
 mod stats;
@@ -50,6 +51,8 @@ enum Command {
     Scale(scale::ScaleOptions),
     /// Measures what every target is about, and says in one table which are met.
     Targets(verdict::VerdictOptions),
+    /// Records the order in which a workload touches its memory after a move.
+    Record(record::RecordOptions),
     /// Measures the hot pieces by themselves: resolver, frames, page reads, installs.
     Micro(micro::MicroOptions),
     /// Lays paths between two hosts and measures whether they are what they claim: veth, 1g, rtt=10ms,loss=0.1%,rate=1g.
@@ -84,6 +87,7 @@ fn main() -> ExitCode {
         Command::Fault(options) => fault::run(&options),
         Command::Scale(options) => scale::run(&options),
         Command::Targets(options) => verdict::run(&options),
+        Command::Record(options) => record::run(&options),
         Command::Micro(options) => micro::run(&options),
         Command::Path { paths } => path::run(&paths),
     };

@@ -74,6 +74,12 @@ impl Touches {
         }
     }
 
+    /// The runs as they were recorded.
+    #[cfg(test)]
+    pub fn runs(&self) -> &[WantedRun] {
+        &self.runs
+    }
+
     /// The runs, for a tree whose processes have these PIDs, parents first. A tree of the same shape is taken for the
     /// same when its PIDs are others; `None` for a tree of another shape.
     pub fn runs_for(&self, pids: &[ImagePid]) -> Option<Vec<WantedRun>> {

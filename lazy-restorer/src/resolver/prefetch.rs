@@ -204,3 +204,6 @@ mod tests {
         assert_eq!(prefetch.window(0, 10).end, 0);
     }
 }
+
+#[cfg(test)]
+mod traces;
