@@ -27,6 +27,8 @@ pub enum Need {
     Postgres,
     /// A program on `PATH`.
     Program(&'static str),
+    /// Memory cgroups of version 1, which can refuse memory without killing anyone.
+    MemoryCgroup,
     /// That somebody asked for tests that take minutes, with `POSTCOPY_SOAK`.
     Time,
 }
@@ -60,6 +62,8 @@ impl Need {
             }
             Self::Postgres => missing_program("cc"),
             Self::Program(program) => missing_program(program),
+            Self::MemoryCgroup => (!Path::new("/sys/fs/cgroup/memory/memory.oom_control").exists())
+                .then(|| "no memory cgroup of version 1".to_owned()),
             Self::Time => std::env::var_os("POSTCOPY_SOAK")
                 .is_none()
                 .then(|| "takes minutes; POSTCOPY_SOAK=1 runs it".to_owned()),
