@@ -19,6 +19,7 @@ pub use self::kept::Kept;
 pub use self::listing::Listed;
 pub use self::store::{DEFAULT_DIRECTORY, Entry, Store, StoreError};
 pub use self::task::{Task, boot_id};
+use crate::address::MovingAddress;
 use crate::proto::control::{Secret, SessionId};
 use crate::session::State;
 
@@ -119,6 +120,9 @@ pub struct SourceSide {
     pub bulk: SocketAddr,
     /// The operator's command for a rollback.
     pub on_thawed: Option<String>,
+    /// The original becomes more than one copy: no session decides about it alone, and who resumes them lets it run on
+    /// in the end.
+    pub makes_clones: bool,
 }
 
 /// The restored copy.
@@ -142,6 +146,8 @@ pub struct DestinationSide {
     pub root: Option<Task>,
     /// All restored processes.
     pub tasks: Vec<Task>,
+    /// Service addresses that came along.
+    pub addresses: Vec<MovingAddress>,
     /// Where the PID of the root goes.
     pub pidfile: Option<String>,
     /// The operator's command for when the copy runs, until it has been run.
@@ -271,6 +277,7 @@ pub(crate) mod tests {
                 fault: "10.0.0.1:7000".parse().expect("an address"),
                 bulk: "10.0.0.1:7001".parse().expect("an address"),
                 on_thawed: None,
+                makes_clones: false,
             }),
         }
     }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use common::address::{self, AddressError, Prefixed};
 use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
@@ -75,9 +76,7 @@ Commands run by `sh -c` with POSTCOPY_PHASE, POSTCOPY_SESSION, POSTCOPY_PID and 
 
 Example: take redis and its service address over
   lazy-restorer restore --from 10.0.0.1:7000 --identity /etc/postcopy \\
-      --before-restore 'ip address add 10.0.0.100/24 dev eth0' \\
-      --on-resumed 'arping -q -U -c 1 -I eth0 10.0.0.100' \\
-      --on-aborted 'ip address del 10.0.0.100/24 dev eth0'";
+      --move-address 10.0.0.100/32 --dev eth0";
 
 /// What is done about a source that cannot be reached.
 #[derive(Debug, Args)]
@@ -201,6 +200,7 @@ impl Resume {
             on_aborted: None,
             rehearsal: RehearsalPlan::default(),
             files: Files::default(),
+            addresses: side.addresses.clone(),
             lost: self.lost.plan(),
             remembered: Remembered {
                 store,
@@ -282,6 +282,13 @@ pub struct Restore {
     /// One more argument for `criu restore`; may be given several times
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     criu_arg: Vec<String>,
+    /// A service address that moves with the workload: added here before the restore, closed to packets until the
+    /// workload's sockets are there, and then announced; may be given several times. page-server must be given the same
+    #[arg(long, value_name = "ADDR/PREFIX", requires = "dev")]
+    move_address: Vec<Prefixed>,
+    /// The network device for --move-address: one for all, or one for each in the same order
+    #[arg(long, value_name = "IF", requires = "move_address")]
+    dev: Vec<String>,
     /// Command to run before the restore: add the workload's service address here, without announcing it yet
     #[arg(long, value_name = "CMD")]
     before_restore: Option<String>,
@@ -492,6 +499,12 @@ impl Restore {
         advise::check_host().map_err(|error| fail(Failure::NotPermitted, &error))?;
         let criu =
             Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
+        let addresses = address::pair(&self.move_address, &self.dev)
+            .and_then(|addresses| address::check_destination(&addresses).map(|()| addresses))
+            .map_err(|error| match &error {
+                AddressError::Capability(_) => fail(Failure::NotPermitted, &error),
+                _ => fail(Failure::BadInput, &error),
+            })?;
         let connect = ConnectOptions {
             from: &self.from,
             identity: &self.identity,
@@ -515,6 +528,7 @@ impl Restore {
             rehearsal: self
                 .rehearsal()
                 .map_err(|error| fail(Failure::BadInput, &error))?,
+            addresses,
             files: Files::new(&self.sync).map_err(|error| fail(Failure::BadInput, &error))?,
             work_dir: self.work_dir.clone(),
             pidfile: self.pidfile.clone(),

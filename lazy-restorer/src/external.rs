@@ -344,6 +344,8 @@ impl External<'_> {
                 .to_vec(),
             socket: self.kept.store().socket(&facts.session),
             session: self.kept.store().path(&facts.session),
+            // Whoever started CRIU moves addresses.
+            addresses: Vec::new(),
         });
         set_up.map_err(|error| internal(&error))?;
         // Where a successor looks for them.
@@ -428,6 +430,7 @@ impl External<'_> {
                 root: None,
                 tasks: Vec::new(),
                 pidfile: None,
+                addresses: Vec::new(),
                 on_resumed: None,
             }),
         };

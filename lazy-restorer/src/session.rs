@@ -13,6 +13,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use common::address::{self, Door, MovingAddress, Shut};
 use common::control::ControlError;
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
@@ -29,7 +30,7 @@ use common::stop::StopSignal;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::advise::{self, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
@@ -64,6 +65,8 @@ pub struct MigratePlan {
     pub rehearsal: RehearsalPlan,
     /// Directories that come along.
     pub files: Files,
+    /// Service addresses that come along.
+    pub addresses: Vec<MovingAddress>,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Where to write the PID of the restored root.
@@ -99,6 +102,7 @@ pub async fn run(
         record,
         copy_may_run: false,
         kept: Kept::nothing(plan.remembered.store.clone()),
+        door: None,
     };
     let result = migration.perform(keeper).await;
     migration.conclude(result)
@@ -116,6 +120,8 @@ struct Migration<'a> {
     /// The restored tasks were let run, and nothing says for certain that they did not.
     copy_may_run: bool,
     kept: Kept,
+    /// Keeps packets for the service addresses out as long as no socket is there to take them.
+    door: Option<Door>,
 }
 
 /// What the skeleton's phase ends with.
@@ -206,6 +212,7 @@ impl Migration<'_> {
                 .to_vec(),
             socket: self.kept.store().socket(&id),
             session: self.kept.store().path(&id),
+            addresses: self.plan.addresses.clone(),
         }
     }
 
@@ -285,7 +292,21 @@ impl Migration<'_> {
         self.bring_files(source, Pass::First).await?;
         let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency);
         checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
+        self.shut_door(source)?;
         Ok(facts)
+    }
+
+    /// The service addresses are not here yet, so this harms nobody.
+    fn shut_door(&mut self, source: &Source) -> Result<(), SessionError> {
+        let addresses = &self.plan.addresses;
+        if !addresses.is_empty() {
+            let shut = Door::shut(&source.welcome.session.to_string(), addresses, Shut::Wholly);
+            let shut = shut.map_err(|error| {
+                self.fail(Failure::Restore, format!("the packet filter: {error}"))
+            });
+            self.door = Some(shut?);
+        }
+        Ok(())
     }
 
     fn restore_plan(
@@ -391,6 +412,8 @@ impl Migration<'_> {
     /// Runs the operator's command, unless the source or the operator gives up meanwhile: the workload is frozen.
     async fn before_restore(&mut self, source: &mut Source) -> Result<(), SessionError> {
         let state = self.state();
+        let added = address::add(&self.plan.addresses);
+        added.map_err(|error| self.fail(Failure::Restore, error))?;
         let facts = self.facts(source, None);
         let command = self.plan.before_restore.as_deref();
         tokio::select! {
@@ -497,6 +520,7 @@ impl Migration<'_> {
         let committed = gate.and_then(|gate| resident.commit(gate));
         committed.map_err(|error| self.fail(Failure::Internal, error))?;
         self.copy_may_run = true;
+        self.open_door();
         if let Err(error) = held.open().await {
             // CRIU or its script was killed while we asked: nobody got the word that lets the tasks run.
             self.copy_may_run = false;
@@ -507,6 +531,7 @@ impl Migration<'_> {
         }
         let told = resident.keeper().opened();
         told.map_err(|error| self.fail(Failure::Internal, error))?;
+        address::announce(&self.plan.addresses);
         // The sockets exist, and CRIU unlocks their network now: announcing takes about as long as it needs to let the
         // tasks run. The memory must not wait for the command either.
         let facts = self.facts(source, resident.root());
@@ -559,6 +584,7 @@ impl Migration<'_> {
                 may_run: false,
                 root: resident.root().and_then(find),
                 tasks: resident.tasks().to_vec(),
+                addresses: self.plan.addresses.clone(),
                 pidfile: self
                     .plan
                     .pidfile
@@ -595,7 +621,22 @@ impl Migration<'_> {
         }
     }
 
+    /// All sockets exist: packets may come.
+    fn open_door(&mut self) {
+        if let Some(Err(error)) = self.door.take().map(|mut door| door.open()) {
+            tracing::error!(%error, "the packet filter");
+        }
+    }
+
+    /// The copy is dead: its addresses are nobody's here.
+    fn withdraw(&self) {
+        if let Err(error) = address::remove(&self.plan.addresses) {
+            tracing::error!(%error, "cleaning up");
+        }
+    }
+
     async fn clean_up(&self, source: &Source) {
+        self.withdraw();
         let facts = self.facts(source, None);
         let on_aborted = self.plan.on_aborted.as_deref();
         if let Err(error) = operator::run("--on-aborted", on_aborted, State::Aborted, &facts).await
@@ -616,7 +657,15 @@ async fn announce(plan: MigratePlan, facts: Facts) {
     if let Err(error) = operator::run("--on-resumed", on_resumed, State::Postcopy, &facts).await {
         tracing::error!(%error, "the migration goes on");
     }
+    // Neighbours may have missed the first word.
+    if !plan.addresses.is_empty() {
+        sleep(SECOND_ANNOUNCEMENT).await;
+        address::announce(&plan.addresses);
+    }
 }
+
+/// Time after which the addresses are announced once more.
+const SECOND_ANNOUNCEMENT: Duration = Duration::from_millis(200);
 
 /// Time to try to learn whether the source has given the workload away; killing our copy, which never ran, is safe.
 const GRANT_TIMEOUT: Duration = Duration::from_secs(60);

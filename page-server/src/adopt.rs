@@ -17,8 +17,8 @@ use crate::engine;
 use crate::freeze::FreezeError;
 use crate::freezer;
 use crate::hook::Verdict;
-use crate::network_lock;
-use crate::rescue::{dump_log, rescue};
+use crate::network_lock::{self, Network};
+use crate::rescue::{dump_log, put_addresses_back, rescue};
 use crate::workload::signal_all;
 
 /// Time CRIU's script has to call: it tries several times a second.
@@ -133,8 +133,9 @@ pub struct Adopted {
 impl Adopted {
     /// Kills the frozen original: the workload lives elsewhere.
     pub async fn release(mut self) -> Result<(), FreezeError> {
+        let network = Network::of(self.left.root);
         let told = self.tell(Verdict::Release).await;
-        network_lock::remove(&dump_log(&self.left.directory), None);
+        network_lock::remove(&dump_log(&self.left.directory), &network);
         // Whoever CRIU did not kill stands still by the stop that waited for this.
         let by_criu = self.hook.is_some() && told.is_ok();
         self.signal(Signal::SIGKILL);
@@ -148,6 +149,7 @@ impl Adopted {
 
     /// Lets the workload run on as if nothing had happened.
     pub async fn thaw(mut self) -> Result<(), FreezeError> {
+        put_addresses_back(&self.left.directory);
         let criu_holds = self.hook.is_some() && self.left.criu.is_alive();
         if criu_holds {
             // The stop that waits for them must not outlive the freeze.
@@ -244,6 +246,7 @@ mod tests {
                 fault: nowhere,
                 bulk: nowhere,
                 on_thawed: None,
+                makes_clones: false,
             }),
         }
     }

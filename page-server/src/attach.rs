@@ -25,7 +25,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::adopt::{LeftError, are_untouched};
 use crate::iptables_lock;
-use crate::network_lock;
+use crate::network_lock::{self, Network};
 use crate::rescue::end_repair;
 use crate::sockets::pidfd_open;
 use crate::workload::{signal_all, tree_pids};
@@ -200,7 +200,7 @@ impl ForeignDump {
             .collect();
         let connections = end_repair(&tasks);
         if let Some(run) = run_id(images)? {
-            network_lock::remove_of_run(&run, Some(root));
+            network_lock::remove_of_run(&run, &Network::of(root));
         }
         iptables_lock::remove(&tasks, Some(root));
         signal_all(&tasks, Signal::SIGCONT);
@@ -210,7 +210,7 @@ impl ForeignDump {
 
     fn unlock(&self) {
         if let Some(run) = &self.run {
-            network_lock::remove_of_run(run, Some(self.root));
+            network_lock::remove_of_run(run, &Network::of(self.root));
         }
         iptables_lock::remove(&self.tasks, Some(self.root));
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use common::address::{self, AddressError, Prefixed};
 use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
@@ -82,8 +83,7 @@ Commands run by `sh -c` with POSTCOPY_PHASE, POSTCOPY_SESSION, POSTCOPY_PID and 
 
 Example: move redis and its service address
   page-server serve --pid $(pidof redis-server) --listen 10.0.0.1:7000 --identity /etc/postcopy \\
-      --tcp-established --on-frozen 'ip address del 10.0.0.100/24 dev eth0' \\
-      --on-thawed 'ip address add 10.0.0.100/24 dev eth0'";
+      --tcp-established --move-address 10.0.0.100/32 --dev eth0";
 
 const ATTACH_HELP: &str = "\
 Waits until the dump is complete and CRIU waits for its lazy-pages daemon, whose place this pair takes: nobody else may \
@@ -161,6 +161,18 @@ pub struct Serve {
     /// One more argument for `criu dump`; may be given several times
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     criu_arg: Vec<String>,
+    /// A service address that moves with the workload: taken off this host while the workload is frozen, and put back if
+    /// it runs on here; may be given several times. lazy-restorer must be given the same
+    #[arg(
+        long,
+        value_name = "ADDR/PREFIX",
+        requires = "dev",
+        conflicts_with = "images"
+    )]
+    move_address: Vec<Prefixed>,
+    /// The network device of --move-address: one for all, or one for each in the same order
+    #[arg(long, value_name = "IF", requires = "move_address")]
+    dev: Vec<String>,
     /// Command to run when the workload is frozen and its network locked: take its service address away here
     #[arg(long, value_name = "CMD")]
     on_frozen: Option<String>,
@@ -325,6 +337,10 @@ impl Resume {
             attach_to,
             dumped: Dumped::default(),
             fan_out: left.len(),
+            keep_original: left
+                .iter()
+                .filter_map(SessionFile::source)
+                .any(|source| source.makes_clones),
             listen: listen_again(file)?,
             wait: None,
             token: None,
@@ -360,6 +376,7 @@ impl Resume {
             token: None,
             compress: Mode::default(),
             files: Arc::default(),
+            addresses: Vec::new(),
             work_dir: None,
             on_frozen: None,
             on_thawed: source.on_thawed.clone(),
@@ -437,6 +454,7 @@ impl Serve {
                 shell_job: self.shell_job,
             },
             fan_out: self.fan_out.into(),
+            keep_original: false,
             listen: listen.plan()?,
             wait: self.wait.map(Duration::from_secs),
             token: self.token_file.as_deref().map(new_token).transpose()?,
@@ -475,6 +493,12 @@ impl Serve {
         let workload = Workload::find(root).map_err(|error| fail(Failure::BadInput, &error))?;
         let criu =
             Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
+        let addresses = address::pair(&self.move_address, &self.dev)
+            .and_then(|addresses| address::check_source(&addresses).map(|()| addresses))
+            .map_err(|error| match &error {
+                AddressError::Capability(_) => fail(Failure::NotPermitted, &error),
+                _ => fail(Failure::BadInput, &error),
+            })?;
         let token = self.token_file.as_deref().map(new_token).transpose()?;
         let files = Files::offer(workload.root(), &self.sync)
             .map_err(|error| fail(Failure::BadInput, &error))?;
@@ -490,6 +514,7 @@ impl Serve {
             token,
             compress: self.compress,
             files,
+            addresses,
             work_dir: self.work_dir.clone(),
             on_frozen: self.on_frozen.clone(),
             on_thawed: self.on_thawed.clone(),
@@ -516,6 +541,13 @@ pub struct Attach {
     /// PID of the root process that is being dumped
     #[arg(long)]
     pid: i32,
+    /// Make this many clones of it, at the same time or one after the other. The original is killed when all of them are
+    /// whole, and runs on when any of them fails
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
+    fan_out: u16,
+    /// The original runs on in any case
+    #[arg(long)]
+    keep_original: bool,
     /// Address and UDP port to wait for the destination on
     #[arg(long, value_name = "ADDR:PORT")]
     listen: SocketAddr,
@@ -557,6 +589,13 @@ impl Attach {
     /// Checks everything that can be checked before anyone connects.
     pub fn plan(&self) -> Result<ExternalPlan, SessionError> {
         check_privileges()?;
+        if self.tcp_established && (self.fan_out > 1 || self.keep_original) {
+            return Err(SessionError::new(
+                Failure::BadInput,
+                State::Hello,
+                "a connection cannot have two ends of one kind: leave --tcp-established out for clones",
+            ));
+        }
         let listen = ListenOptions {
             listen: self.listen,
             bulk_port: self.bulk_port,
@@ -571,7 +610,8 @@ impl Attach {
                 tcp_established: self.tcp_established,
                 shell_job: self.shell_job,
             },
-            fan_out: 1,
+            fan_out: self.fan_out.into(),
+            keep_original: self.keep_original,
             listen: listen.plan()?,
             wait: self.wait.map(Duration::from_secs),
             token: self.token_file.as_deref().map(new_token).transpose()?,

@@ -40,6 +40,8 @@ pub struct ExternalPlan {
     pub dumped: Dumped,
     /// How many destinations to serve.
     pub fan_out: usize,
+    /// The frozen tree runs on here in the end, whatever was made of it elsewhere.
+    pub keep_original: bool,
     /// How to listen.
     pub listen: ListenPlan,
     /// How long to wait for the first destination; forever when not given.
@@ -54,6 +56,13 @@ pub struct ExternalPlan {
     pub remembered: Remembered,
     /// Sessions of a killed program that are gone on with; then there are no others.
     pub left: Vec<SessionFile>,
+}
+
+impl ExternalPlan {
+    /// The frozen tree becomes more than one: no destination decides about it alone.
+    fn makes_clones(&self) -> bool {
+        self.attach_to.is_some() && (self.fan_out > 1 || self.keep_original)
+    }
 }
 
 /// Serves as many destinations as planned; the records of their visits, and the first error.
@@ -83,11 +92,13 @@ struct Reception<'a> {
     plan: &'a ExternalPlan,
     listen: Listen,
     offer: Arc<Offer>,
-    /// What keeps the memory until the first destination comes.
+    /// What keeps the memory until the first destination comes, or until all have gone when they are clones.
     hold: Option<Hold>,
     guests: HashMap<SessionId, Guest>,
     visits: JoinSet<Ended>,
     admitted: usize,
+    /// CRIU is gone: the tasks stand still by themselves.
+    is_lost: bool,
     signals: StopSignal,
     stop: watch::Sender<Option<&'static str>>,
 }
@@ -124,6 +135,7 @@ impl<'a> Reception<'a> {
             guests: HashMap::new(),
             visits: JoinSet::new(),
             admitted: 0,
+            is_lost: false,
             signals,
             stop: watch::channel(None).0,
         };
@@ -145,7 +157,13 @@ impl<'a> Reception<'a> {
                     result = result.and(ended);
                 }
                 error = &mut late, if self.admitted == 0 => return Err(self.give_up(error).await),
-                error = lost(self.hold.as_ref()) => return Err(error),
+                error = lost(self.hold.as_ref()), if !self.is_lost => {
+                    if self.admitted == 0 {
+                        return Err(error);
+                    }
+                    self.is_lost = true;
+                    tracing::warn!(%error, "the frozen tasks stay stopped, and are served on");
+                }
                 name = self.signals.wait() => {
                     let _ = self.stop.send(Some(name));
                     if self.visits.is_empty() {
@@ -159,7 +177,21 @@ impl<'a> Reception<'a> {
                 break;
             }
         }
+        self.end_original(result.is_ok() && records.len() == self.plan.fan_out)
+            .await;
         result
+    }
+
+    /// Its clones are made: the original dies when all of them are whole, and else runs on.
+    async fn end_original(&mut self, all_are_whole: bool) {
+        let Some(hold) = self.hold.take() else {
+            return;
+        };
+        if self.plan.keep_original || !all_are_whole {
+            hold.thaw().await;
+        } else if let Err(error) = hold.release().await {
+            tracing::warn!(%error, "the frozen original is killed nevertheless");
+        }
     }
 
     /// Nobody came: the workload runs on.
@@ -206,7 +238,7 @@ impl<'a> Reception<'a> {
         tracing::info!(session = %id, host = destination.host, "a destination has come");
         let kept = Kept::nothing(self.plan.remembered.store.clone());
         let visit = Visit::new((id, destination), returns, self.house(), file, kept);
-        let hold = self.hold.take().unwrap_or(Hold::Files);
+        let hold = self.hold_for_visit();
         self.visits.spawn(async move {
             let (record, result) = visit.perform(hold).await;
             (id, record, result)
@@ -232,7 +264,7 @@ impl<'a> Reception<'a> {
         });
         taken.map_err(|error| failed(Failure::Internal, error))?;
         let (house, file) = (self.house(), file.clone());
-        let hold = self.hold.take().unwrap_or(Hold::Files);
+        let hold = self.hold_for_visit();
         self.visits.spawn(async move {
             let Some(destination) = returns.recv().await else {
                 let error = failed(Failure::Internal, "the listener ended");
@@ -243,6 +275,18 @@ impl<'a> Reception<'a> {
             (id, record, result)
         });
         Ok(())
+    }
+
+    /// What a visit decides about: the frozen tasks, unless they become more than one.
+    fn hold_for_visit(&mut self) -> Hold {
+        match &self.hold {
+            Some(original) if self.plan.makes_clones() => {
+                // It stands still now whoever dies.
+                original.commit();
+                Hold::Files
+            }
+            _ => self.hold.take().unwrap_or(Hold::Files),
+        }
     }
 
     fn expect_back(
@@ -297,6 +341,7 @@ impl<'a> Reception<'a> {
                 fault: self.listen.fault.address(),
                 bulk: self.listen.bulk.address(),
                 on_thawed: None,
+                makes_clones: self.plan.makes_clones(),
             }),
         })
     }

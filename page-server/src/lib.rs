@@ -20,6 +20,7 @@
 pub mod adopt;
 pub mod answers;
 pub mod attach;
+pub mod backlog;
 pub mod book;
 pub mod cli;
 pub mod compression;

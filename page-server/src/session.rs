@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::address::{self, Door, MovingAddress, Shut};
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
@@ -26,6 +27,7 @@ use common::session_file::{
 use common::stop::StopSignal;
 use tokio::time::sleep;
 
+use crate::backlog;
 use crate::compression::Mode;
 use crate::destination::{self, Destination, abort, unexpected};
 use crate::engine::Engine;
@@ -66,6 +68,8 @@ pub struct ServePlan {
     pub compress: Mode,
     /// Files that move along.
     pub files: Arc<Files>,
+    /// Service addresses that move along.
+    pub addresses: Vec<MovingAddress>,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Command for when the workload is frozen and its skeleton complete.
@@ -96,6 +100,7 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
         stop,
         record,
         kept: Kept::nothing(plan.remembered.store.clone()),
+        door: None,
     };
     let result = migration.perform(&mut listen).await;
     migration.conclude(result)
@@ -103,6 +108,9 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
 
 pub(crate) use self::postcopy::settle;
 pub use self::resume::resume;
+
+/// CRIU drops connections that nobody has accepted, in place of refusing to dump.
+const SKIP_IN_FLIGHT: &str = "--skip-in-flight";
 
 struct Migration<'a> {
     plan: &'a ServePlan,
@@ -112,6 +120,8 @@ struct Migration<'a> {
     stop: StopSignal,
     record: &'a mut Record,
     kept: Kept,
+    /// Keeps new connections to the service addresses out: one that was made while the workload is frozen would be lost.
+    door: Option<Door>,
 }
 
 impl Migration<'_> {
@@ -163,6 +173,7 @@ impl Migration<'_> {
             return Err(self.fail(Failure::Refused, text));
         }
         self.advance(Event::Ready)?;
+        self.shut_door().await?;
         let mut workload = self.freeze(destination).await?;
         let remembered = self.remember(listen, destination, &mut workload);
         let handed_over = match remembered {
@@ -253,6 +264,23 @@ impl Migration<'_> {
         self.expect(destination, ToSource::Ready).await
     }
 
+    /// Nobody comes in any more, and who waits at the door is let in: CRIU can move only connections that were accepted.
+    async fn shut_door(&mut self) -> Result<(), SessionError> {
+        let (addresses, plan) = (&self.plan.addresses, self.plan);
+        if !addresses.is_empty() {
+            let shut = Door::shut(&self.id.to_string(), addresses, Shut::ToNewConnections);
+            let shut = shut
+                .map_err(|error| self.fail(Failure::Freeze, format!("the packet filter: {error}")));
+            self.door = Some(shut?);
+        }
+        let skips = plan.criu_args.iter().any(|arg| arg == SKIP_IN_FLIGHT);
+        if plan.tcp_established && !skips {
+            let drained = backlog::drain(&plan.workload.pids()).await;
+            drained.map_err(|error| self.fail(Failure::Freeze, error))?;
+        }
+        Ok(())
+    }
+
     async fn freeze(
         &mut self,
         destination: &mut Destination,
@@ -278,6 +306,7 @@ impl Migration<'_> {
         if let Some(frozen) = workload.ours() {
             self.record.frozen_at_unix_us = unix_us(frozen.frozen_at());
             self.record.skeleton_bytes = skeleton::bytes(&frozen.plan().images());
+            self.record.shared_bytes = skeleton::shared_bytes(&frozen.plan().images());
         }
         Ok(workload)
     }
@@ -324,6 +353,7 @@ impl Migration<'_> {
                 fault: listen.fault.address(),
                 bulk: listen.bulk.address(),
                 on_thawed: self.plan.on_thawed.clone(),
+                makes_clones: false,
             }),
         };
         let path = self.kept.store().path(&self.id);
@@ -385,6 +415,7 @@ impl Migration<'_> {
             let push = push.skeleton(&images).await?;
             push.eager().await
         });
+        self.take_addresses(workload)?;
         let facts = self.facts(destination);
         let command = self.plan.on_frozen.as_deref();
         tokio::select! {
@@ -403,6 +434,16 @@ impl Migration<'_> {
             Ok(Err(error)) => Err(failed(&error)),
             Err(error) => Err(failed(&error)),
         }
+    }
+
+    /// From here on packets for the service addresses are nobody's here, and whoever lets the workload run puts them back.
+    fn take_addresses(&mut self, workload: &FrozenWorkload) -> Result<(), SessionError> {
+        if let Some(directory) = workload.images().parent() {
+            let taken = address::take(&self.plan.addresses, directory);
+            taken.map_err(|error| self.fail(Failure::Freeze, error))?;
+        }
+        self.door = None;
+        Ok(())
     }
 
     /// In which form pages are pushed to this destination.

@@ -34,13 +34,15 @@ pub enum Hold {
 }
 
 impl Hold {
-    fn commit(&self) {
+    /// The memory stays as it is even if its keeper should die.
+    pub fn commit(&self) {
         if let Hold::Dump(dump) = self {
             dump.commit();
         }
     }
 
-    async fn release(self) -> Result<(), AttachError> {
+    /// Nobody needs the memory any more.
+    pub async fn release(self) -> Result<(), AttachError> {
         match self {
             Hold::Files => Ok(()),
             Hold::Dump(dump) => dump.release().await,

@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::binaries;
+use crate::host::INTERFACE;
 use crate::identity::Identities;
 use crate::process::Process;
 use crate::record::Record;
@@ -80,6 +81,24 @@ impl PairPlan {
             on_resumed: service.on_resumed(),
             on_aborted: service.on_aborted(),
         })
+    }
+
+    /// The same with the built-in `--move-address` in place of the hooks.
+    pub fn move_address(mut self, rig: &Rig) -> Self {
+        let address = format!("{}/32", rig.service.0);
+        let options = ["--move-address", &address, "--dev", INTERFACE];
+        self.server.extend(options.map(OsString::from));
+        self.restorer.extend(options.map(OsString::from));
+        for hook in [
+            &mut self.on_frozen,
+            &mut self.on_thawed,
+            &mut self.before_restore,
+            &mut self.on_resumed,
+            &mut self.on_aborted,
+        ] {
+            hook.clear();
+        }
+        self
     }
 
     /// Starts `page-server` for `pid` and returns when it listens.

@@ -127,6 +127,8 @@ pub struct Record {
     pub skeleton_bytes: u64,
     /// Huge pages asked for again.
     pub huge_pages: HugePages,
+    /// Bytes of shared memory in it.
+    pub shared_bytes: u64,
     /// How pushed pages were carried.
     pub push: Pushed,
     /// Bytes on the wire.

@@ -70,6 +70,16 @@ fn main() -> ExitCode {
             body: an_older_source_is_refused,
         },
         Test {
+            name: "one_frozen_process_becomes_three",
+            needs: CLONE,
+            body: one_frozen_process_becomes_three,
+        },
+        Test {
+            name: "one_frozen_process_becomes_two_others",
+            needs: CLONE,
+            body: one_frozen_process_becomes_two_others,
+        },
+        Test {
             name: "one_dump_becomes_three_processes",
             needs: CLONE,
             body: one_dump_becomes_three_processes,
@@ -348,4 +358,35 @@ fn an_older_source_is_refused(rig: &Rig) -> Result<()> {
     ensure!(line.contains("sends its images always"), "{line}");
     ensure!(!server.end()?.success(), "page-server served it");
     Ok(())
+}
+
+fn one_frozen_process_becomes_three(rig: &Rig) -> Result<()> {
+    let (warm, dump_worked) = clone_frozen(rig, &["--keep-original"])?;
+    ensure!(!dump_worked, "criu dump says that the original is gone");
+    warm.finish(3)
+}
+
+fn one_frozen_process_becomes_two_others(rig: &Rig) -> Result<()> {
+    let (mut warm, dump_worked) = clone_frozen(rig, &[])?;
+    ensure!(dump_worked, "criu dump failed");
+    ensure!(!warm.original_lives(), "the original still lives");
+    warm.finish(2)
+}
+
+/// Makes two clones of a frozen process; says also whether its CRIU took that for a success.
+fn clone_frozen(rig: &Rig, options: &[&str]) -> Result<(WarmCopies, bool)> {
+    const COPIES: usize = 2;
+    let warm = WarmCopies::start(rig, 64)?;
+    let orchestrator = Orchestrator::new(rig)?;
+    let mut dump = orchestrator.start_lazy_dump(warm.pid())?;
+    let (pid, copies) = (warm.pid().to_string(), COPIES.to_string());
+    let attach = ["attach", "--pid", &pid, "--fan-out", &copies];
+    let mut server = orchestrator.start_server(&[&attach, options].concat())?;
+    let restorers = (0..COPIES).map(|copy| orchestrator.start_restorer(copy, &[]));
+    let mut restorers = restorers.collect::<Result<Vec<_>>>()?;
+    for restorer in &mut restorers {
+        restorer.expect_success()?;
+    }
+    server.expect_success()?;
+    Ok((warm, dump.wait(PATIENCE)?.success()))
 }

@@ -240,6 +240,7 @@ fn session(plan: &PairPlan, id: u8, boot: &str, root: Task) -> SessionFile {
             fault: nowhere,
             bulk: nowhere,
             on_thawed: None,
+            makes_clones: false,
         }),
     }
 }

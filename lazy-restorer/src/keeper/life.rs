@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::mounts;
+use common::{address, mounts};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
@@ -132,7 +132,9 @@ impl Known {
             let _ = nix::unistd::write(borrowed(gate), &[GO]);
             close(Some(gate));
         }
+        // Closes the door's socket too, which opens the door.
         let held = sort_descriptors();
+        address::announce(&self.setup.addresses);
         let _ = fs::remove_file(&self.setup.socket);
         let listener = UnixListener::bind(&self.setup.socket).ok();
         if let Some(listener) = &listener {
@@ -176,6 +178,9 @@ impl Known {
             let limit = PollTimeout::try_from(BURIAL).unwrap_or(PollTimeout::MAX);
             let mut waiting = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
             while poll(&mut waiting, limit) == Err(Errno::EINTR) {}
+        }
+        if self.prepared {
+            let _ = address::remove(&self.setup.addresses);
         }
         if let Some(command) = self.setup.on_aborted.filter(|_| self.prepared) {
             // Its failure is the operator's to notice: nobody is left to be told.

@@ -80,6 +80,7 @@ impl Migration<'_> {
             }
             Err(error) if !self.copy_may_run => {
                 resident.abort().await;
+                self.withdraw();
                 return Err(error);
             }
             Err(error) => return Err(self.hold(error, resident).await),
@@ -170,6 +171,7 @@ impl Migration<'_> {
             kill_tree(Pid::from_raw(task.pid));
         }
         self.copy_may_run = false;
+        self.withdraw();
         let noted = self.kept.change(|file| {
             if let Side::Destination(side) = &mut file.side {
                 side.may_run = false;

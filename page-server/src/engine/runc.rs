@@ -39,6 +39,10 @@ impl Container {
         if facts.terminal {
             return Err(ContainerError::Terminal(id.to_owned()));
         }
+        // One that is joined by path is called otherwise.
+        if facts.namespaces.iter().any(|name| name == "network") {
+            return Err(ContainerError::OwnNetwork(id.to_owned()));
+        }
         Ok(Container {
             runtime,
             id: id.to_owned(),

@@ -45,6 +45,7 @@ pub async fn resume(
         stop,
         record,
         kept: Kept::taken_over(plan.remembered.store.clone(), file),
+        door: None,
     };
     let result = migration.go_on(&mut listen, &known, workload).await;
     migration.conclude(result)

@@ -282,6 +282,7 @@ fn session_file() -> SessionFile {
             fault: address,
             bulk: address,
             on_thawed: Some(String::from("true")),
+            makes_clones: false,
         }),
     }
 }
