@@ -36,7 +36,7 @@ pub fn run(options: &DemoOptions) -> Result<()> {
         options.memory
     );
     let rig = Rig::new()?;
-    let plan = PairPlan::new(&rig)?;
+    let plan = PairPlan::new(&rig)?.move_address(&rig);
     let redis = redis::start(&rig)?;
     let client_plan = ClientPlan {
         mib: options.memory,
@@ -141,6 +141,10 @@ fn outcome(table: &mut Table, migration: &Migration) {
     ]);
     table.row(["pages pushed", &source.pages.pushed.to_string()]);
     table.row(["pages sent for faults", &source.pages.demanded.to_string()]);
+    table.row([
+        "shared memory, moved while frozen",
+        &mib(source.shared_bytes),
+    ]);
     table.row(["zero pages, not sent", &source.pages.zero.to_string()]);
     table.row(["sent on the bulk connection", &mib(bytes.bulk_tx)]);
     table.row(["sent on the fault connection", &mib(bytes.fault_tx)]);

@@ -97,6 +97,11 @@ pub enum ContainerError {
         /// How.
         reason: String,
     },
+    /// A network namespace that the runtime made.
+    #[error(
+        "container {0} has a network namespace that the runtime made, and runc restores such a one empty, with not even lo up; make the namespace beforehand on both hosts and name its path in the bundles, or share the host's"
+    )]
+    OwnNetwork(String),
     /// A terminal.
     #[error("container {0} has a terminal, which cannot move; run it without one")]
     Terminal(String),
@@ -135,6 +140,11 @@ impl Runtime {
             arguments.extend([OsString::from("--root"), root.into()]);
         }
         arguments
+    }
+
+    /// The runtime's directory, when the operator named one.
+    pub fn root(&self) -> Option<&Path> {
+        self.root.as_deref()
     }
 
     /// Where the runtime keeps what it knows of the container `id`.

@@ -63,6 +63,10 @@ pub fn has_capability(number: u32) -> bool {
         .is_some_and(|mask| mask >> number & 1 == 1)
 }
 
+/// `CAP_NET_ADMIN`: changing addresses and the packet filter.
+pub const CAP_NET_ADMIN: u32 = 12;
+/// `CAP_NET_RAW`: sending packets of one's own making.
+pub const CAP_NET_RAW: u32 = 13;
 /// `CAP_SYS_PTRACE`: reading another process's memory.
 pub const CAP_SYS_PTRACE: u32 = 19;
 /// `CAP_SYS_ADMIN`: what CRIU needs for almost everything.

@@ -12,9 +12,10 @@
 //! | [`session`] | the states of a migration and the only ways between them |
 //! | [`session_file`] | what a restarted program must know to go on with a session |
 //! | [`criu`], [`host`], [`mounts`], [`operator`] | the CRIU program, this host, the operator's commands |
+//! | [`address`] | service addresses that move with a workload |
 //! | [`container`], [`program_file`] | OCI containers and bundles; the programs both hosts must have |
 //! | [`lost`] | what is done about a link that stays lost |
-//! | [`io_thread`] | threads with a network runtime of their own |
+//! | [`io_thread`], [`privileges`] | threads with a network runtime of their own; what threads may still do after set-up |
 //! | [`exit`], [`logging`], [`stop`] | how a program fails, what it logs, and how it is asked to stop |
 //! | [`identity`] | who a host is: keys, certificates, and whom it trusts |
 //! | [`quic`] | the two QUIC connections: sockets, settings, and what their errors mean |
@@ -22,6 +23,7 @@
 //! | [`token`] | the one-time token of a migration |
 //! | [`limits`] | every bound, with its reason |
 
+pub mod address;
 pub mod compression;
 pub mod container;
 pub mod control;
@@ -41,6 +43,7 @@ pub mod operator;
 pub mod pacing;
 pub mod page;
 pub mod page_set;
+pub mod privileges;
 pub mod program_file;
 pub mod proto;
 pub mod quic;

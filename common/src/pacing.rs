@@ -16,7 +16,9 @@
 use std::time::Duration;
 
 /// The standing queue, as the time it takes to drain, while faults wait no longer for it.
-const QUEUE_MAX: Duration = Duration::from_micros(250);
+const QUEUE_MAX: Duration = Duration::from_millis(1);
+/// What it is at first.
+const QUEUE_BEGIN: Duration = Duration::from_micros(250);
 /// The standing queue that is kept however long faults wait: without any the path would run dry between two rounds.
 const QUEUE_MIN: Duration = Duration::from_micros(30);
 /// On a long path at least this part of the shortest round trip: it matters to nobody there, and less cannot be told from
@@ -27,8 +29,8 @@ const START_QUEUE_PART: u32 = 8;
 
 /// Faults wait too long when their round trip is above the idle one by this part of it,
 const FAULT_EXCESS_PART: u32 = 5;
-/// and by this much: less is the scheduler.
-const FAULT_EXCESS_MIN: Duration = Duration::from_micros(20);
+/// and by this much: less is the scheduler, which adds it to every round trip on a busy machine.
+const FAULT_EXCESS_MIN: Duration = Duration::from_micros(60);
 /// The wanted queue is changed this often,
 const QUEUE_INTERVAL: Duration = Duration::from_millis(1);
 /// to this part of it while faults wait too long,
@@ -51,12 +53,15 @@ const EMPTY_GROW: f64 = 1.125;
 /// This part of the best rate is kept however long round trips seem.
 const RATE_KEPT: f64 = 0.88;
 /// A path that is tried out gets this multiple of the best rate so far,
-const RATE_TRIED: f64 = 1.1;
+const RATE_TRIED: f64 = 1.2;
 /// for one interval,
 const RATE_INTERVAL: Duration = Duration::from_millis(20);
 /// so often. The best rate is that of the last two such times. (An interval is long enough that what a token bucket lets
 /// through at once does not count for much, and the slowest percent of faults is not all made in trials.)
 const TRIAL_INTERVAL: Duration = Duration::from_millis(1000);
+/// A trial that carried this multiple of the best rate so far is followed by another at once: the path has become faster,
+/// or somebody else has left it.
+const RATE_RISEN: f64 = 1.05;
 
 /// More than this part of a round's bytes lost: the path cannot take this much, whatever its delay says.
 const LOSS_MAX: f64 = 0.03;
@@ -152,7 +157,7 @@ impl BulkWindow {
             },
             round: Round::default(),
             queue: QueueTarget {
-                time: QUEUE_MAX,
+                time: QUEUE_BEGIN,
                 changed: Duration::ZERO,
                 seen: 0,
             },
@@ -290,7 +295,8 @@ impl BulkWindow {
         }
         self.window *= f64::midpoint(1.0, factor.clamp(0.5, 2.0));
         let carried = self.rate.best() * self.rate.kept() * self.rate.round_trip;
-        let limit = self.rate.best() * (shortest + QUEUE_MAX).as_secs_f64();
+        // While faults are on time, what round trips hold beyond the shortest is not in their way.
+        let limit = self.rate.best() * (shortest + self.queue.time.max(QUEUE_BEGIN)).as_secs_f64();
         self.window = self.window.max(carried.min(limit));
         self.bound();
     }
@@ -343,11 +349,16 @@ impl Rate {
         if time < RATE_INTERVAL.max(2 * shortest) {
             return;
         }
+        let mut risen = false;
         if self.filled {
-            self.best_now = self.best_now.max(self.acked as f64 / time.as_secs_f64());
+            let carried = self.acked as f64 / time.as_secs_f64();
+            risen = self.is_trying() && carried > RATE_RISEN * self.best();
+            self.best_now = self.best_now.max(carried);
         }
         (self.began, self.acked, self.filled) = (now, 0, false);
-        if now.saturating_sub(self.tried) > TRIAL_INTERVAL.max(40 * shortest) {
+        if risen {
+            self.tried = now;
+        } else if now.saturating_sub(self.tried) > TRIAL_INTERVAL.max(40 * shortest) {
             self.best_before = std::mem::take(&mut self.best_now);
             self.tried = now;
         }
@@ -359,10 +370,14 @@ impl Rate {
 
     /// The part of the best rate that is kept at present.
     fn kept(&self) -> f64 {
-        match self.began == self.tried {
+        match self.is_trying() {
             true => RATE_TRIED,
             false => RATE_KEPT,
         }
+    }
+
+    fn is_trying(&self) -> bool {
+        self.began == self.tried
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use common::address::{self, AddressError, Prefixed};
 use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
@@ -75,9 +76,7 @@ Commands run by `sh -c` with POSTCOPY_PHASE, POSTCOPY_SESSION, POSTCOPY_PID and 
 
 Example: take redis and its service address over
   lazy-restorer restore --from 10.0.0.1:7000 --identity /etc/postcopy \\
-      --before-restore 'ip address add 10.0.0.100/24 dev eth0' \\
-      --on-resumed 'arping -q -U -c 1 -I eth0 10.0.0.100' \\
-      --on-aborted 'ip address del 10.0.0.100/24 dev eth0'";
+      --move-address 10.0.0.100/32 --dev eth0";
 
 /// What is done about a source that cannot be reached.
 #[derive(Debug, Args)]
@@ -139,6 +138,9 @@ pub struct Resume {
     /// For tests: fetch nothing but what the workload touches
     #[arg(long, hide = true)]
     no_push: bool,
+    /// Leave transparent huge pages as the small pages they arrive as
+    #[arg(long)]
+    small_pages: bool,
     /// Write a record of the rest of the migration to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -190,6 +192,7 @@ impl Resume {
             engine: Engine::Criu,
             leniency: Leniency::default(),
             push: !self.no_push,
+            huge_pages: !self.small_pages,
             work_dir: None,
             pidfile: side.pidfile.as_ref().map(PathBuf::from),
             before_restore: None,
@@ -197,6 +200,7 @@ impl Resume {
             on_aborted: None,
             rehearsal: RehearsalPlan::default(),
             files: Files::default(),
+            addresses: side.addresses.clone(),
             lost: self.lost.plan(),
             remembered: Remembered {
                 store,
@@ -278,6 +282,13 @@ pub struct Restore {
     /// One more argument for `criu restore`; may be given several times
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     criu_arg: Vec<String>,
+    /// A service address that moves with the workload: added here before the restore, closed to packets until the
+    /// workload's sockets are there, and then announced; may be given several times. page-server must be given the same
+    #[arg(long, value_name = "ADDR/PREFIX", requires = "dev")]
+    move_address: Vec<Prefixed>,
+    /// The network device for --move-address: one for all, or one for each in the same order
+    #[arg(long, value_name = "IF", requires = "move_address")]
+    dev: Vec<String>,
     /// Command to run before the restore: add the workload's service address here, without announcing it yet
     #[arg(long, value_name = "CMD")]
     before_restore: Option<String>,
@@ -290,6 +301,9 @@ pub struct Restore {
     /// For measurements: fetch nothing but what the workload touches
     #[arg(long, hide = true)]
     no_push: bool,
+    /// Leave transparent huge pages as the small pages they arrive as
+    #[arg(long)]
+    small_pages: bool,
     /// Record the order in which the workload first touches its memory to this file, for --replay; for a while nothing
     /// is pushed then, so the workload is slower
     #[arg(long, value_name = "FILE")]
@@ -361,6 +375,11 @@ pub struct LazyPages {
     /// Write our PID to this file when ready
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
+    /// For tests: fetch nothing but what the workload touches
+    #[arg(long, hide = true)]
+    no_push: bool,
+    #[command(flatten)]
+    state: StateDirectory,
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
@@ -387,12 +406,23 @@ impl LazyPages {
         Ok(ExternalPlan {
             connect: connect.plan()?,
             images: self.images_dir.clone(),
+            push: !self.no_push,
             work: work.clone(),
             ready: Ready {
                 status_fd: self.status_fd,
                 pidfile: self.pidfile.clone(),
             },
+            remembered: remembered(&self.state, &self.identity, &self.accept),
         })
+    }
+}
+
+fn remembered(state: &StateDirectory, identity: &Path, accept: &[Fingerprint]) -> Remembered {
+    Remembered {
+        store: state.store(),
+        // A restart may have another working directory.
+        identity: std::path::absolute(identity).unwrap_or_else(|_| identity.to_owned()),
+        accept: accept.iter().map(ToString::to_string).collect(),
     }
 }
 
@@ -469,6 +499,12 @@ impl Restore {
         advise::check_host().map_err(|error| fail(Failure::NotPermitted, &error))?;
         let criu =
             Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
+        let addresses = address::pair(&self.move_address, &self.dev)
+            .and_then(|addresses| address::check_destination(&addresses).map(|()| addresses))
+            .map_err(|error| match &error {
+                AddressError::Capability(_) => fail(Failure::NotPermitted, &error),
+                _ => fail(Failure::BadInput, &error),
+            })?;
         let connect = ConnectOptions {
             from: &self.from,
             identity: &self.identity,
@@ -488,9 +524,11 @@ impl Restore {
                 programs: self.ignore_programs,
             },
             push: !self.no_push,
+            huge_pages: !self.small_pages,
             rehearsal: self
                 .rehearsal()
                 .map_err(|error| fail(Failure::BadInput, &error))?,
+            addresses,
             files: Files::new(&self.sync).map_err(|error| fail(Failure::BadInput, &error))?,
             work_dir: self.work_dir.clone(),
             pidfile: self.pidfile.clone(),
@@ -498,13 +536,7 @@ impl Restore {
             on_resumed: self.on_resumed.clone(),
             on_aborted: self.on_aborted.clone(),
             lost: self.lost.plan(),
-            remembered: Remembered {
-                store: self.state.store(),
-                // A restart may have another working directory.
-                identity: std::path::absolute(&self.identity)
-                    .unwrap_or_else(|_| self.identity.clone()),
-                accept: self.accept.iter().map(ToString::to_string).collect(),
-            },
+            remembered: remembered(&self.state, &self.identity, &self.accept),
         })
     }
 }

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use crate::memory::{Arrival, MemberKey, Memory, MemoryError, Order};
 use crate::rehearsal::Recorder;
 use crate::uffd::UserFault;
+use crate::unpacker::Unpacker;
 
 /// Requests written with one call.
 const BATCH: usize = 64;
@@ -171,6 +172,7 @@ async fn watch(
 pub async fn take_in(mut replies: RecvStream, memory: Arc<Memory>) -> Result<(), TransferError> {
     let mut header = [0; DATA_HEADER_BYTES];
     let mut payload = vec![0; page_in_buffer(MAX_FRAME_PAGES).start];
+    let mut unpacker = Unpacker::new().map_err(TransferError::Decompressor)?;
     loop {
         match replies.read_exact(&mut header).await {
             Ok(()) => {}
@@ -182,6 +184,12 @@ pub async fn take_in(mut replies: RecvStream, memory: Arc<Memory>) -> Result<(),
                 let payload = &mut payload[..data.payload as usize];
                 replies.read_exact(payload).await?;
                 memory.receive(&data, payload, Arrival::Demanded)?;
+            }
+            DemandReply::Packed(packed) => {
+                let payload = &mut payload[..packed.payload as usize];
+                replies.read_exact(payload).await?;
+                let pages = unpacker.unpack(&packed, payload)?;
+                memory.receive(&packed.unpacked(), pages, Arrival::Demanded)?;
             }
             DemandReply::Withheld(pid, pages) => memory.withheld(pid, pages)?,
         }

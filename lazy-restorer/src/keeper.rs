@@ -16,6 +16,7 @@ use std::io;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
+use common::address::MovingAddress;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
@@ -41,6 +42,8 @@ pub struct Setup {
     pub socket: PathBuf,
     /// The session's file.
     pub session: PathBuf,
+    /// Service addresses of the copy.
+    pub addresses: Vec<MovingAddress>,
 }
 
 /// What the keeper is told.

@@ -13,6 +13,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use common::address::{self, Door, MovingAddress, Shut};
 use common::control::ControlError;
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
@@ -21,6 +22,7 @@ use common::limits::IDLE_TIMEOUT;
 use common::lost::LostPlan;
 use common::operator::{self, Facts};
 use common::proto::control::{Abort, ToDestination, ToSource, WorkloadFacts};
+use common::proto::version::V3;
 use common::record::Phases;
 use common::session::{Event, Session, State};
 use common::session_file::{DestinationSide, Kept, Remembered, SessionFile, Side, Task, boot_id};
@@ -28,7 +30,7 @@ use common::stop::StopSignal;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::advise::{self, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
@@ -57,10 +59,14 @@ pub struct MigratePlan {
     pub leniency: Leniency,
     /// Let the source push; else only what is touched comes.
     pub push: bool,
+    /// Whether pages that were huge on the source are made huge again.
+    pub huge_pages: bool,
     /// What to do with the order of first touches.
     pub rehearsal: RehearsalPlan,
     /// Directories that come along.
     pub files: Files,
+    /// Service addresses that come along.
+    pub addresses: Vec<MovingAddress>,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Where to write the PID of the restored root.
@@ -96,6 +102,7 @@ pub async fn run(
         record,
         copy_may_run: false,
         kept: Kept::nothing(plan.remembered.store.clone()),
+        door: None,
     };
     let result = migration.perform(keeper).await;
     migration.conclude(result)
@@ -113,6 +120,8 @@ struct Migration<'a> {
     /// The restored tasks were let run, and nothing says for certain that they did not.
     copy_may_run: bool,
     kept: Kept,
+    /// Keeps packets for the service addresses out as long as no socket is there to take them.
+    door: Option<Door>,
 }
 
 /// What the skeleton's phase ends with.
@@ -203,6 +212,7 @@ impl Migration<'_> {
                 .to_vec(),
             socket: self.kept.store().socket(&id),
             session: self.kept.store().path(&id),
+            addresses: self.plan.addresses.clone(),
         }
     }
 
@@ -265,15 +275,38 @@ impl Migration<'_> {
     }
 
     async fn advise(&mut self, source: &mut Source) -> Result<WorkloadFacts, SessionError> {
-        let facts = match self.next(source).await? {
+        let mut facts = match self.next(source).await? {
             ToDestination::Advise(facts) => facts,
             message => return Err(unexpected(self.state(), &message)),
         };
+        if source.welcome.version >= V3 {
+            facts.more = match self.next(source).await? {
+                ToDestination::AdviseMore(more) => more,
+                message => return Err(unexpected(self.state(), &message)),
+            };
+        } else if !self.plan.files.is_empty() {
+            let text = "the source's release sends no files; use the same release on both hosts";
+            return Err(self.fail(Failure::Refused, text));
+        }
         // Programs are looked at when they are here.
         self.bring_files(source, Pass::First).await?;
         let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency);
         checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
+        self.shut_door(source)?;
         Ok(facts)
+    }
+
+    /// The service addresses are not here yet, so this harms nobody.
+    fn shut_door(&mut self, source: &Source) -> Result<(), SessionError> {
+        let addresses = &self.plan.addresses;
+        if !addresses.is_empty() {
+            let shut = Door::shut(&source.welcome.session.to_string(), addresses, Shut::Wholly);
+            let shut = shut.map_err(|error| {
+                self.fail(Failure::Restore, format!("the packet filter: {error}"))
+            });
+            self.door = Some(shut?);
+        }
+        Ok(())
     }
 
     fn restore_plan(
@@ -299,8 +332,8 @@ impl Migration<'_> {
         source: &mut Source,
         directory: TempDir,
     ) -> Result<Staged, SessionError> {
-        let images = images_directory(&directory)
-            .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
+        let images = images_directory(&directory).and_then(skeleton::Folder::open);
+        let images = images.map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
         let (credits, pages) = source
             .take_bulk_stream()
             .ok_or_else(|| self.fail(Failure::Internal, "the bulk stream is in use"))?;
@@ -379,6 +412,8 @@ impl Migration<'_> {
     /// Runs the operator's command, unless the source or the operator gives up meanwhile: the workload is frozen.
     async fn before_restore(&mut self, source: &mut Source) -> Result<(), SessionError> {
         let state = self.state();
+        let added = address::add(&self.plan.addresses);
+        added.map_err(|error| self.fail(Failure::Restore, error))?;
         let facts = self.facts(source, None);
         let command = self.plan.before_restore.as_deref();
         tokio::select! {
@@ -421,8 +456,13 @@ impl Migration<'_> {
             Err(error) if self.copy_may_run => Err(self.hold(error, resident).await),
             Err(error) => {
                 resident.abort().await;
-                // Also when the grant was waited for in vain: nothing is left that a successor could go on with.
-                self.kept.end();
+                if error.failure == Failure::Lost && !error.state.source_may_thaw() {
+                    // The source may have given the workload away, and would wait for us.
+                    eprintln!(
+                        "lazy-restorer: {error}; the copy never ran and is dead, trying to tell the source"
+                    );
+                    return Err(self.tell_dead(&source.welcome.clone(), Some(TELLING)).await);
+                }
                 Err(error)
             }
         }
@@ -480,6 +520,7 @@ impl Migration<'_> {
         let committed = gate.and_then(|gate| resident.commit(gate));
         committed.map_err(|error| self.fail(Failure::Internal, error))?;
         self.copy_may_run = true;
+        self.open_door();
         if let Err(error) = held.open().await {
             // CRIU or its script was killed while we asked: nobody got the word that lets the tasks run.
             self.copy_may_run = false;
@@ -490,6 +531,7 @@ impl Migration<'_> {
         }
         let told = resident.keeper().opened();
         told.map_err(|error| self.fail(Failure::Internal, error))?;
+        address::announce(&self.plan.addresses);
         // The sockets exist, and CRIU unlocks their network now: announcing takes about as long as it needs to let the
         // tasks run. The memory must not wait for the command either.
         let facts = self.facts(source, resident.root());
@@ -542,6 +584,7 @@ impl Migration<'_> {
                 may_run: false,
                 root: resident.root().and_then(find),
                 tasks: resident.tasks().to_vec(),
+                addresses: self.plan.addresses.clone(),
                 pidfile: self
                     .plan
                     .pidfile
@@ -578,7 +621,22 @@ impl Migration<'_> {
         }
     }
 
+    /// All sockets exist: packets may come.
+    fn open_door(&mut self) {
+        if let Some(Err(error)) = self.door.take().map(|mut door| door.open()) {
+            tracing::error!(%error, "the packet filter");
+        }
+    }
+
+    /// The copy is dead: its addresses are nobody's here.
+    fn withdraw(&self) {
+        if let Err(error) = address::remove(&self.plan.addresses) {
+            tracing::error!(%error, "cleaning up");
+        }
+    }
+
     async fn clean_up(&self, source: &Source) {
+        self.withdraw();
         let facts = self.facts(source, None);
         let on_aborted = self.plan.on_aborted.as_deref();
         if let Err(error) = operator::run("--on-aborted", on_aborted, State::Aborted, &facts).await
@@ -599,10 +657,21 @@ async fn announce(plan: MigratePlan, facts: Facts) {
     if let Err(error) = operator::run("--on-resumed", on_resumed, State::Postcopy, &facts).await {
         tracing::error!(%error, "the migration goes on");
     }
+    // Neighbours may have missed the first word.
+    if !plan.addresses.is_empty() {
+        sleep(SECOND_ANNOUNCEMENT).await;
+        address::announce(&plan.addresses);
+    }
 }
+
+/// Time after which the addresses are announced once more.
+const SECOND_ANNOUNCEMENT: Duration = Duration::from_millis(200);
 
 /// Time to try to learn whether the source has given the workload away; killing our copy, which never ran, is safe.
 const GRANT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Time to try to tell a source that our copy is dead, which never ran. Afterwards `resume` still can.
+const TELLING: Duration = Duration::from_secs(600);
 
 /// Time we have to take descriptors that CRIU has sent already.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use common::address::{self, AddressError, Prefixed};
 use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
@@ -13,9 +14,12 @@ use common::host::{self, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
 use common::identity::{Fingerprint, Identity, Trust};
 use common::lost::{LostPlan, OnLost, parse_duration};
 use common::proto::control::Secret;
+use common::proto::version::V3;
 use common::quic::PathProfile;
 use common::session::State;
-use common::session_file::{DEFAULT_DIRECTORY, Remembered, SessionFile, Standing, Store};
+use common::session_file::{
+    DEFAULT_DIRECTORY, FrozenTasks, Original, Remembered, SessionFile, SourceSide, Standing, Store,
+};
 use common::token;
 use nix::unistd::Pid;
 
@@ -79,8 +83,7 @@ Commands run by `sh -c` with POSTCOPY_PHASE, POSTCOPY_SESSION, POSTCOPY_PID and 
 
 Example: move redis and its service address
   page-server serve --pid $(pidof redis-server) --listen 10.0.0.1:7000 --identity /etc/postcopy \\
-      --tcp-established --on-frozen 'ip address del 10.0.0.100/24 dev eth0' \\
-      --on-thawed 'ip address add 10.0.0.100/24 dev eth0'";
+      --tcp-established --move-address 10.0.0.100/32 --dev eth0";
 
 const ATTACH_HELP: &str = "\
 Waits until the dump is complete and CRIU waits for its lazy-pages daemon, whose place this pair takes: nobody else may \
@@ -158,6 +161,18 @@ pub struct Serve {
     /// One more argument for `criu dump`; may be given several times
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     criu_arg: Vec<String>,
+    /// A service address that moves with the workload: taken off this host while the workload is frozen, and put back if
+    /// it runs on here; may be given several times. lazy-restorer must be given the same
+    #[arg(
+        long,
+        value_name = "ADDR/PREFIX",
+        requires = "dev",
+        conflicts_with = "images"
+    )]
+    move_address: Vec<Prefixed>,
+    /// The network device of --move-address: one for all, or one for each in the same order
+    #[arg(long, value_name = "IF", requires = "move_address")]
+    dev: Vec<String>,
     /// Command to run when the workload is frozen and its network locked: take its service address away here
     #[arg(long, value_name = "CMD")]
     on_frozen: Option<String>,
@@ -262,7 +277,7 @@ pub struct Resume {
 
 impl Resume {
     /// Finds the session and makes sure that it may be gone on with.
-    pub fn plan(&self) -> Result<(ServePlan, SessionFile), SessionError> {
+    pub fn plan(&self) -> Result<Resumption, SessionError> {
         let fail = |failure, error: &dyn std::fmt::Display| {
             SessionError::new(failure, State::Paused, error)
         };
@@ -280,38 +295,79 @@ impl Resume {
                 return Err(fail(Failure::BadInput, &text));
             }
         }
-        let plan = self.plan_of(&file, store)?;
-        Ok((plan, file))
-    }
-
-    fn plan_of(&self, file: &SessionFile, store: Store) -> Result<ServePlan, SessionError> {
-        let fail = |failure, error: &dyn std::fmt::Display| {
-            SessionError::new(failure, State::Paused, error)
-        };
         let source = file
             .source()
             .ok_or_else(|| fail(Failure::BadInput, &"this is no session of a source"))?;
-        let identity = Identity::load(Path::new(&file.identity))
-            .map_err(|error| fail(Failure::Identity, &error))?;
-        let accept: Vec<Fingerprint> = file
-            .accept
-            .iter()
-            .map(|text| text.parse())
-            .collect::<Result<_, _>>()
-            .map_err(|error| fail(Failure::Identity, &error))?;
+        if source.version < V3 {
+            let text = "the destination's release cannot tell a successor what it has; `thaw` can let the original run";
+            return Err(fail(Failure::BadInput, &text));
+        }
+        match &source.original {
+            Original::Frozen(frozen) => {
+                let plan = self.plan_of(&file, source, frozen, store)?;
+                Ok(Resumption::Ours(Box::new((plan, file))))
+            }
+            Original::Foreign(frozen, images) => {
+                let root = Pid::from_raw(frozen.root.pid);
+                let plan = self.external(&file, images, Some(root), vec![file.clone()], store)?;
+                Ok(Resumption::External(Box::new(plan)))
+            }
+            Original::Images(images) => {
+                let together = together(&file, &store);
+                let plan = self.external(&file, images, None, together, store)?;
+                Ok(Resumption::External(Box::new(plan)))
+            }
+        }
+    }
+
+    fn external(
+        &self,
+        file: &SessionFile,
+        images: &str,
+        attach_to: Option<Pid>,
+        left: Vec<SessionFile>,
+        store: Store,
+    ) -> Result<ExternalPlan, SessionError> {
+        if self.lost.give_up_after.is_some() {
+            let text = "--give-up-after is not for sessions of `attach` and `serve --images`";
+            return Err(SessionError::new(Failure::BadInput, State::Paused, text));
+        }
+        Ok(ExternalPlan {
+            images: PathBuf::from(images),
+            attach_to,
+            dumped: Dumped::default(),
+            fan_out: left.len(),
+            keep_original: left
+                .iter()
+                .filter_map(SessionFile::source)
+                .any(|source| source.makes_clones),
+            listen: listen_again(file)?,
+            wait: None,
+            token: None,
+            work_dir: None,
+            ready: |address| println!("listening on {address}"),
+            remembered: remembered_by(file, store),
+            left,
+        })
+    }
+
+    fn plan_of(
+        &self,
+        file: &SessionFile,
+        source: &SourceSide,
+        frozen: &FrozenTasks,
+        store: Store,
+    ) -> Result<ServePlan, SessionError> {
+        let fail = |failure, error: &dyn std::fmt::Display| {
+            SessionError::new(failure, State::Paused, error)
+        };
         let criu = Criu::find(Some(Path::new(&source.criu_program)))
             .map_err(|error| fail(Failure::BadInput, &error))?;
         Ok(ServePlan {
             // Whoever called CRIU, it is CRIU's script that we talk to now.
             engine: Engine::Criu,
-            workload: Workload::frozen(Pid::from_raw(source.root.pid)),
-            listen: ListenPlan {
-                fault: source.fault,
-                bulk: source.bulk,
-                identity,
-                trust: trust(&accept),
-                path: PathProfile { mtu: file.mtu },
-            },
+            workload: Workload::frozen(Pid::from_raw(frozen.root.pid)),
+            listen: listen_again(file)?,
             criu,
             criu_args: Vec::new(),
             tcp_established: false,
@@ -320,17 +376,61 @@ impl Resume {
             token: None,
             compress: Mode::default(),
             files: Arc::default(),
+            addresses: Vec::new(),
             work_dir: None,
             on_frozen: None,
             on_thawed: source.on_thawed.clone(),
             lost: self.lost.plan(),
-            remembered: Remembered {
-                store,
-                identity: PathBuf::from(&file.identity),
-                accept: file.accept.clone(),
-            },
+            remembered: remembered_by(file, store),
         })
     }
+}
+
+/// What `resume` goes on with.
+#[derive(Debug)]
+pub enum Resumption {
+    /// A workload that we froze.
+    Ours(Box<(ServePlan, SessionFile)>),
+    /// Somebody else's dump.
+    External(Box<ExternalPlan>),
+}
+
+/// The session of `file`, and all others of its program: they have one port.
+fn together(file: &SessionFile, store: &Store) -> Vec<SessionFile> {
+    let entries = store.list().unwrap_or_default().into_iter();
+    let files = entries.filter_map(|entry| entry.file.ok());
+    let others = files
+        .filter(|other| other.program == file.program && other.standing() == Standing::Orphaned);
+    others.collect()
+}
+
+fn remembered_by(file: &SessionFile, store: Store) -> Remembered {
+    Remembered {
+        store,
+        identity: PathBuf::from(&file.identity),
+        accept: file.accept.clone(),
+    }
+}
+
+/// The ports where the destination looks, and the identity it knows.
+fn listen_again(file: &SessionFile) -> Result<ListenPlan, SessionError> {
+    let fail =
+        |failure, error: &dyn std::fmt::Display| SessionError::new(failure, State::Paused, error);
+    let source = file
+        .source()
+        .ok_or_else(|| fail(Failure::BadInput, &"this is no session of a source"))?;
+    let identity = Identity::load(Path::new(&file.identity))
+        .map_err(|error| fail(Failure::Identity, &error))?;
+    let accept = file.accept.iter().map(|text| text.parse());
+    let accept = accept.collect::<Result<Vec<Fingerprint>, _>>();
+    let accept = accept.map_err(|error| fail(Failure::Identity, &error))?;
+    Ok(ListenPlan {
+        fault: source.fault,
+        bulk: source.bulk,
+        identity,
+        trust: trust(&accept),
+        path: PathProfile { mtu: file.mtu },
+    })
 }
 
 impl Serve {
@@ -354,12 +454,19 @@ impl Serve {
                 shell_job: self.shell_job,
             },
             fan_out: self.fan_out.into(),
+            keep_original: false,
             listen: listen.plan()?,
             wait: self.wait.map(Duration::from_secs),
             token: self.token_file.as_deref().map(new_token).transpose()?,
             work_dir: self.work_dir.clone(),
             ready: |address| println!("listening on {address}"),
+            remembered: self.remembered(),
+            left: Vec::new(),
         }))
+    }
+
+    fn remembered(&self) -> Remembered {
+        remembered(&self.state, &self.identity, &self.accept)
     }
 
     /// Checks everything that can be checked before anyone connects.
@@ -386,6 +493,12 @@ impl Serve {
         let workload = Workload::find(root).map_err(|error| fail(Failure::BadInput, &error))?;
         let criu =
             Criu::find(self.criu.as_deref()).map_err(|error| fail(Failure::BadInput, &error))?;
+        let addresses = address::pair(&self.move_address, &self.dev)
+            .and_then(|addresses| address::check_source(&addresses).map(|()| addresses))
+            .map_err(|error| match &error {
+                AddressError::Capability(_) => fail(Failure::NotPermitted, &error),
+                _ => fail(Failure::BadInput, &error),
+            })?;
         let token = self.token_file.as_deref().map(new_token).transpose()?;
         let files = Files::offer(workload.root(), &self.sync)
             .map_err(|error| fail(Failure::BadInput, &error))?;
@@ -401,15 +514,12 @@ impl Serve {
             token,
             compress: self.compress,
             files,
+            addresses,
             work_dir: self.work_dir.clone(),
             on_frozen: self.on_frozen.clone(),
             on_thawed: self.on_thawed.clone(),
             lost: self.lost.plan(),
-            remembered: Remembered {
-                store: self.state.store(),
-                identity: absolute(&self.identity),
-                accept: self.accept.iter().map(ToString::to_string).collect(),
-            },
+            remembered: self.remembered(),
         })
     }
 
@@ -431,6 +541,13 @@ pub struct Attach {
     /// PID of the root process that is being dumped
     #[arg(long)]
     pid: i32,
+    /// Make this many clones of it, at the same time or one after the other. The original is killed when all of them are
+    /// whole, and runs on when any of them fails
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
+    fan_out: u16,
+    /// The original runs on in any case
+    #[arg(long)]
+    keep_original: bool,
     /// Address and UDP port to wait for the destination on
     #[arg(long, value_name = "ADDR:PORT")]
     listen: SocketAddr,
@@ -458,6 +575,8 @@ pub struct Attach {
     /// Directory for the skeleton's links [default: /run, /dev/shm or /tmp, the first that is a tmpfs]
     #[arg(long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
+    #[command(flatten)]
+    state: StateDirectory,
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
@@ -470,6 +589,13 @@ impl Attach {
     /// Checks everything that can be checked before anyone connects.
     pub fn plan(&self) -> Result<ExternalPlan, SessionError> {
         check_privileges()?;
+        if self.tcp_established && (self.fan_out > 1 || self.keep_original) {
+            return Err(SessionError::new(
+                Failure::BadInput,
+                State::Hello,
+                "a connection cannot have two ends of one kind: leave --tcp-established out for clones",
+            ));
+        }
         let listen = ListenOptions {
             listen: self.listen,
             bulk_port: self.bulk_port,
@@ -484,13 +610,24 @@ impl Attach {
                 tcp_established: self.tcp_established,
                 shell_job: self.shell_job,
             },
-            fan_out: 1,
+            fan_out: self.fan_out.into(),
+            keep_original: self.keep_original,
             listen: listen.plan()?,
             wait: self.wait.map(Duration::from_secs),
             token: self.token_file.as_deref().map(new_token).transpose()?,
             work_dir: self.work_dir.clone(),
             ready: |address| println!("listening on {address}"),
+            remembered: remembered(&self.state, &self.identity, &self.accept),
+            left: Vec::new(),
         })
+    }
+}
+
+fn remembered(state: &StateDirectory, identity: &Path, accept: &[Fingerprint]) -> Remembered {
+    Remembered {
+        store: state.store(),
+        identity: absolute(identity),
+        accept: accept.iter().map(ToString::to_string).collect(),
     }
 }
 

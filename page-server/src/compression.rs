@@ -4,6 +4,8 @@
 //! the link may be shaped, the processor shared, the data noise. So both ways are tried for a *slice* of pages each, and
 //! the faster one is kept. Now and then the other is tried again, ever more rarely as long as it loses.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// What the operator wants.
@@ -30,6 +32,25 @@ const PAUSE_SLICES: (u32, u32) = (8, 128);
 /// Compressing must take less than this part of the time to be begun: rates are noisy, it costs the processor of both
 /// ends, and where it pays it pays more.
 const CLEARLY: f64 = 0.8;
+
+/// Shows those who answer requests what the push found out. Clones show the same.
+///
+/// It has one writer, and who reads an old value for a moment does no harm: no lock, so that a fault never waits for
+/// bulk here.
+#[derive(Clone, Debug, Default)]
+pub struct Paying(Arc<AtomicBool>);
+
+impl Paying {
+    /// Says whether compressing pays.
+    pub fn say(&self, pays: bool) {
+        self.0.store(pays, Ordering::Relaxed);
+    }
+
+    /// Whether compressing pays.
+    pub fn is_so(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
 
 /// One run that was sent.
 #[derive(Clone, Copy, Debug)]
@@ -105,6 +126,12 @@ impl Compression {
     /// Whether the next run is to be compressed.
     pub fn compresses(&self) -> bool {
         self.way == Way::Packed
+    }
+
+    /// Whether compressing is known to be the faster way, or wanted whatever it costs.
+    pub fn pays(&self) -> bool {
+        // A trial proves nothing yet, either way.
+        self.compresses() != self.on_trial
     }
 
     /// A run was sent the way it was to be.

@@ -3,21 +3,18 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use bytes::{BufMut, BytesMut};
-use common::compression::Compressor;
-use common::limits::MAX_FRAME_BYTES;
-use common::proto::packed::{Body, PackedHeader, REFERENCE_BYTES};
-use common::proto::pages::DATA_HEADER_BYTES;
+use common::proto::packed::{Body, PackedHeader};
 use common::proto::version;
 
-use crate::compression::{Compression, Mode, SentRun};
+use crate::compression::{Compression, Mode, Paying, SentRun};
 use crate::frame::{self, Frame, Loaded};
 use crate::memory::{MemoryError, PageSource};
+use crate::packer::Packer;
 use crate::pending::Run;
 use crate::repeats::{Repeated, Repeats};
 
 /// What decides in which form pages are pushed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Form {
     /// Whether to compress.
     pub compress: Mode,
@@ -25,6 +22,8 @@ pub struct Form {
     pub version: u16,
     /// There are several processes, which may share pages.
     pub related: bool,
+    /// Learns whether compressing pays.
+    pub paying: Paying,
 }
 
 /// A frame of pushed pages, and what was saved.
@@ -51,10 +50,8 @@ pub struct Framer {
 struct Packing {
     repeats: Repeats,
     compression: Compression,
-    compressor: Compressor,
-    /// Pages to compress, together.
-    stored: Vec<u8>,
-    compressed: Box<[u8]>,
+    paying: Paying,
+    packer: Packer,
     compressing: Duration,
     last_sent: Option<Instant>,
 }
@@ -65,12 +62,13 @@ impl Framer {
         if form.version < version::V2 {
             return Ok(Framer { packing: None });
         }
+        let compression = Compression::new(form.compress);
+        form.paying.say(compression.pays());
         let packing = Packing {
             repeats: Repeats::new(form.related),
-            compression: Compression::new(form.compress),
-            compressor: Compressor::new()?,
-            stored: Vec::with_capacity(MAX_FRAME_BYTES),
-            compressed: vec![0; MAX_FRAME_BYTES].into(),
+            compression,
+            paying: form.paying,
+            packer: Packer::new()?,
             compressing: Duration::ZERO,
             last_sent: None,
         };
@@ -110,6 +108,7 @@ impl Framer {
                 compressing: packing.compressing,
                 elapsed: now.saturating_duration_since(last),
             });
+            packing.paying.say(packing.compression.pays());
         }
     }
 }
@@ -137,10 +136,15 @@ impl Packing {
             };
             return PushedFrame::plain(loaded.into_frame(&header), run);
         }
-        let body = self.write(&loaded, &mut header, repeated, compress);
+        let began = Instant::now();
+        let body = self.packer.pack(&loaded, &mut header, compress);
+        if compress {
+            self.compressing = began.elapsed();
+        }
+        let bytes = body.frame(&mut header, &repeated.slots);
         PushedFrame {
             frame: Frame {
-                bytes: body.freeze(),
+                bytes: bytes.freeze(),
                 digest: loaded.digest,
                 zero_pages: u64::from(loaded.zero.count_ones()),
             },
@@ -149,52 +153,6 @@ impl Packing {
             referred: repeated.slots.len() as u64,
         }
     }
-
-    /// Writes a frame with references or a compressed body, and completes its header.
-    fn write(
-        &mut self,
-        loaded: &Loaded,
-        header: &mut PackedHeader,
-        repeated: &Repeated,
-        compress: bool,
-    ) -> BytesMut {
-        self.stored.clear();
-        for index in loaded.pages_besides(header.zero | header.referred) {
-            self.stored.extend_from_slice(loaded.page(index));
-        }
-        let compressed = if compress { self.compress() } else { None };
-        let body = match compressed {
-            Some(length) => {
-                header.body = Body::Zstd;
-                &self.compressed[..length]
-            }
-            None => &self.stored,
-        };
-        let references = repeated.slots.len() * REFERENCE_BYTES;
-        header.payload = (references + body.len()) as u32;
-        // No larger than what is in it: many of these may wait for the link.
-        let mut bytes = BytesMut::with_capacity(DATA_HEADER_BYTES + references + body.len());
-        bytes.put_slice(&header.encode());
-        for slot in &repeated.slots {
-            bytes.put_u32_le(*slot as u32);
-        }
-        bytes.put_slice(body);
-        bytes
-    }
-
-    /// Compresses the stored pages; `None` when that saves too little.
-    fn compress(&mut self) -> Option<usize> {
-        let began = Instant::now();
-        let room = &mut self.compressed[..worth_sending(self.stored.len())];
-        let length = self.compressor.compress(&self.stored, room);
-        self.compressing = began.elapsed();
-        length
-    }
-}
-
-/// Most bytes that are worth decompressing instead of `stored` bytes of pages: an eighth less.
-fn worth_sending(stored: usize) -> usize {
-    stored - stored / 8
 }
 
 impl PushedFrame {
@@ -216,7 +174,7 @@ mod tests {
     use common::images::ImagePid;
     use common::page::{PAGE_SIZE, PageIndex, PageRange, is_zero};
     use common::proto::bulk::BulkHeader;
-    use common::proto::packed::references;
+    use common::proto::packed::{REFERENCE_BYTES, references};
     use common::recent::RecentSlots;
 
     use super::*;
@@ -322,6 +280,7 @@ mod tests {
             compress,
             version: version::V2,
             related: true,
+            paying: Paying::default(),
         }
     }
 

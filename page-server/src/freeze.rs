@@ -23,8 +23,8 @@ use crate::engine::{Engine, dead_page_server};
 use crate::freezer;
 use crate::guard::{Guard, note_committed};
 use crate::hook::{ON_THAWED_VARIABLE, SOCKET_VARIABLE, Verdict};
-use crate::network_lock;
-use crate::rescue::{dump_log, rescue};
+use crate::network_lock::{self, Network};
+use crate::rescue::{dump_log, put_addresses_back, rescue};
 use crate::workload::{Workload, signal_all};
 
 /// Time CRIU has to let tasks go, or to kill them.
@@ -102,6 +102,8 @@ pub struct Frozen {
     _listener: UnixListener,
     plan: FreezePlan,
     tasks: Vec<Pid>,
+    /// Where the tasks' connections are locked.
+    network: Network,
     frozen_at: SystemTime,
     _guard: Guard,
 }
@@ -152,6 +154,7 @@ impl FreezePlan {
             criu,
             hook,
             _listener: listener,
+            network: Network::of(self.workload.root()),
             plan: self,
             tasks,
             frozen_at: frozen_at.unwrap_or(started),
@@ -224,9 +227,10 @@ impl Frozen {
 
     /// Lets the workload run on as if nothing had happened.
     pub async fn thaw(mut self) -> Result<(), FreezeError> {
-        let has_ended = self.child.try_wait();
-        // Tasks that nobody holds any more are not to run before their connections are put right.
-        if let Ok(None) = has_ended {
+        put_addresses_back(&self.plan.directory);
+        // Tasks that nobody holds any more are not to run before their connections are put right. That CRIU lives
+        // counts, not the runtime that called it.
+        if self.criu.is_some_and(is_alive) {
             signal_all(&self.tasks, Signal::SIGCONT);
         }
         if let Err(error) = self.tell(Verdict::Thaw).await {
@@ -237,9 +241,10 @@ impl Frozen {
             Err(FreezeError::Stuck) => self.kill_criu().await?,
             ended => ended?,
         };
+        // Tasks whose CRIU was killed must not run before their connections are put right.
+        self.plan.rescue_after(status);
         // CRIU may also have ended by itself before.
         signal_all(&self.tasks, Signal::SIGCONT);
-        self.plan.rescue_after(status);
         Ok(())
     }
 
@@ -260,7 +265,7 @@ impl Frozen {
         };
         // CRIU keeps the connections locked so that none is reset when its sockets die; that is done now, and a lock
         // left behind would silence the same connections should the workload ever come back here.
-        network_lock::remove(&self.plan.log(), None);
+        network_lock::remove(&self.plan.log(), &self.network);
         match ended {
             Ok(status) if status.success() => Ok(()),
             ended => {

@@ -17,7 +17,8 @@ use common::session_file::{self, Staleness, Standing};
 use nix::unistd::{Pid, setsid};
 
 use crate::engine::inheritable;
-use crate::network_lock;
+use crate::network_lock::{self, Network};
+use crate::privileges;
 use crate::rescue::{dump_log, rescue};
 
 /// The file that says that the workload has been given away.
@@ -93,6 +94,10 @@ fn is_over(directory: &Path) -> bool {
 pub fn run(root: Pid, directory: &Path) -> ExitCode {
     // Signals meant for the group of `page-server`, as from a terminal, must not end its guard.
     let _ = setsid();
+    // One that may do more than it needs is better than none.
+    let _ = privileges::give_up();
+    // Nobody may live in it any more when its lock is to be removed.
+    let network = Network::of(root);
     let told = io::stdin().read(&mut [0]);
     let is_orphan = matches!(told, Ok(0)) && directory.exists();
     let was_given_away = directory.join(COMMITTED).exists();
@@ -102,7 +107,7 @@ pub fn run(root: Pid, directory: &Path) -> ExitCode {
     let is_over = was_given_away && is_over(directory);
     if is_orphan && is_over {
         // CRIU does not remove it when it kills the tasks.
-        network_lock::remove(&dump_log(directory), None);
+        network_lock::remove(&dump_log(directory), &network);
     }
     if is_orphan && (!was_given_away || is_over) {
         forget_session(directory);

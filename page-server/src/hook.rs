@@ -17,6 +17,8 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use crate::freezer;
+use crate::privileges;
+use crate::rescue::put_addresses_back;
 use crate::workload::{signal_all, tree_pids};
 
 /// Names the socket of the waiting `page-server`; set for CRIU and inherited by its scripts.
@@ -64,6 +66,8 @@ impl Verdict {
 pub fn run_if_called() -> Option<ExitCode> {
     let action = env::var_os(ACTION_VARIABLE)?;
     let socket = PathBuf::from(env::var_os(SOCKET_VARIABLE)?);
+    // One that may do more than it needs is better than none.
+    let _ = privileges::give_up();
     let code = match action.to_str() {
         Some("pre-dump") => freeze_cgroup(),
         Some("post-dump") => wait_for_verdict(&socket),
@@ -98,10 +102,10 @@ fn wait_for_verdict(socket: &Path) -> u8 {
                 }
             }
             Err(_) if committed => {}
-            Err(_) => return thaw_alone(),
+            Err(_) => return thaw_alone(socket),
         }
         if !committed {
-            return thaw_alone();
+            return thaw_alone(socket);
         }
         thread::sleep(RECONNECT_PAUSE);
     }
@@ -126,7 +130,10 @@ fn follow(mut stream: UnixStream, committed: &mut bool) -> Option<u8> {
 }
 
 /// `page-server` is gone: do what it would have done before letting the tasks run.
-fn thaw_alone() -> u8 {
+fn thaw_alone(socket: &Path) -> u8 {
+    if let Some(directory) = socket.parent() {
+        put_addresses_back(directory);
+    }
     if let Some(command) = env::var_os(ON_THAWED_VARIABLE) {
         let _ = Command::new("sh")
             .arg("-c")

@@ -2,7 +2,9 @@
 //!
 //! CRIU removes it when it lets the tasks run again, and never when it kills them.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -13,22 +15,38 @@ const RUN_ID: &str = "CRIU run id = ";
 /// How the names of its tables begin; a part of the identifier follows (`criu/netfilter.c`).
 const TABLE_PREFIX: &str = "CRIU-";
 
-/// Removes the table of the CRIU that wrote `log`, if there is one, from the network namespace of `inhabitant` or ours.
-pub fn remove(log: &Path, inhabitant: Option<Pid>) {
+/// A network namespace that may hold a lock, also when nobody lives in it any more.
+#[derive(Debug)]
+pub struct Network {
+    /// `None` when it is ours.
+    handle: Option<File>,
+}
+
+impl Network {
+    /// The one that `inhabitant` lives in; ours if it is gone.
+    pub fn of(inhabitant: Pid) -> Self {
+        let inode = |file: &File| file.metadata().map(|metadata| metadata.ino()).ok();
+        let ours = File::open("/proc/self/ns/net").ok();
+        let theirs = File::open(format!("/proc/{inhabitant}/ns/net")).ok();
+        let handle = theirs.filter(|theirs| inode(theirs) != ours.as_ref().and_then(inode));
+        Network { handle }
+    }
+}
+
+/// Removes the table of the CRIU that wrote `log`, if there is one, from `network`.
+pub fn remove(log: &Path, network: &Network) {
     if let Some(run) = fs::read_to_string(log).ok().as_deref().and_then(run_id) {
-        remove_of_run(&run, inhabitant);
+        remove_of_run(&run, network);
     }
 }
 
 /// The same for the CRIU whose run is called `run`.
-pub fn remove_of_run(run: &str, inhabitant: Option<Pid>) {
-    let nft = |arguments: &[&str]| nft(inhabitant, arguments);
+pub fn remove_of_run(run: &str, network: &Network) {
+    let nft = |arguments: &[&str]| nft(network, arguments);
     let listed = nft(&["list", "tables", "inet"]).unwrap_or_default();
     for table in tables(&listed).filter(|table| belongs(table, run)) {
         let delete = ["delete", "table", "inet", table];
-        // An inhabitant that has died meanwhile was most likely one of our own namespace.
-        let removed = nft(&delete).or_else(|| self::nft(None, &delete));
-        if removed.is_none() {
+        if nft(&delete).is_none() {
             tracing::warn!(
                 table,
                 "cannot remove CRIU's lock; `nft delete table inet` does"
@@ -59,11 +77,12 @@ fn tables(listed: &str) -> impl Iterator<Item = &str> {
 }
 
 /// What `nft` says; `None` when it fails or is not there.
-fn nft(inhabitant: Option<Pid>, arguments: &[&str]) -> Option<String> {
-    let mut command = match inhabitant {
-        Some(pid) => {
+fn nft(network: &Network, arguments: &[&str]) -> Option<String> {
+    let mut command = match &network.handle {
+        Some(handle) => {
+            let (ourselves, fd) = (std::process::id(), handle.as_raw_fd());
             let mut command = Command::new("nsenter");
-            command.arg(format!("--net=/proc/{pid}/ns/net"));
+            command.arg(format!("--net=/proc/{ourselves}/fd/{fd}"));
             command.args(["--", "nft"]);
             command
         }

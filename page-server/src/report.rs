@@ -34,6 +34,8 @@ pub struct Record {
     pub pages: SentCounts,
     /// Bytes of the skeleton: CRIU's images, with all memory that cannot be lazy (shared, locked, changed file pages).
     pub skeleton_bytes: u64,
+    /// Bytes of shared memory in it (anonymous shared, memfd, System V), which went while the tree stood still.
+    pub shared_bytes: u64,
     /// How pushed pages were carried.
     pub push: Saved,
     /// Bytes of UDP payload.
@@ -68,6 +70,7 @@ impl Default for Record {
             cutover_us: 0,
             pages: SentCounts::default(),
             skeleton_bytes: 0,
+            shared_bytes: 0,
             push: Saved::default(),
             wire_bytes: WireBytes::default(),
             total_us: 0,

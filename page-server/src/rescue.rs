@@ -5,10 +5,12 @@
 
 use std::path::{Path, PathBuf};
 
+use common::address;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::unistd::Pid;
 
+use crate::network_lock::Network;
 use crate::workload::{self, signal_all};
 use crate::{freezer, network_lock, sockets};
 
@@ -21,12 +23,20 @@ pub fn dump_log(directory: &Path) -> PathBuf {
 ///
 /// The connections come first: a task that runs must not find them in repair mode.
 pub fn rescue(root: Pid, directory: &Path) {
+    put_addresses_back(directory);
     let tasks = workload::tree_pids(root);
     let connections = end_repair(&tasks);
-    network_lock::remove(&dump_log(directory), Some(root));
+    network_lock::remove(&dump_log(directory), &Network::of(root));
     signal_all(&tasks, Signal::SIGCONT);
     freezer::thaw_noted(directory);
     tracing::warn!(%root, connections, "CRIU was killed while it held the workload; it runs on");
+}
+
+/// The service addresses that the migration in `directory` took, if any, are this host's again.
+pub(crate) fn put_addresses_back(directory: &Path) {
+    if let Err(error) = address::put_back(directory) {
+        tracing::error!(%error, "the workload runs here, but not all of its addresses are back");
+    }
 }
 
 /// Ends the repair mode of every TCP socket of `tasks`, and returns how many had it.

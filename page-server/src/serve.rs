@@ -8,8 +8,8 @@ use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
 use common::proto::pages::DemandReply;
 use quinn::{ReadExactError, RecvStream, SendStream};
 
+use crate::answers::Answers;
 use crate::book::Book;
-use crate::frame;
 use crate::memory::PageSource;
 use crate::pending::Run;
 use crate::transfer::TransferError;
@@ -20,6 +20,7 @@ pub async fn serve(
     mut requests: RecvStream,
     source: Arc<dyn PageSource>,
     book: Arc<Book>,
+    mut answers: Answers,
 ) -> Result<(), TransferError> {
     let mut frame = [0; DEMAND_FRAME_BYTES];
     loop {
@@ -31,7 +32,7 @@ pub async fn serve(
         match DemandFrame::decode(&frame)? {
             DemandFrame::Request(pid, pages) => {
                 let new = book.demand(pid, pages)?;
-                let frame = frame::read(source.as_ref(), Run { pid, pages }, new)?;
+                let frame = answers.frame(source.as_ref(), Run { pid, pages }, new)?;
                 book.sent(frame.digest, frame.zero_pages);
                 replies.write_chunk(frame.bytes).await?;
             }

@@ -11,18 +11,23 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::address::{self, Door, MovingAddress, Shut};
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::lost::LostPlan;
 use common::operator::{self, Facts};
 use common::proto::control::{Secret, SessionId, ToDestination, ToSource};
+use common::proto::version::V3;
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
-use common::session_file::{Kept, Remembered, SessionFile, Side, SourceSide, Task, boot_id};
+use common::session_file::{
+    FrozenTasks, Kept, Original, Remembered, SessionFile, Side, SourceSide, Task, boot_id,
+};
 use common::stop::StopSignal;
 use tokio::time::sleep;
 
+use crate::backlog;
 use crate::compression::Mode;
 use crate::destination::{self, Destination, abort, unexpected};
 use crate::engine::Engine;
@@ -63,6 +68,8 @@ pub struct ServePlan {
     pub compress: Mode,
     /// Files that move along.
     pub files: Arc<Files>,
+    /// Service addresses that move along.
+    pub addresses: Vec<MovingAddress>,
     /// Where to put the migration's directory.
     pub work_dir: Option<PathBuf>,
     /// Command for when the workload is frozen and its skeleton complete.
@@ -93,6 +100,7 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
         stop,
         record,
         kept: Kept::nothing(plan.remembered.store.clone()),
+        door: None,
     };
     let result = migration.perform(&mut listen).await;
     migration.conclude(result)
@@ -100,6 +108,9 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
 
 pub(crate) use self::postcopy::settle;
 pub use self::resume::resume;
+
+/// CRIU drops connections that nobody has accepted, in place of refusing to dump.
+const SKIP_IN_FLIGHT: &str = "--skip-in-flight";
 
 struct Migration<'a> {
     plan: &'a ServePlan,
@@ -109,6 +120,8 @@ struct Migration<'a> {
     stop: StopSignal,
     record: &'a mut Record,
     kept: Kept,
+    /// Keeps new connections to the service addresses out: one that was made while the workload is frozen would be lost.
+    door: Option<Door>,
 }
 
 impl Migration<'_> {
@@ -149,7 +162,8 @@ impl Migration<'_> {
         destination: &mut Destination,
     ) -> Result<(), SessionError> {
         let bulk = destination.bulk.clone();
-        let _files = self.plan.files.serve(bulk, listen.bulk.thread.handle());
+        // Not on the connection's thread: rsync needs what this thread may do.
+        let _files = self.plan.files.serve(bulk);
         self.advise(destination).await?;
         if let Some(path) = self.plan.files.unasked() {
             let text = format!(
@@ -159,6 +173,7 @@ impl Migration<'_> {
             return Err(self.fail(Failure::Refused, text));
         }
         self.advance(Event::Ready)?;
+        self.shut_door().await?;
         let mut workload = self.freeze(destination).await?;
         let remembered = self.remember(listen, destination, &mut workload);
         let handed_over = match remembered {
@@ -239,11 +254,31 @@ impl Migration<'_> {
         if let Engine::Runc(container) = &self.plan.engine {
             let checked = container.check();
             checked.map_err(|error| self.fail(Failure::Freeze, error))?;
-            facts.container = Some(Box::new(container.facts().clone()));
+            if destination.version < V3 {
+                let text = "the destination's release knows no containers; use the same release on both hosts";
+                return Err(self.fail(Failure::Refused, text));
+            }
+            facts.more.container = Some(Box::new(container.facts().clone()));
         }
-        let advise = ToDestination::Advise(facts);
-        destination.send(self.state(), &advise).await?;
+        destination.advise(self.state(), facts).await?;
         self.expect(destination, ToSource::Ready).await
+    }
+
+    /// Nobody comes in any more, and who waits at the door is let in: CRIU can move only connections that were accepted.
+    async fn shut_door(&mut self) -> Result<(), SessionError> {
+        let (addresses, plan) = (&self.plan.addresses, self.plan);
+        if !addresses.is_empty() {
+            let shut = Door::shut(&self.id.to_string(), addresses, Shut::ToNewConnections);
+            let shut = shut
+                .map_err(|error| self.fail(Failure::Freeze, format!("the packet filter: {error}")));
+            self.door = Some(shut?);
+        }
+        let skips = plan.criu_args.iter().any(|arg| arg == SKIP_IN_FLIGHT);
+        if plan.tcp_established && !skips {
+            let drained = backlog::drain(&plan.workload.pids()).await;
+            drained.map_err(|error| self.fail(Failure::Freeze, error))?;
+        }
+        Ok(())
     }
 
     async fn freeze(
@@ -271,6 +306,7 @@ impl Migration<'_> {
         if let Some(frozen) = workload.ours() {
             self.record.frozen_at_unix_us = unix_us(frozen.frozen_at());
             self.record.skeleton_bytes = skeleton::bytes(&frozen.plan().images());
+            self.record.shared_bytes = skeleton::shared_bytes(&frozen.plan().images());
         }
         Ok(workload)
     }
@@ -301,18 +337,23 @@ impl Migration<'_> {
             secret: acquaintance.secret,
             peer_host: acquaintance.host,
             side: Side::Source(SourceSide {
-                root: find(self.plan.workload.root())?,
-                // Of a zombie nothing is frozen.
-                tasks: frozen
-                    .tasks()
-                    .iter()
-                    .filter_map(|pid| Task::find(pid.as_raw()))
-                    .collect(),
-                criu: find(frozen.criu().ok_or_else(gone)?)?,
+                original: Original::Frozen(FrozenTasks {
+                    root: find(self.plan.workload.root())?,
+                    // Of a zombie nothing is frozen.
+                    tasks: frozen
+                        .tasks()
+                        .iter()
+                        .filter_map(|pid| Task::find(pid.as_raw()))
+                        .collect(),
+                    criu: find(frozen.criu().ok_or_else(gone)?)?,
+                    container: self.plan.engine.container_name(),
+                }),
+                version: destination.version,
                 criu_program: self.plan.criu.program().display().to_string(),
                 fault: listen.fault.address(),
                 bulk: listen.bulk.address(),
                 on_thawed: self.plan.on_thawed.clone(),
+                makes_clones: false,
             }),
         };
         let path = self.kept.store().path(&self.id);
@@ -374,6 +415,7 @@ impl Migration<'_> {
             let push = push.skeleton(&images).await?;
             push.eager().await
         });
+        self.take_addresses(workload)?;
         let facts = self.facts(destination);
         let command = self.plan.on_frozen.as_deref();
         tokio::select! {
@@ -394,12 +436,23 @@ impl Migration<'_> {
         }
     }
 
+    /// From here on packets for the service addresses are nobody's here, and whoever lets the workload run puts them back.
+    fn take_addresses(&mut self, workload: &FrozenWorkload) -> Result<(), SessionError> {
+        if let Some(directory) = workload.images().parent() {
+            let taken = address::take(&self.plan.addresses, directory);
+            taken.map_err(|error| self.fail(Failure::Freeze, error))?;
+        }
+        self.door = None;
+        Ok(())
+    }
+
     /// In which form pages are pushed to this destination.
     fn form(&self, destination: &Destination, workload: &FrozenWorkload) -> Form {
         Form {
             compress: self.plan.compress,
             version: destination.version,
             related: workload.book.is_of_many(),
+            paying: destination.paying.clone(),
         }
     }
 

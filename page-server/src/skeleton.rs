@@ -5,9 +5,9 @@ use std::io;
 use std::path::Path;
 
 use bytes::{Bytes, BytesMut};
-use common::images::DumpedProcess;
+use common::images::{DumpedProcess, parse_pagemap};
 use common::limits::MAX_SKELETON_CHUNK_BYTES;
-use common::page::{PageIndex, PageRange};
+use common::page::{PageIndex, PageRange, pages_to_bytes};
 use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader};
 use common::proto::skeleton_name::SkeletonName;
 use quinn::SendStream;
@@ -116,6 +116,18 @@ pub fn bytes(images: &Path) -> u64 {
     entries
         .filter_map(|entry| Some(entry.metadata().ok()?.len()))
         .sum()
+}
+
+/// Bytes of shared memory whose content is in a skeleton, by its `pagemap-shmem-ID.img`.
+pub fn shared_bytes(images: &Path) -> u64 {
+    let entries = fs::read_dir(images).into_iter().flatten().flatten();
+    let pages = entries.filter_map(|entry| {
+        let name = entry.file_name();
+        name.to_str()?.strip_prefix("pagemap-shmem-")?;
+        let image = fs::read(entry.path()).ok()?;
+        Some(parse_pagemap(&image).ok()?.eager_pages)
+    });
+    pages_to_bytes(pages.sum())
 }
 
 /// Sends all files, then the end mark.

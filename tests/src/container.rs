@@ -5,7 +5,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -45,9 +45,16 @@ pub struct Container {
 impl Container {
     /// Makes both bundles and runs `arguments` in a container on the source.
     pub fn start(rig: &Rig, arguments: &[&str]) -> Result<Self> {
+        let container = Self::prepare(rig, arguments)?;
+        container.run()?;
+        Ok(container)
+    }
+
+    /// Makes both bundles.
+    pub fn prepare(rig: &Rig, arguments: &[&str]) -> Result<Self> {
         let number = CONTAINERS_OF_THIS_PROCESS.fetch_add(1, Ordering::Relaxed);
         let cgroup = |side: &str| format!("/postcopy-{}-{number}-{side}", std::process::id());
-        let container = Self {
+        Ok(Self {
             source: Place::make(rig, &rig.source, "source", &cgroup("source"), arguments)?,
             destination: Place::make(
                 rig,
@@ -56,11 +63,13 @@ impl Container {
                 &cgroup("destination"),
                 arguments,
             )?,
-        };
-        container
-            .source
-            .runc(&["run", "--detach", "--bundle"], true)?;
-        Ok(container)
+        })
+    }
+
+    /// Runs it on the source.
+    pub fn run(&self) -> Result<()> {
+        let run = ["run", "--detach", "--bundle"];
+        self.source.runc(&run, true).map(drop)
     }
 
     /// The plan of a migration of it.
@@ -164,6 +173,18 @@ impl Place {
     pub fn write_config(&self, config: &Value) -> Result<()> {
         fs::write(self.config_file(), config.to_string())?;
         Ok(())
+    }
+
+    /// Gives the container a network namespace of its own, or the one at `path`.
+    pub fn isolate(&self, path: Option<&Path>) -> Result<()> {
+        let mut config = self.config()?;
+        let mut network = json!({"type": "network"});
+        if let Some(path) = path {
+            network["path"] = json!(path);
+        }
+        let namespaces = config["linux"]["namespaces"].as_array_mut();
+        namespaces.context("a list")?.push(network);
+        self.write_config(&config)
     }
 
     fn config_file(&self) -> PathBuf {

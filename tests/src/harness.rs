@@ -29,6 +29,8 @@ pub enum Need {
     Program(&'static str),
     /// Memory cgroups of version 1, which can refuse memory without killing anyone.
     MemoryCgroup,
+    /// Transparent huge pages, at least for who asks.
+    HugePages,
     /// That somebody asked for tests that take minutes, with `POSTCOPY_SOAK`.
     Time,
 }
@@ -64,6 +66,12 @@ impl Need {
             Self::Program(program) => missing_program(program),
             Self::MemoryCgroup => (!Path::new("/sys/fs/cgroup/memory/memory.oom_control").exists())
                 .then(|| "no memory cgroup of version 1".to_owned()),
+            Self::HugePages => {
+                let enabled =
+                    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+                let none = !enabled.is_ok_and(|modes| !modes.contains("[never]"));
+                none.then(|| "no transparent huge pages".to_owned())
+            }
             Self::Time => std::env::var_os("POSTCOPY_SOAK")
                 .is_none()
                 .then(|| "takes minutes; POSTCOPY_SOAK=1 runs it".to_owned()),

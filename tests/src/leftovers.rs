@@ -51,7 +51,7 @@ impl HostState {
                 .map(Pid::as_raw)
                 .collect(),
             filter_rules: host.filter_rules()?,
-            addresses: host.shell("ip -o -4 addr show | awk '{print $2, $4}' | sort")?,
+            addresses: host.shell("ip -o addr show scope global | awk '{print $2, $4}' | sort")?,
         })
     }
 }

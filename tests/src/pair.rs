@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::binaries;
+use crate::host::INTERFACE;
 use crate::identity::Identities;
 use crate::process::Process;
 use crate::record::Record;
@@ -82,6 +83,24 @@ impl PairPlan {
         })
     }
 
+    /// The same with the built-in `--move-address` in place of the hooks.
+    pub fn move_address(mut self, rig: &Rig) -> Self {
+        let address = format!("{}/32", rig.service.0);
+        let options = ["--move-address", &address, "--dev", INTERFACE];
+        self.server.extend(options.map(OsString::from));
+        self.restorer.extend(options.map(OsString::from));
+        for hook in [
+            &mut self.on_frozen,
+            &mut self.on_thawed,
+            &mut self.before_restore,
+            &mut self.on_resumed,
+            &mut self.on_aborted,
+        ] {
+            hook.clear();
+        }
+        self
+    }
+
     /// Starts `page-server` for `pid` and returns when it listens.
     pub fn start_server(&self, rig: &Rig, pid: Pid) -> Result<Side> {
         let mut side = self.spawn_server(rig, pid)?;
@@ -124,20 +143,7 @@ impl PairPlan {
     /// Starts another `page-server` for the one session the first one left behind, and returns when it listens, or has
     /// ended because there was nothing left to wait for.
     pub fn resume_server(&self, rig: &Rig, options: &[&str]) -> Result<Side> {
-        let mut files = SideFiles::make(rig, "page-server-2")?;
-        // What the first one left goes away with the second.
-        files.temporary = rig.make_folder("page-server-tmp")?;
-        let mut command = rig.source.command(binaries::program("page-server")?);
-        command
-            .args(["resume", "--session", &session_of(rig, "source")?])
-            .arg("--json")
-            .arg(&files.json)
-            .args(options);
-        let mut side = Side::start("page-server-2", files, &mut command)?;
-        wait_until(PATIENCE, "the successor to listen", || {
-            !side.process.is_running() || side.process.stdout().contains("listening on")
-        })?;
-        Ok(side)
+        resume_server(rig, &session_of(rig, "source")?, options)
     }
 
     /// `lazy-restorer` on the destination, in a mount namespace of its own when it is to see other directories.
@@ -160,16 +166,7 @@ impl PairPlan {
 
     /// Starts another `lazy-restorer` for the one session the first one left behind.
     pub fn resume_restorer(&self, rig: &Rig, options: &[&str]) -> Result<Side> {
-        let mut files = SideFiles::make(rig, "lazy-restorer-2")?;
-        // What the first one left goes away with the second.
-        files.temporary = rig.make_folder("lazy-restorer-tmp")?;
-        let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
-        command
-            .args(["resume", "--session", &session_of(rig, "destination")?])
-            .arg("--json")
-            .arg(&files.json)
-            .args(options);
-        Side::start("lazy-restorer-2", files, &mut command)
+        resume_restorer(rig, &session_of(rig, "destination")?, options)
     }
 
     /// Starts `lazy-restorer`.
@@ -215,6 +212,38 @@ impl PairPlan {
             total,
         })
     }
+}
+
+/// Starts another `page-server` for a session that was left behind, and returns when it listens.
+pub fn resume_server(rig: &Rig, session: &str, options: &[&str]) -> Result<Side> {
+    let mut files = SideFiles::make(rig, "page-server-2")?;
+    // What the first one left goes away with the second.
+    files.temporary = rig.make_folder("page-server-tmp")?;
+    let mut command = rig.source.command(binaries::program("page-server")?);
+    command
+        .args(["resume", "--session", session])
+        .arg("--json")
+        .arg(&files.json)
+        .args(options);
+    let mut side = Side::start("page-server-2", files, &mut command)?;
+    wait_until(PATIENCE, "the successor to listen", || {
+        !side.process.is_running() || side.process.stdout().contains("listening on")
+    })?;
+    Ok(side)
+}
+
+/// Starts another `lazy-restorer` for a session that was left behind.
+pub fn resume_restorer(rig: &Rig, session: &str, options: &[&str]) -> Result<Side> {
+    let mut files = SideFiles::make(rig, "lazy-restorer-2")?;
+    // What the first one left goes away with the second.
+    files.temporary = rig.make_folder("lazy-restorer-tmp")?;
+    let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
+    command
+        .args(["resume", "--session", session])
+        .arg("--json")
+        .arg(&files.json)
+        .args(options);
+    Side::start("lazy-restorer-2", files, &mut command)
 }
 
 /// The name of the one session of `role` on this rig.

@@ -39,6 +39,7 @@ pub struct Rig {
     pub client: Host,
     /// The address that moves with the workload; given to the source to begin with.
     pub service: ServiceAddress,
+    switch: String,
     warden: Child,
     folder: TempDir,
 }
@@ -68,6 +69,7 @@ impl Rig {
             destination: plug_in(destination, 2)?,
             client: plug_in(client, 3)?,
             service: ServiceAddress(Ipv4Addr::new(10, 77, 0, 100)),
+            switch: switch.clone(),
             warden,
             folder: tempfile::Builder::new()
                 .prefix("postcopy-rig-")
@@ -81,6 +83,18 @@ impl Rig {
     /// The destination becomes the source, and the source the destination.
     pub fn turn_round(&mut self) {
         std::mem::swap(&mut self.source, &mut self.destination);
+    }
+
+    /// Makes one more network namespace, with an address of its own on the switch.
+    pub fn plug_in(&self, role: &str, number: u8) -> Result<Host> {
+        let name = format!("{}-{role}", self.switch);
+        let address = Ipv4Addr::new(10, 77, 0, number);
+        Host::plug_in(&name, &self.switch, role, address)
+    }
+
+    /// The line of shell that sets the switch's port of such a namespace `up` or `down`.
+    pub fn set_port(&self, role: &str, state: &str) -> String {
+        format!("ip -n {} link set {role} {state}", self.switch)
     }
 
     /// A directory for files of this run, which goes with the rig.

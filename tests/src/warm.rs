@@ -62,6 +62,11 @@ impl WarmCopies {
         self.process.pid()
     }
 
+    /// Whether the first one still lives.
+    pub fn original_lives(&mut self) -> bool {
+        self.process.is_running()
+    }
+
     /// Ends all copies; there must be `copies`, and each must find its memory unharmed.
     pub fn finish(&self, copies: usize) -> Result<()> {
         ensure!(self.verdicts().is_empty(), "a copy ended by itself");

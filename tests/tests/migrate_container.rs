@@ -7,23 +7,26 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
+use tests::binaries;
 use tests::container::{Container, NAME};
-use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, RESTORE};
+use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, REFUSED, RESTORE};
 use tests::failure::expect_failure;
 use tests::gate::Gate;
-use tests::harness::{self, Body, CONTAINER_MIGRATION, Test};
+use tests::harness::{self, Body, CONTAINER_MIGRATION, Need, Test};
+use tests::host::Host;
 use tests::leftovers::{Snapshot, assert_moved};
 use tests::namespace;
-use tests::pair::{PATIENCE, PairPlan, Side};
+use tests::pair::{PATIENCE, PairPlan, Side, session_of};
 use tests::random::seed_of_this_run;
 use tests::redis;
 use tests::redis_client::{ClientPlan, RedisClient};
 use tests::rig::Rig;
+use tests::shell;
 use tests::task;
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 9] = [
+    let tests: [(&'static str, Body); 12] = [
         ("a_container_moves", a_container_moves),
         ("a_container_comes_back", a_container_comes_back),
         (
@@ -35,16 +38,48 @@ fn main() -> ExitCode {
             "the_restorer_dies_while_it_is_restored",
             the_restorer_dies_while_it_is_restored,
         ),
+        (
+            "both_programs_of_a_container_are_succeeded",
+            both_programs_of_a_container_are_succeeded,
+        ),
+        (
+            "a_container_is_thawed_by_force",
+            a_container_is_thawed_by_force,
+        ),
         ("what_does_not_run_is_refused", what_does_not_run_is_refused),
+        (
+            "an_older_destination_is_refused",
+            an_older_destination_is_refused,
+        ),
         ("a_taken_name_is_refused", a_taken_name_is_refused),
         ("another_bundle_is_refused", another_bundle_is_refused),
         ("a_missing_bundle_is_refused", a_missing_bundle_is_refused),
+        ("a_network_of_its_own_by_path", a_network_of_its_own_by_path),
+        (
+            "a_network_of_its_own_comes_back",
+            a_network_of_its_own_comes_back,
+        ),
+        (
+            "a_network_made_by_the_runtime_is_refused",
+            a_network_made_by_the_runtime_is_refused,
+        ),
     ];
-    harness::main(tests.map(|(name, body)| Test {
+    let tests = tests.map(|(name, body)| Test {
         name,
         needs: CONTAINER_MIGRATION,
         body,
-    }))
+    });
+    let crun = Test {
+        name: "crun_is_refused",
+        needs: &[
+            Need::Namespaces,
+            Need::Criu,
+            Need::Program("runc"),
+            Need::Program("crun"),
+        ],
+        body: crun_is_refused,
+    };
+    harness::main(tests.into_iter().chain([crun]))
 }
 
 /// A container with redis, its client, and how both hosts were before.
@@ -212,6 +247,18 @@ fn what_does_not_run_is_refused(rig: &Rig) -> Result<()> {
     boxed.assert_movable(rig)
 }
 
+/// It would take the container for a process tree.
+fn an_older_destination_is_refused(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 1)?;
+    let mut plan = boxed.plan.clone();
+    plan.restorer_env
+        .push(("POSTCOPY_OFFER_VERSIONS".into(), "1,2".into()));
+    let (mut server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
+    expect_failure(&mut server, REFUSED, &["advise", "no containers"])?;
+    expect_failure(&mut restorer, ABORTED_BY_PEER, &["no containers"])?;
+    boxed.assert_movable(rig)
+}
+
 fn a_taken_name_is_refused(rig: &Rig) -> Result<()> {
     let boxed = Boxed::start(rig, 1)?;
     let place = &boxed.container.destination;
@@ -277,4 +324,215 @@ fn a_missing_bundle_is_refused(rig: &Rig) -> Result<()> {
     let mut restorer = plan.start_restorer(rig)?;
     expect_failure(&mut restorer, BAD_INPUT, &["/nonexistent/config.json"])?;
     boxed.assert_movable(rig)
+}
+
+/// A container that runs on the destination while most of its memory is on the source.
+fn half_way(rig: &Rig, boxed: &Boxed) -> Result<(Side, Side)> {
+    let mut plan = boxed.plan.clone();
+    plan.restorer.push("--no-push".into());
+    let (server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
+    restorer.wait_for_copy()?;
+    boxed.client.wait_for_replies(50)?;
+    Ok((server, restorer))
+}
+
+fn both_programs_of_a_container_are_succeeded(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 48)?;
+    let (mut server, mut restorer) = half_way(rig, &boxed)?;
+    let copy = restorer.restored_pid()?;
+    for options in [&["--no-push"][..], &[]] {
+        for side in [&mut restorer, &mut server] {
+            kill(side.process.pid(), Signal::SIGKILL)?;
+            side.end()?;
+        }
+        server = boxed.plan.resume_server(rig, &[])?;
+        restorer = boxed.plan.resume_restorer(rig, options)?;
+        let said = |words: &str| restorer.process.stderr().contains(words);
+        wait_until(PATIENCE, "the ends to meet", || said("reconnected"))?;
+    }
+    restorer.expect_success()?;
+    server.expect_success()?;
+    boxed.client.wait_for_replies(500)?;
+    ensure!(
+        boxed.container.destination.running()? == copy,
+        "another one"
+    );
+    wait_until(PATIENCE, "the source's runtime to forget it", || {
+        boxed.container.source.state().is_none()
+    })?;
+    assert_moved(rig, copy)?;
+    // It reads every key back.
+    boxed.client.end()?;
+    Ok(())
+}
+
+fn a_container_is_thawed_by_force(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 16)?;
+    let original = boxed.pid()?;
+    let (mut server, mut restorer) = half_way(rig, &boxed)?;
+    for side in [&mut restorer, &mut server] {
+        kill(side.process.pid(), Signal::SIGKILL)?;
+        side.end()?;
+    }
+    boxed
+        .container
+        .destination
+        .runc(&["delete", "--force"], false)?;
+    // Part of it is undone already.
+    rig.destination
+        .shell(&format!("({}) || true", boxed.plan.on_aborted))?;
+    // Its connection belonged to the copy.
+    drop(boxed.client);
+    let mut command = rig.source.command(binaries::program("page-server")?);
+    command.args(["thaw", "--session", &session_of(rig, "source")?]);
+    shell::run(command.arg("--i-know-the-copy-is-dead"))?;
+    ensure!(boxed.container.source.running()? == original, "another one");
+    wait_until(PATIENCE, "the original to run", || {
+        !task::is_frozen(original)
+    })?;
+    // More than it holds already, so that there is something new to ask for.
+    let plan = ClientPlan {
+        mib: 40,
+        seed: seed_of_this_run(),
+        rate: 500,
+    };
+    let address = rig.service.port(redis::PORT);
+    let client = RedisClient::start(rig.client.namespace(), address, plan)?;
+    client.wait_for_replies(100)?;
+    client.end()?;
+    Ok(())
+}
+
+/// A container whose network namespace somebody else made and plugged in, as CNI does, on both hosts.
+struct Plugged {
+    container: Container,
+    networks: [Host; 2],
+    client: RedisClient,
+    plan: PairPlan,
+}
+
+impl Plugged {
+    fn start(rig: &Rig) -> Result<Self> {
+        // The service address lies in the container's world, not on a host.
+        rig.source.shell(&rig.service.on_frozen())?;
+        let number = rig.service.0.octets()[3];
+        let here = rig.plug_in("boxa", number)?;
+        let there = rig.plug_in("boxb", number)?;
+        rig.source.shell(&rig.set_port("boxb", "down"))?;
+        let words = redis::arguments("/tmp".as_ref());
+        let words: Vec<&str> = words.iter().skip(1).map(String::as_str).collect();
+        let container = Container::prepare(rig, &words)?;
+        let networks = [here, there];
+        for (place, network) in [&container.source, &container.destination]
+            .into_iter()
+            .zip(&networks)
+        {
+            place.isolate(Some(&namespace::path(network.namespace())))?;
+        }
+        container.run()?;
+        let client_plan = ClientPlan {
+            mib: 16,
+            seed: seed_of_this_run(),
+            rate: 1000,
+        };
+        let address = rig.service.port(redis::PORT);
+        let client = RedisClient::start(rig.client.namespace(), address, client_plan)?;
+        client.wait_for_replies(200)?;
+        let mut plan = container.plan(rig)?;
+        let announce = format!(
+            "{}; nsenter --net={} arping -q -U -c 1 -w 1 -I eth0 {} >/dev/null 2>&1 &",
+            rig.set_port("boxb", "up"),
+            namespace::path(networks[1].namespace()).display(),
+            rig.service.0
+        );
+        plan.on_frozen = rig.set_port("boxa", "down");
+        plan.on_thawed = rig.set_port("boxa", "up");
+        plan.before_restore = String::new();
+        plan.on_resumed = announce;
+        plan.on_aborted = rig.set_port("boxb", "down");
+        Ok(Self {
+            container,
+            networks,
+            client,
+            plan,
+        })
+    }
+
+    fn assert_no_rules(&self) -> Result<()> {
+        for network in &self.networks {
+            let rules = network.filter_rules()?;
+            ensure!(rules.is_empty(), "{network} still filters: {rules}");
+        }
+        Ok(())
+    }
+}
+
+fn a_network_of_its_own_by_path(rig: &Rig) -> Result<()> {
+    let plugged = Plugged::start(rig)?;
+    let pid = plugged.container.source.running()?;
+    let migration = plugged.plan.migrate(rig, pid)?;
+    plugged.client.wait_for_replies(500)?;
+    ensure!(
+        plugged.container.destination.running()? == migration.pid,
+        "it runs elsewhere"
+    );
+    let (network, inhabitants) = (
+        namespace::path(plugged.networks[1].namespace()),
+        task::in_network_namespace,
+    );
+    ensure!(
+        inhabitants(&network).contains(&migration.pid),
+        "it is in another network"
+    );
+    plugged.assert_no_rules()?;
+    plugged.client.end().context("the client noticed")?;
+    Ok(())
+}
+
+fn a_network_of_its_own_comes_back(rig: &Rig) -> Result<()> {
+    let plugged = Plugged::start(rig)?;
+    let pid = plugged.container.source.running()?;
+    let mut plan = plugged.plan.clone();
+    plan.before_restore = String::from("echo the hook says no >&2; exit 3");
+    let (mut server, mut restorer) = start(rig, &plan, pid)?;
+    expect_failure(&mut restorer, RESTORE, &["the hook says no"])?;
+    expect_failure(&mut server, ABORTED_BY_PEER, &["the hook says no"])?;
+    plugged.client.wait_for_replies(200)?;
+    plugged.assert_no_rules()?;
+    plugged.plan.migrate(rig, pid).context("the second try")?;
+    plugged.client.wait_for_replies(200)?;
+    plugged.client.end().context("the client noticed")?;
+    Ok(())
+}
+
+/// runc has CRIU restore a network namespace that it made itself as an empty one.
+fn a_network_made_by_the_runtime_is_refused(rig: &Rig) -> Result<()> {
+    let container = Container::prepare(rig, &["/usr/bin/sleep", "1000"])?;
+    container.source.isolate(None)?;
+    container.run()?;
+    let pid = container.source.running()?;
+    let mut server = container.plan(rig)?.spawn_server(rig, pid)?;
+    expect_failure(&mut server, BAD_INPUT, &[NAME, "network namespace", "path"])
+}
+
+/// Debian's is built without CRIU; one with it has no lazy restore.
+fn crun_is_refused(rig: &Rig) -> Result<()> {
+    let container = Container::prepare(rig, &["/usr/bin/sleep", "1000"])?;
+    container.run()?;
+    let pid = container.source.running()?;
+    let mut plan = container.plan(rig)?;
+    plan.server.extend(["--runtime".into(), "crun".into()]);
+    plan.restorer.extend(["--runtime".into(), "crun".into()]);
+    let mut server = plan.spawn_server(rig, pid)?;
+    expect_failure(
+        &mut server,
+        BAD_INPUT,
+        &["crun", "--lazy-pages", "runc can"],
+    )?;
+    let mut restorer = plan.start_restorer(rig)?;
+    expect_failure(
+        &mut restorer,
+        BAD_INPUT,
+        &["crun", "--lazy-pages", "runc can"],
+    )
 }

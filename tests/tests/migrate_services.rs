@@ -107,9 +107,19 @@ fn postgres_with_its_children(rig: &Rig) -> Result<()> {
     let rows = late.query("select count(*) from t")?;
     ensure!(rows == [ROWS.to_string()], "{rows:?}");
     println!(
-        "postgres: {processes} children, frozen for {} ms, {} bytes of skeleton",
+        "postgres: {processes} children, frozen for {} ms, {} bytes of skeleton, {} of them shared memory",
         migration.source.cutover_us / 1000,
-        migration.source.skeleton_bytes
+        migration.source.skeleton_bytes,
+        migration.source.shared_bytes
+    );
+    // Its buffers hold the table, and more.
+    let (shared, skeleton) = (
+        migration.source.shared_bytes,
+        migration.source.skeleton_bytes,
+    );
+    ensure!(
+        shared > 1 << 20 && shared < skeleton,
+        "{shared} bytes of shared memory?"
     );
     assert_moved(rig, migration.pid)
 }

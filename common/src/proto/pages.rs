@@ -2,6 +2,7 @@
 
 use super::ProtoError;
 use super::demand::{split_u32, split_u64};
+use super::packed::{PackedHeader, TAG_PACKED};
 use crate::images::ImagePid;
 use crate::limits::MAX_FRAME_PAGES;
 use crate::page::{PageIndex, PageRange, pages_to_bytes};
@@ -19,6 +20,8 @@ const TAG_WITHHELD: u8 = 0x12;
 pub enum DemandReply {
     /// Pages; the payload follows.
     Data(DataHeader),
+    /// Compressed pages, from version 3 on; the payload follows.
+    Packed(PackedHeader),
     /// Confirms a discard: these pages have not been sent and never will be.
     Withheld(ImagePid, PageRange),
 }
@@ -28,6 +31,7 @@ impl DemandReply {
     pub fn encode(&self) -> [u8; DATA_HEADER_BYTES] {
         let (pid, pages) = match self {
             DemandReply::Data(header) => return header.encode(),
+            DemandReply::Packed(header) => return header.encode(),
             DemandReply::Withheld(pid, pages) => (pid, pages),
         };
         let mut header = [0; DATA_HEADER_BYTES];
@@ -40,6 +44,13 @@ impl DemandReply {
 
     /// Reads a header back.
     pub fn decode(header: &[u8; DATA_HEADER_BYTES]) -> Result<Self, ProtoError> {
+        if header[0] == TAG_PACKED {
+            let packed = PackedHeader::decode(header)?;
+            if packed.referred != 0 || packed.kept {
+                return Err(ProtoError::Field("reference"));
+            }
+            return Ok(DemandReply::Packed(packed));
+        }
         if header[0] != TAG_WITHHELD {
             return Ok(DemandReply::Data(DataHeader::decode(header)?));
         }

@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::mounts;
+use common::{address, mounts};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
@@ -21,6 +21,7 @@ use super::{MESSAGE_BYTES, Setup, Told, link_of};
 use crate::exits::pidfd_open;
 use crate::gate::GO;
 use crate::journal::Journal;
+use crate::privileges;
 use crate::restore::{Anchor, kill_copy};
 use crate::uffd::UserFault;
 
@@ -42,6 +43,8 @@ fn live(socket: RawFd, parent: Pid) {
     // Signals meant for the group of `lazy-restorer`, as from a terminal, must not end its keeper.
     let _ = setsid();
     let _ = prctl::set_name(c"keeper");
+    // One that may do more than it needs is better than none.
+    let _ = privileges::give_up();
     let mut known = Known::default();
     if known.listen(socket, parent) {
         return;
@@ -129,7 +132,9 @@ impl Known {
             let _ = nix::unistd::write(borrowed(gate), &[GO]);
             close(Some(gate));
         }
+        // Closes the door's socket too, which opens the door.
         let held = sort_descriptors();
+        address::announce(&self.setup.addresses);
         let _ = fs::remove_file(&self.setup.socket);
         let listener = UnixListener::bind(&self.setup.socket).ok();
         if let Some(listener) = &listener {
@@ -173,6 +178,9 @@ impl Known {
             let limit = PollTimeout::try_from(BURIAL).unwrap_or(PollTimeout::MAX);
             let mut waiting = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
             while poll(&mut waiting, limit) == Err(Errno::EINTR) {}
+        }
+        if self.prepared {
+            let _ = address::remove(&self.setup.addresses);
         }
         if let Some(command) = self.setup.on_aborted.filter(|_| self.prepared) {
             // Its failure is the operator's to notice: nobody is left to be told.

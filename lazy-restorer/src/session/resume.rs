@@ -61,6 +61,7 @@ pub async fn resume(
         record,
         copy_may_run: side.may_run,
         kept: Kept::taken_over(plan.remembered.store.clone(), file),
+        door: None,
     };
     let result = match side.may_run {
         true => migration.take_over(&side, &welcome, keeper).await,
@@ -79,7 +80,7 @@ impl Migration<'_> {
             }
             sleep(PAUSE).await;
         }
-        self.tell_dead(welcome).await
+        self.tell_dead(welcome, None).await
     }
 
     async fn take_over(
@@ -92,7 +93,7 @@ impl Migration<'_> {
         let inheritance = self.ask_keeper(side).await?;
         let successor = self.inherit(side, inheritance, keeper)?;
         let mut resident = Resident::succeed(successor, &self.threads);
-        if self.plan.on_resumed.is_some() {
+        if self.plan.on_resumed.is_some() || !self.plan.addresses.is_empty() {
             let facts = common::operator::Facts {
                 session: welcome.session,
                 pid: resident.root().map_or(0, |pid| pid.as_raw().unsigned_abs()),
@@ -168,6 +169,7 @@ impl Migration<'_> {
             variables: Vec::new(),
             socket,
             session,
+            addresses: side.addresses.clone(),
         };
         let pid = keeper.pid().as_raw();
         let written = self.kept.change(|file| {
@@ -195,6 +197,7 @@ impl Migration<'_> {
                     puts_away: side.anchor_puts_away,
                 }),
             root: side.root.filter(|task| task.is_alive()).map(pid_of),
+            tasks: side.tasks.clone(),
             directory,
             keeper,
         })

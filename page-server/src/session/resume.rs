@@ -25,6 +25,7 @@ pub async fn resume(
         return release(plan, file, record).await;
     }
     let stop = StopSignal::install().map_err(|error| fail(Failure::Internal, &error))?;
+    let version = file.source().map_or(0, |source| source.version);
     let left = Left::find(&file).map_err(|error| fail(Failure::Lost, &error))?;
     let mut listen = Listen::open(&plan.listen).map_err(|error| fail(Failure::BadInput, &error))?;
     let adopted = FrozenWorkload::adopt(left).await;
@@ -34,6 +35,7 @@ pub async fn resume(
     let known = Acquaintance {
         secret: file.secret.clone(),
         host: file.peer_host.clone(),
+        version,
     };
     let mut migration = Migration {
         plan,
@@ -43,6 +45,7 @@ pub async fn resume(
         stop,
         record,
         kept: Kept::taken_over(plan.remembered.store.clone(), file),
+        door: None,
     };
     let result = migration.go_on(&mut listen, &known, workload).await;
     migration.conclude(result)

@@ -246,6 +246,7 @@ impl Destination {
         }
         match DemandReply::decode(header).expect("a frame of ours") {
             DemandReply::Data(header) => self.install(&header, payload, Arrival::Demanded),
+            DemandReply::Packed(_) => panic!("the simulated source compresses nothing"),
             DemandReply::Withheld(pid, pages) => {
                 let confirmed = self.memory.withheld(pid, pages);
                 confirmed.expect("the source confirms what was discarded");

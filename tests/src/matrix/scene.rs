@@ -169,7 +169,10 @@ impl Scene {
             Hold::SlowLink => Ok(()),
             Hold::NoLink => set_link(rig, true),
             // One that was killed needs no telling.
-            Hold::Stopped(criu) => Ok(kill(*criu, Signal::SIGCONT).unwrap_or(())),
+            Hold::Stopped(criu) => {
+                let _ = kill(*criu, Signal::SIGCONT);
+                Ok(())
+            }
         }?;
         fast_link(rig)
     }
