@@ -4,6 +4,7 @@ mod bare;
 mod compare;
 mod demo;
 mod fault;
+mod flood;
 mod load;
 mod memory;
 mod micro;
@@ -47,6 +48,8 @@ enum Command {
     Compare(compare::CompareOptions),
     /// Measures how long a workload waits for pages, with and without a push beside, and how fast that push is.
     Fault(fault::FaultOptions),
+    /// Moves a workload with and without a flood of handshakes by strangers, in turns.
+    Flood(flood::FloodOptions),
     /// Moves workloads of growing size, and shows what grows with them.
     Scale(scale::ScaleOptions),
     /// Measures what every target is about, and says in one table which are met.
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Compare(options) => compare::run(&options),
         Command::Fault(options) => fault::run(&options),
+        Command::Flood(options) => flood::run(&options),
         Command::Scale(options) => scale::run(&options),
         Command::Targets(options) => verdict::run(&options),
         Command::Record(options) => record::run(&options),

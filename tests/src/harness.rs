@@ -27,6 +27,8 @@ pub enum Need {
     Postgres,
     /// A program on `PATH`.
     Program(&'static str),
+    /// Memory cgroups of version 1, which can refuse memory without killing anyone.
+    MemoryCgroup,
     /// Transparent huge pages, at least for who asks.
     HugePages,
     /// That somebody asked for tests that take minutes, with `POSTCOPY_SOAK`.
@@ -62,6 +64,8 @@ impl Need {
             }
             Self::Postgres => missing_program("cc"),
             Self::Program(program) => missing_program(program),
+            Self::MemoryCgroup => (!Path::new("/sys/fs/cgroup/memory/memory.oom_control").exists())
+                .then(|| "no memory cgroup of version 1".to_owned()),
             Self::HugePages => {
                 let enabled =
                     std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");

@@ -20,12 +20,6 @@ use crate::{namespace, shell, task};
 const MOVES: usize = 4;
 /// Moves after which what comes once, such as CRIU's knowledge of the kernel, has come.
 const FIRST: usize = 2;
-/// A workload's resident memory goes up and down with what it does, and the torture workload's grows by itself for a
-/// minute or so: it is compared with what it was half-way, when there were so many moves.
-const MOVES_FOR_MEMORY: usize = 20;
-/// A leak goes up only.
-const GROWTH: f64 = 1.25;
-
 /// How many moves are wanted: `REPEAT`, else few. An even number ends where it began.
 pub fn moves() -> Result<usize> {
     let Ok(text) = std::env::var("REPEAT") else {
@@ -81,7 +75,8 @@ pub struct Shuttle {
     inner: Pid,
     /// The root as this machine numbers it, once it was moved.
     root: Pid,
-    /// What was seen after each move, and the resident memory of the root in KiB.
+    /// What was seen after each move, and the resident memory of the root in KiB, which is shown and not judged: the
+    /// torture workload's grows by itself, faster when it is not moved.
     seen: Vec<(Footprint, u64)>,
 }
 
@@ -127,16 +122,11 @@ impl Shuttle {
     /// After the last move everything is as it was after the first ones.
     pub fn assert_nothing_grew(&self) -> Result<()> {
         let (first, _) = self.seen.get(FIRST - 1).context("too few moves")?;
-        let (last, last_kib) = self.seen.last().context("no move")?;
+        let (last, _) = self.seen.last().context("no move")?;
         ensure!(
             first == last,
             "after {FIRST} moves: {first}; after {}: {last}",
             self.seen.len()
-        );
-        let (_, half_kib) = &self.seen[self.seen.len() / 2];
-        ensure!(
-            self.seen.len() < MOVES_FOR_MEMORY || *last_kib as f64 <= *half_kib as f64 * GROWTH,
-            "the workload has grown from {half_kib} to {last_kib} KiB since it was half-way"
         );
         Ok(())
     }

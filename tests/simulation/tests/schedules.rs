@@ -57,7 +57,6 @@ fn a_path_that_breaks() {
     });
 }
 
-/// Each step of the session is lost once, and once what answers it; and then the path breaks again at random.
 #[test]
 fn every_step_is_lost_once() {
     for kind in KINDS {

@@ -220,14 +220,16 @@ fn prepare(rig: &Rig, plan: &mut PairPlan, moment: Moment) -> Result<Hold> {
     })
 }
 
-fn slow_link(rig: &Rig) -> String {
+/// A line of shell that makes the source's link slow.
+pub fn slow_link(rig: &Rig) -> String {
     format!(
         "nsenter --net=/run/netns/{} tc qdisc replace dev {INTERFACE} root tbf {SLOW}",
         rig.source.namespace()
     )
 }
 
-fn fast_link(rig: &Rig) -> Result<()> {
+/// Makes the source's link fast again.
+pub fn fast_link(rig: &Rig) -> Result<()> {
     rig.source.shell(&format!(
         "tc qdisc del dev {INTERFACE} root 2>/dev/null || true"
     ))?;

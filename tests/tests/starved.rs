@@ -1,0 +1,245 @@
+//! A program that stands still, a disk or a host that is full: waiting has an end or a reason, errors say what is wrong,
+//! and the workload is on exactly one host.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tests::exit_code::{ABORTED_BY_PEER, CONNECTION, FREEZE, RESTORE};
+use tests::failure::{Bystander, expect_failure};
+use tests::gate::Gate;
+use tests::harness::{self, Body, MIGRATION, Need, REDIS_MIGRATION, Test};
+use tests::leftovers::assert_moved;
+use tests::pair::{PATIENCE, PairPlan, Side};
+use tests::random::seed_of_this_run;
+use tests::rig::Rig;
+use tests::small_disk;
+use tests::task;
+use tests::torture::{Torture, TorturePlan};
+use tests::wait::wait_until;
+
+/// Memory the copy may have at first: less than it needs.
+const TOO_LITTLE: &str = "8M";
+
+fn main() -> ExitCode {
+    let with_redis: [(&'static str, Body); 4] = [
+        (
+            "the_source_stands_still_early",
+            the_source_stands_still_early,
+        ),
+        (
+            "the_destination_stands_still_early",
+            the_destination_stands_still_early,
+        ),
+        ("the_sources_state_is_full", the_sources_state_is_full),
+        (
+            "the_destinations_state_is_full",
+            the_destinations_state_is_full,
+        ),
+    ];
+    let with_torture: [(&'static str, Body); 2] = [
+        ("the_source_stands_still", |rig| {
+            stands_still(rig, |server, _| server.process.pid())
+        }),
+        ("the_destination_stands_still", |rig| {
+            stands_still(rig, |_, restorer| restorer.process.pid())
+        }),
+    ];
+    let test = |needs| move |(name, body)| Test { name, needs, body };
+    let memory = Test {
+        name: "the_host_has_no_memory",
+        needs: &[Need::Namespaces, Need::Criu, Need::MemoryCgroup],
+        body: the_host_has_no_memory,
+    };
+    let redis = with_redis.map(test(REDIS_MIGRATION));
+    let torture = with_torture.map(test(MIGRATION));
+    harness::main(redis.into_iter().chain(torture).chain([memory]))
+}
+
+/// A migration held before the destination makes its first task.
+fn held_early(rig: &Rig) -> Result<(Bystander, PairPlan, Gate, Side, Side)> {
+    let bystander = Bystander::start(rig)?;
+    let plan = PairPlan::new(rig)?;
+    let gate = Gate::new(rig, "early")?;
+    let mut held = plan.clone();
+    held.before_restore = gate.after(&held.before_restore);
+    let server = held.start_server(rig, bystander.redis.pid())?;
+    let restorer = held.start_restorer(rig)?;
+    gate.wait(PATIENCE)?;
+    Ok((bystander, plan, gate, server, restorer))
+}
+
+fn the_source_stands_still_early(rig: &Rig) -> Result<()> {
+    let (bystander, plan, gate, mut server, mut restorer) = held_early(rig)?;
+    kill(server.process.pid(), Signal::SIGSTOP)?;
+    expect_failure(&mut restorer, CONNECTION, &["lost the source"])?;
+    gate.open()?;
+    kill(server.process.pid(), Signal::SIGCONT)?;
+    expect_failure(&mut server, CONNECTION, &["lost the destination"])?;
+    bystander.assert_movable(rig, &plan)
+}
+
+/// The workload runs again on the source while the destination still stands still.
+fn the_destination_stands_still_early(rig: &Rig) -> Result<()> {
+    let (bystander, plan, gate, mut server, mut restorer) = held_early(rig)?;
+    kill(restorer.process.pid(), Signal::SIGSTOP)?;
+    expect_failure(&mut server, CONNECTION, &["lost the destination"])?;
+    bystander.redis.assert_alive()?;
+    gate.open()?;
+    kill(restorer.process.pid(), Signal::SIGCONT)?;
+    expect_failure(&mut restorer, CONNECTION, &["lost the source"])?;
+    bystander.assert_movable(rig, &plan)
+}
+
+/// After the cutover: it counts as a lost link, and is one that comes back.
+fn stands_still(rig: &Rig, which: fn(&Side, &Side) -> Pid) -> Result<()> {
+    let torture = torture(rig)?;
+    let mut plan = PairPlan::new(rig)?;
+    plan.before_restore = format!("{}; {}", tests::matrix::slow_link(rig), plan.before_restore);
+    let mut server = plan.start_server(rig, torture.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    restorer.wait_for_copy()?;
+    let stopped = which(&server, &restorer);
+    kill(stopped, Signal::SIGSTOP)?;
+    let lost = |side: &Side, words| side.process.stderr().contains(words);
+    wait_until(PATIENCE, "the other end to notice", || {
+        lost(&server, "link lost") || lost(&restorer, "trying to reconnect")
+    })?;
+    kill(stopped, Signal::SIGCONT)?;
+    tests::matrix::fast_link(rig)?;
+    restorer.expect_success()?;
+    server.expect_success()?;
+    torture.wait_for_rounds(20)?;
+    assert_moved(rig, restorer.restored_pid()?)?;
+    torture.finish()
+}
+
+fn torture(rig: &Rig) -> Result<Torture> {
+    Torture::start(
+        rig,
+        TorturePlan {
+            mib: 24,
+            threads: 2,
+            seed: seed_of_this_run(),
+            ..TorturePlan::default()
+        },
+    )
+}
+
+/// A directory on a disk without room for a single page.
+fn full_state(rig: &Rig) -> Result<PathBuf> {
+    let disk = small_disk::mount(rig, "state", 4)?;
+    fs::write(disk.join("ballast"), [0; 4096])?;
+    let state = disk.join("state");
+    fs::create_dir(&state).context("directories need no room")?;
+    fs::set_permissions(&state, fs::Permissions::from_mode(0o700))?;
+    Ok(state)
+}
+
+fn the_sources_state_is_full(rig: &Rig) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let mut plan = PairPlan::new(rig)?;
+    let state = full_state(rig)?;
+    let bystander = bystander.look_again(rig)?;
+    plan.server.extend(["--state-dir".into(), state.into()]);
+    let mut server = plan.start_server(rig, bystander.redis.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    expect_failure(
+        &mut server,
+        FREEZE,
+        &["session file", "space", "--state-dir"],
+    )?;
+    expect_failure(&mut restorer, ABORTED_BY_PEER, &["source", "session file"])?;
+    bystander.assert_unharmed(rig)
+}
+
+fn the_destinations_state_is_full(rig: &Rig) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let mut plan = PairPlan::new(rig)?;
+    let state = full_state(rig)?;
+    let bystander = bystander.look_again(rig)?;
+    plan.restorer.extend(["--state-dir".into(), state.into()]);
+    let mut server = plan.start_server(rig, bystander.redis.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    expect_failure(
+        &mut restorer,
+        RESTORE,
+        &["session file", "space", "--state-dir"],
+    )?;
+    expect_failure(
+        &mut server,
+        ABORTED_BY_PEER,
+        &["destination", "session file"],
+    )?;
+    bystander.assert_unharmed(rig)
+}
+
+/// A memory cgroup of version 1 around the copy, whose processes are not killed when it is full.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn around(root: Pid, limit: &str) -> Result<Self> {
+        let path = format!("/sys/fs/cgroup/memory/postcopy-{root}");
+        let cgroup = Self(PathBuf::from(path));
+        fs::create_dir(&cgroup.0).context("no cgroup")?;
+        cgroup.write("memory.oom_control", "1")?;
+        cgroup.write("memory.limit_in_bytes", limit)?;
+        for pid in task::descendants(root).into_iter().chain([root]) {
+            // A child of the moment may have ended already.
+            if task::is_alive(pid) {
+                cgroup.write("cgroup.procs", &pid.to_string())?;
+            }
+        }
+        Ok(cgroup)
+    }
+
+    fn write(&self, file: &str, text: &str) -> Result<()> {
+        fs::write(self.0.join(file), text).with_context(|| format!("{file}: {text}"))
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let processes = fs::read_to_string(self.0.join("cgroup.procs")).unwrap_or_default();
+        for pid in processes.lines() {
+            // Whatever is left goes back to where everybody is.
+            let _ = fs::write("/sys/fs/cgroup/memory/cgroup.procs", pid);
+        }
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// Pages that find no memory are tried again, and said to be; the workload waits, and loses nothing.
+fn the_host_has_no_memory(rig: &Rig) -> Result<()> {
+    let torture = Torture::start(
+        rig,
+        TorturePlan {
+            mib: 64,
+            threads: 1,
+            seed: seed_of_this_run(),
+            ..TorturePlan::default()
+        },
+    )?;
+    let mut plan = PairPlan::new(rig)?;
+    plan.before_restore = format!("{}; {}", tests::matrix::slow_link(rig), plan.before_restore);
+    let mut server = plan.start_server(rig, torture.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    let copy = restorer.wait_for_copy()?;
+    let cgroup = Cgroup::around(copy, TOO_LITTLE)?;
+    tests::matrix::fast_link(rig)?;
+    wait_until(PATIENCE, "lazy-restorer to say so", || {
+        restorer.process.stderr().contains("no memory")
+    })?;
+    ensure!(restorer.process.is_running(), "lazy-restorer ended");
+    ensure!(server.process.is_running(), "page-server ended");
+    cgroup.write("memory.limit_in_bytes", "-1")?;
+    restorer.expect_success()?;
+    server.expect_success()?;
+    torture.wait_for_rounds(20)?;
+    assert_moved(rig, copy)?;
+    torture.finish()
+}
