@@ -26,7 +26,7 @@ use tests::task;
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 12] = [
+    let tests: [(&'static str, Body); 15] = [
         ("a_container_moves", a_container_moves),
         ("a_container_comes_back", a_container_comes_back),
         (
