@@ -104,7 +104,9 @@ mod tests {
             pages: PageRange::new(PageIndex(start), count),
         };
         let frame = answers.frame(&Simple, run, 1).expect("readable");
-        let header = frame.bytes[..DATA_HEADER_BYTES].try_into().expect("a header");
+        let header = frame.bytes[..DATA_HEADER_BYTES]
+            .try_into()
+            .expect("a header");
         let reply = DemandReply::decode(header).expect("valid");
         (reply, frame.bytes.len())
     }

@@ -31,7 +31,12 @@ impl Packer {
 
     /// Makes the body of a frame of the pages that are neither zero nor referred to: compressed, where that is wanted
     /// and saves enough. Says which in the header.
-    pub fn pack(&mut self, loaded: &Loaded, header: &mut PackedHeader, compress: bool) -> Packed<'_> {
+    pub fn pack(
+        &mut self,
+        loaded: &Loaded,
+        header: &mut PackedHeader,
+        compress: bool,
+    ) -> Packed<'_> {
         self.stored.clear();
         for index in loaded.pages_besides(header.zero | header.referred) {
             self.stored.extend_from_slice(loaded.page(index));
