@@ -1,18 +1,20 @@
 # On a fresh Debian 12 with root and Rust: `make demo` and `make test` install what is missing and do the rest.
-.PHONY: help setup build demo compare test lint doc fuzz zdtm
+.PHONY: help setup build demo compare test lint doc fuzz zdtm soak fault-matrix
 
 export POSTCOPY_CRIU := $(CURDIR)/.deps/criu/bin/criu
 CARGO ?= cargo
 MEMORY ?= 512
-REPEAT ?= 3
+REPEAT ?= $(if $(filter soak,$(MAKECMDGOALS)),50,3)
 SECONDS ?= 60
 
 help:
 	@echo 'make demo     a running redis moves to another host and its client never disconnects (MEMORY=$(MEMORY) MiB)'
 	@echo 'make compare  the same beside CRIU'"'"'s own lazy-pages (MEMORY=$(MEMORY) REPEAT=$(REPEAT))'
 	@echo 'make test     every check and every test'
-	@echo 'make fuzz     every decoder under libFuzzer (SECONDS=$(SECONDS) each; nightly and cargo-fuzz)'
+	@echo 'make fuzz     every decoder under libFuzzer (SECONDS=$(SECONDS) each; needs cargo-fuzz)'
 	@echo 'make zdtm     CRIU'"'"'s own tests through the pair and through CRIU'"'"'s daemons (ZDTM_MODE, ZDTM_TESTS; an hour)'
+	@echo 'make soak     one workload moves there and back REPEAT (50) times, and nothing leaks'
+	@echo 'make fault-matrix  every state of a migration and everything that can be killed or cut in it, as a table'
 	@echo 'make build    the programs, in target/release'
 	@echo 'make setup    what all of this needs: packages, and CRIU into .deps/criu'
 
@@ -47,13 +49,24 @@ test: setup lint doc
 	  $(CARGO) test --workspace --locked -- --test-threads 1; \
 	fi
 
-# The short run is part of `make test` (tests/fuzzing); this one goes on where it ended, in fuzz/corpus.
+# The short run is part of `make test` (tests/fuzzing); this one goes on where it ended, in fuzz/corpus. The sanitizer is a
+# nightly feature, which RUSTC_BOOTSTRAP allows to the compiler there is.
 fuzz:
-	@$(CARGO) fuzz --version >/dev/null 2>&1 || { echo 'make: `cargo install cargo-fuzz` and a nightly compiler are needed' >&2; exit 1; }
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || { echo 'make: `cargo install cargo-fuzz` is needed' >&2; exit 1; }
 	$(CARGO) run -p fuzzing --bin fuzz-corpus --locked -- fuzz/corpus
-	@for target in $$(cd fuzz/fuzz_targets && ls | sed 's/[.]rs$$//'); do \
-	  $(CARGO) +nightly fuzz run $$target -- -max_total_time=$(SECONDS) || exit 1; \
+	@cd fuzz && for target in $$(ls fuzz_targets | sed 's/[.]rs$$//'); do \
+	  RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run $$target -- -max_total_time=$(SECONDS) || exit 1; \
 	done
+
+# Few moves are part of `make test`.
+soak: setup
+	$(CARGO) build --workspace --bins --locked
+	REPEAT=$(REPEAT) $(CARGO) test -p tests --test soak --locked -- --nocapture
+
+# Part of `make test` too.
+fault-matrix: setup
+	$(CARGO) build --workspace --bins --locked
+	$(CARGO) test -p tests --test fault_matrix --locked -- --nocapture
 
 # CRIU's own test suite is fetched at run time and judges both daemons; not part of `make test`.
 zdtm: setup build

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use common::identity::{Identity, Trust};
 use common::io_thread::{IoThread, Priority};
+use common::privileges::Capabilities;
 use common::quic::{self, FaultGauge, Listener, PathProfile, Role};
 use serde::Serialize;
 use tests::identity::Identities;
@@ -98,9 +99,13 @@ struct Source {
 }
 
 fn threads() -> Result<[IoThread; 2]> {
-    let fault = IoThread::start("bare-fault", Priority::Urgent)?;
+    let fault = IoThread::start("bare-fault", Priority::Urgent, Capabilities::empty())?;
     let urgent_granted = fault.granted();
-    let bulk = IoThread::start("bare-bulk", Priority::Background { urgent_granted })?;
+    let bulk = IoThread::start(
+        "bare-bulk",
+        Priority::Background { urgent_granted },
+        Capabilities::empty(),
+    )?;
     Ok([fault, bulk])
 }
 

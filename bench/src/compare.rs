@@ -18,7 +18,7 @@ use tests::rig::Rig;
 
 use crate::peer::Peer;
 use crate::workload::Kind;
-use report::Report;
+pub use report::Report;
 pub use run::{Order, Run};
 
 /// What to compare.
@@ -55,6 +55,18 @@ pub struct CompareOptions {
 
 /// Measures, prints and writes. It fails when a byte differs, never because of a time; a peer that fails is reported.
 pub fn run(options: &CompareOptions) -> Result<()> {
+    let report = measure(options)?;
+    print!("{}", markdown::render(&report));
+    write_all(options, &report)
+}
+
+/// The tables of a report.
+pub fn markdown(report: &Report) -> String {
+    markdown::render(report)
+}
+
+/// Measures.
+pub fn measure(options: &CompareOptions) -> Result<Report> {
     if let Some(folder) = &options.out {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("cannot make {}", folder.display()))?;
@@ -69,8 +81,7 @@ pub fn run(options: &CompareOptions) -> Result<()> {
         }
     }
     report.conclude();
-    print!("{}", markdown::render(&report));
-    write_all(options, &report)
+    Ok(report)
 }
 
 fn measure_path(spec: &PathSpec) -> Result<probe::Measured> {
@@ -108,8 +119,8 @@ fn turns(
                 append(options, &run)?;
                 report.runs.push(run);
             }
-            Err(error) if peer == Peer::Ours => {
-                return Err(error.context(format!("ours, {kind} over {path}")));
+            Err(error) if peer.is_ours() => {
+                return Err(error.context(format!("{peer}, {kind} over {path}")));
             }
             Err(error) => {
                 eprintln!("{path}, {kind}, {peer}: FAILED: {error:#}");

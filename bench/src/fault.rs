@@ -70,6 +70,16 @@ impl Case {
 
 /// Measures, prints and writes.
 pub fn run(options: &FaultOptions) -> Result<()> {
+    let report = measure(options)?;
+    print!("{report}");
+    options
+        .json
+        .as_ref()
+        .map_or(Ok(()), |path| crate::write_json(path, &report))
+}
+
+/// Measures.
+pub fn measure(options: &FaultOptions) -> Result<report::Report> {
     let (mut runs, mut failures) = (Vec::new(), Vec::new());
     let mut bares = Vec::new();
     for spec in &options.path {
@@ -97,12 +107,7 @@ pub fn run(options: &FaultOptions) -> Result<()> {
             }
         }
     }
-    let report = report::Report::new(options, runs, &bares, failures);
-    print!("{report}");
-    options
-        .json
-        .as_ref()
-        .map_or(Ok(()), |path| crate::write_json(path, &report))
+    Ok(report::Report::new(options, runs, &bares, failures))
 }
 
 fn bare_order(options: &FaultOptions) -> BareOrder {

@@ -17,6 +17,7 @@ mod stats;
 mod table;
 mod targets;
 mod timeline;
+mod verdict;
 mod watch;
 mod workload;
 
@@ -47,6 +48,8 @@ enum Command {
     Fault(fault::FaultOptions),
     /// Moves workloads of growing size, and shows what grows with them.
     Scale(scale::ScaleOptions),
+    /// Measures what every target is about, and says in one table which are met.
+    Targets(verdict::VerdictOptions),
     /// Measures the hot pieces by themselves: resolver, frames, page reads, installs.
     Micro(micro::MicroOptions),
     /// Lays paths between two hosts and measures whether they are what they claim: veth, 1g, rtt=10ms,loss=0.1%,rate=1g.
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         Command::Compare(options) => compare::run(&options),
         Command::Fault(options) => fault::run(&options),
         Command::Scale(options) => scale::run(&options),
+        Command::Targets(options) => verdict::run(&options),
         Command::Micro(options) => micro::run(&options),
         Command::Path { paths } => path::run(&paths),
     };

@@ -25,6 +25,8 @@ pub enum Peer {
     CriuTls,
     /// `page-server` and `lazy-restorer`.
     Ours,
+    /// The same, with `--compress never`.
+    OursPlain,
 }
 
 impl Peer {
@@ -35,7 +37,13 @@ impl Peer {
             Self::Criu => "CRIU lazy-pages (TCP)",
             Self::CriuTls => "CRIU lazy-pages (TLS)",
             Self::Ours => "ours (QUIC, TLS 1.3)",
+            Self::OursPlain => "ours, --compress never",
         }
+    }
+
+    /// Whether our programs move it.
+    pub fn is_ours(self) -> bool {
+        matches!(self, Self::Ours | Self::OursPlain)
     }
 }
 
@@ -46,6 +54,7 @@ impl fmt::Display for Peer {
             Self::Criu => "criu",
             Self::CriuTls => "criu-tls",
             Self::Ours => "ours",
+            Self::OursPlain => "ours-plain",
         })
     }
 }
@@ -80,8 +89,12 @@ pub struct Moved {
 impl Mover {
     /// Makes `peer` ready for a move on `rig`.
     pub fn prepare(peer: Peer, rig: &Rig) -> Result<Self> {
-        if peer == Peer::Ours {
-            return Ok(Self::Ours(Box::new(PairPlan::new(rig)?)));
+        if peer.is_ours() {
+            let mut plan = PairPlan::new(rig)?;
+            if peer == Peer::OursPlain {
+                plan.server.extend(["--compress".into(), "never".into()]);
+            }
+            return Ok(Self::Ours(Box::new(plan)));
         }
         let tls = match peer {
             Peer::CriuTls => Some(Identities::make(&rig.make_folder("identities")?)?),

@@ -38,6 +38,33 @@ impl Target {
         }
     }
 
+    /// What it is about.
+    pub fn what(&self) -> &str {
+        &self.what
+    }
+
+    /// Whether it was measured and met.
+    pub fn is_met(&self) -> bool {
+        self.met == Some(true)
+    }
+
+    /// What it is about, the figure, the bound and the verdict.
+    pub fn cells(&self) -> [String; 4] {
+        let bound = match self.bound {
+            Bound::AtMost(most) => format!("<= {}", short(most)),
+            Bound::AtLeast(least) => format!(">= {}", short(least)),
+        };
+        let verdict = match self.met {
+            Some(true) => "met",
+            Some(false) => "NOT MET",
+            None => "not measured",
+        };
+        let value = self
+            .value
+            .map_or("-".to_owned(), |value| format!("{value:.2}"));
+        [self.what.clone(), value, bound, verdict.to_owned()]
+    }
+
     /// Whether there is a figure at all.
     pub fn is_measured(&self) -> bool {
         self.value.is_some()
@@ -52,19 +79,8 @@ impl Target {
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let bound = match self.bound {
-            Bound::AtMost(most) => format!("<= {}", short(most)),
-            Bound::AtLeast(least) => format!(">= {}", short(least)),
-        };
-        let verdict = match self.met {
-            Some(true) => "met",
-            Some(false) => "NOT MET",
-            None => "not measured",
-        };
-        let value = self
-            .value
-            .map_or("-".to_owned(), |value| format!("{value:.2}"));
-        write!(f, "  {:<40} {value:>9}  {bound:<9} {verdict}", self.what)
+        let [what, value, bound, verdict] = self.cells();
+        write!(f, "  {what:<40} {value:>9}  {bound:<9} {verdict}")
     }
 }
 

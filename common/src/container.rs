@@ -142,6 +142,11 @@ impl Runtime {
         arguments
     }
 
+    /// The runtime's directory, when the operator named one.
+    pub fn root(&self) -> Option<&Path> {
+        self.root.as_deref()
+    }
+
     /// Where the runtime keeps what it knows of the container `id`.
     pub fn directory_of(&self, id: &str) -> PathBuf {
         let root = self.root.clone();

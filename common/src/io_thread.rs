@@ -10,6 +10,8 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;
 
+use crate::privileges::{self, Capabilities};
+
 /// The shortest slice the kernel gives.
 const BULK_SLICE: Duration = Duration::from_micros(100);
 
@@ -35,8 +37,8 @@ pub struct IoThread {
 }
 
 impl IoThread {
-    /// Starts a thread called `name`.
-    pub fn start(name: &str, priority: Priority) -> io::Result<Self> {
+    /// Starts a thread called `name` that keeps no capability but those of `needs`, and never starts a program.
+    pub fn start(name: &str, priority: Priority, needs: Capabilities) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel();
@@ -44,13 +46,19 @@ impl IoThread {
         let thread = thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
+                let granted = schedule(priority);
+                let dropped = privileges::keep_for_data(needs);
+                let failed = dropped.is_err();
                 // The starter waits for this report, so it is there to take it.
-                let _ = report.send(schedule(priority));
+                let _ = report.send(dropped.map(|()| granted));
+                if failed {
+                    return;
+                }
                 // An error means that the handle was dropped, which is what we wait for as well.
                 let _ = runtime.block_on(stopped);
                 runtime.shutdown_background();
             })?;
-        let granted = granted.recv().unwrap_or(false);
+        let granted = granted.recv().map_err(io::Error::other)??;
         tracing::debug!(name, ?priority, granted, "thread started");
         Ok(IoThread {
             handle,
@@ -127,7 +135,8 @@ mod tests {
 
     #[test]
     fn tasks_run_on_the_named_thread() {
-        let thread = IoThread::start("test-io", Priority::Urgent).expect("started");
+        let thread =
+            IoThread::start("test-io", Priority::Urgent, Capabilities::empty()).expect("started");
         let (send, receive) = std::sync::mpsc::channel();
         thread.handle().spawn(async move {
             let name = thread::current().name().map(str::to_owned);

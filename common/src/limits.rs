@@ -25,6 +25,12 @@ pub const MAX_CONTROL_BYTES: usize = 1 << 20;
 /// [`MAX_CONTROL_BYTES`]. The rest is not compared.
 pub const MAX_PROGRAM_FILES: usize = 1024;
 
+/// Areas of huge pages in all: a process of 2 TiB in which every other huge page is one.
+pub const MAX_HUGE_AREAS: usize = 1 << 19;
+
+/// Areas of huge pages in one message: twenty bytes each at worst, well below [`MAX_CONTROL_BYTES`].
+pub const MAX_HUGE_PIECE: usize = 4096;
+
 /// Words of a present map in one message: ten bytes each at worst, well below [`MAX_CONTROL_BYTES`].
 pub const MAX_PRESENT_WORDS: usize = 8192;
 

@@ -10,6 +10,7 @@ mod store;
 mod task;
 
 use std::net::SocketAddr;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -69,16 +70,49 @@ pub enum Side {
     Destination(DestinationSide),
 }
 
-/// The frozen original.
+/// Where a source's memory is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SourceSide {
+pub enum Original {
+    /// In tasks that a CRIU of ours holds.
+    Frozen(FrozenTasks),
+    /// In tasks that a CRIU of somebody else holds, whose images are in this directory.
+    Foreign(FrozenTasks, String),
+    /// In the images of a full dump in this directory. Other sessions of the same program may be served from them too.
+    Images(String),
+}
+
+/// A frozen tree.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrozenTasks {
     /// Its root.
     pub root: Task,
     /// All of its processes.
     pub tasks: Vec<Task>,
     /// The CRIU that holds it.
     pub criu: Task,
-    /// CRIU's program.
+    /// The container it is, if it is one.
+    pub container: Option<ContainerName>,
+}
+
+/// How a container is known to its runtime.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerName {
+    /// Its name.
+    pub id: String,
+    /// The runtime's program.
+    pub runtime: String,
+    /// The runtime's directory, when it is not its own choice.
+    pub root: Option<String>,
+}
+
+/// The source's part.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceSide {
+    /// What is served.
+    pub original: Original,
+    /// The protocol version of the session.
+    pub version: u16,
+    /// Our CRIU's program; empty when another program ran CRIU.
     pub criu_program: String,
     /// Where the destination looks for the fault port.
     pub fault: SocketAddr,
@@ -86,6 +120,9 @@ pub struct SourceSide {
     pub bulk: SocketAddr,
     /// The operator's command for a rollback.
     pub on_thawed: Option<String>,
+    /// The original becomes more than one copy: no session decides about it alone, and who resumes them lets it run on
+    /// in the end.
+    pub makes_clones: bool,
 }
 
 /// The restored copy.
@@ -141,6 +178,23 @@ pub enum Staleness {
     NotGivenAway,
 }
 
+impl Original {
+    /// The frozen tree, when there is one.
+    pub fn frozen(&self) -> Option<&FrozenTasks> {
+        match self {
+            Original::Frozen(frozen) | Original::Foreign(frozen, _) => Some(frozen),
+            Original::Images(_) => None,
+        }
+    }
+
+    fn is_there(&self) -> bool {
+        match self {
+            Original::Frozen(frozen) | Original::Foreign(frozen, _) => frozen.root.is_alive(),
+            Original::Images(directory) => Path::new(directory).is_dir(),
+        }
+    }
+}
+
 impl SessionFile {
     /// Looks at this host: may the session be gone on with?
     pub fn standing(&self) -> Standing {
@@ -151,7 +205,7 @@ impl SessionFile {
             return Standing::Served;
         }
         let held = match &self.side {
-            Side::Source(source) => source.root.is_alive(),
+            Side::Source(source) => source.original.is_there(),
             // That the copy is dead and never ran is worth telling the source.
             Side::Destination(destination) => !destination.may_run || destination.keeper.is_alive(),
         };
@@ -212,13 +266,18 @@ pub(crate) mod tests {
             secret: Secret([9; 32]),
             peer_host: "b".into(),
             side: Side::Source(SourceSide {
-                root: task,
-                tasks: vec![task],
-                criu: task,
+                original: Original::Frozen(FrozenTasks {
+                    root: task,
+                    tasks: vec![task],
+                    criu: task,
+                    container: None,
+                }),
+                version: 3,
                 criu_program: "/usr/sbin/criu".into(),
                 fault: "10.0.0.1:7000".parse().expect("an address"),
                 bulk: "10.0.0.1:7001".parse().expect("an address"),
                 on_thawed: None,
+                makes_clones: false,
             }),
         }
     }
@@ -230,8 +289,10 @@ pub(crate) mod tests {
         file.state = State::Listen;
         assert_eq!(file.standing(), Standing::Stale(Staleness::NotGivenAway));
         file.state = State::Paused;
-        if let Side::Source(source) = &mut file.side {
-            source.root.start += 1;
+        if let Side::Source(source) = &mut file.side
+            && let Original::Frozen(frozen) = &mut source.original
+        {
+            frozen.root.start += 1;
         }
         assert_eq!(file.standing(), Standing::Stale(Staleness::TasksGone));
         file.program = Task::find(std::process::id() as i32).expect("we run");

@@ -212,7 +212,7 @@ pub fn check_workload(
     if !leniency.cpu_features {
         check_cpu(&facts.cpu_features, &host::cpu_features())?;
     }
-    check_container(facts.container.as_deref(), engine)?;
+    check_container(facts.more.container.as_deref(), engine)?;
     if engine.needs_pids_of_host() {
         check_pids(&facts.pids, |pid| {
             Path::new(&format!("/proc/{pid}")).exists()
@@ -224,9 +224,9 @@ pub fn check_workload(
     }
     match engine {
         Engine::Runc(container) => {
-            check_programs(&facts.programs, |path| container.bundle().locate(path))
+            check_programs(&facts.more.programs, |path| container.bundle().locate(path))
         }
-        Engine::Criu | Engine::Nursery => check_programs(&facts.programs, Path::to_owned),
+        Engine::Criu | Engine::Nursery => check_programs(&facts.more.programs, Path::to_owned),
     }
 }
 

@@ -138,6 +138,9 @@ pub struct Resume {
     /// For tests: fetch nothing but what the workload touches
     #[arg(long, hide = true)]
     no_push: bool,
+    /// Leave transparent huge pages as the small pages they arrive as
+    #[arg(long)]
+    small_pages: bool,
     /// Write a record of the rest of the migration to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -189,6 +192,7 @@ impl Resume {
             engine: Engine::Criu,
             leniency: Leniency::default(),
             push: !self.no_push,
+            huge_pages: !self.small_pages,
             work_dir: None,
             pidfile: side.pidfile.as_ref().map(PathBuf::from),
             before_restore: None,
@@ -297,6 +301,9 @@ pub struct Restore {
     /// For measurements: fetch nothing but what the workload touches
     #[arg(long, hide = true)]
     no_push: bool,
+    /// Leave transparent huge pages as the small pages they arrive as
+    #[arg(long)]
+    small_pages: bool,
     /// Record the order in which the workload first touches its memory to this file, for --replay; for a while nothing
     /// is pushed then, so the workload is slower
     #[arg(long, value_name = "FILE")]
@@ -368,6 +375,11 @@ pub struct LazyPages {
     /// Write our PID to this file when ready
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
+    /// For tests: fetch nothing but what the workload touches
+    #[arg(long, hide = true)]
+    no_push: bool,
+    #[command(flatten)]
+    state: StateDirectory,
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
@@ -394,12 +406,23 @@ impl LazyPages {
         Ok(ExternalPlan {
             connect: connect.plan()?,
             images: self.images_dir.clone(),
+            push: !self.no_push,
             work: work.clone(),
             ready: Ready {
                 status_fd: self.status_fd,
                 pidfile: self.pidfile.clone(),
             },
+            remembered: remembered(&self.state, &self.identity, &self.accept),
         })
+    }
+}
+
+fn remembered(state: &StateDirectory, identity: &Path, accept: &[Fingerprint]) -> Remembered {
+    Remembered {
+        store: state.store(),
+        // A restart may have another working directory.
+        identity: std::path::absolute(identity).unwrap_or_else(|_| identity.to_owned()),
+        accept: accept.iter().map(ToString::to_string).collect(),
     }
 }
 
@@ -501,6 +524,7 @@ impl Restore {
                 programs: self.ignore_programs,
             },
             push: !self.no_push,
+            huge_pages: !self.small_pages,
             rehearsal: self
                 .rehearsal()
                 .map_err(|error| fail(Failure::BadInput, &error))?,
@@ -512,13 +536,7 @@ impl Restore {
             on_resumed: self.on_resumed.clone(),
             on_aborted: self.on_aborted.clone(),
             lost: self.lost.plan(),
-            remembered: Remembered {
-                store: self.state.store(),
-                // A restart may have another working directory.
-                identity: std::path::absolute(&self.identity)
-                    .unwrap_or_else(|_| self.identity.clone()),
-                accept: self.accept.iter().map(ToString::to_string).collect(),
-            },
+            remembered: remembered(&self.state, &self.identity, &self.accept),
         })
     }
 }

@@ -16,6 +16,8 @@ use common::session::State;
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use tokio::time::timeout;
 
+use crate::privileges;
+
 /// Time closed connections have to send their last packets.
 const CLOSING_TIMEOUT: Duration = Duration::from_millis(200);
 
@@ -46,13 +48,19 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// Starts both.
+    /// Starts both, and gives up the capabilities that the calling thread does not need any more then.
     pub fn start() -> Result<Self, SessionError> {
         let internal = |error: std::io::Error| fail(Failure::Internal, &error);
-        let fault = IoThread::start("fault", Priority::Urgent).map_err(internal)?;
+        let fault =
+            IoThread::start("fault", Priority::Urgent, privileges::DATA).map_err(internal)?;
         let urgent_granted = fault.granted();
-        let bulk =
-            IoThread::start("bulk", Priority::Background { urgent_granted }).map_err(internal)?;
+        let bulk = IoThread::start(
+            "bulk",
+            Priority::Background { urgent_granted },
+            privileges::DATA,
+        )
+        .map_err(internal)?;
+        privileges::give_up().map_err(internal)?;
         Ok(Threads { fault, bulk })
     }
 }
@@ -137,10 +145,12 @@ async fn open(
     address: SocketAddr,
     role: Role,
 ) -> Result<(Endpoint, Connection), SessionError> {
-    let plan = plan.clone();
+    // Bound here, for a large buffer may need a capability that the thread does not have.
+    let entered = thread.handle().enter();
+    let endpoint = quic::bind_client(address, None, &plan.identity, &plan.trust, role, plan.path);
+    drop(entered);
+    let endpoint = endpoint.map_err(|error| fail(failure_of(&error), &error))?;
     let connecting = thread.handle().spawn(async move {
-        let endpoint =
-            quic::bind_client(address, None, &plan.identity, &plan.trust, role, plan.path)?;
         let connection = quic::connect(&endpoint, address).await?;
         Ok((endpoint, connection))
     });
@@ -161,7 +171,12 @@ async fn say_hello(
         host: host::name(),
     });
     match ask(control, &hello).await? {
-        ToDestination::Welcome(welcome) => Ok(welcome),
+        ToDestination::Welcome(welcome) if plan.versions.contains(&welcome.version) => Ok(welcome),
+        ToDestination::Welcome(welcome) => {
+            let version = welcome.version;
+            let text = format!("the source answers with version {version}, which was not offered");
+            Err(fail(Failure::Peer, &text))
+        }
         _ => Err(fail(
             Failure::Peer,
             &"the source does not begin with a welcome",

@@ -7,6 +7,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,8 +20,12 @@ use common::images::{ImagesDigest, images_digest, read_processes};
 use common::limits::RECONNECT_PAUSE;
 use common::operator::Facts;
 use common::proto::control::{Abort, ToDestination, ToSource};
+use common::proto::version::V3;
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
+use common::session_file::{
+    DestinationSide, Kept, Remembered, SessionFile, Side, StoreError, Task, boot_id,
+};
 use common::stop::StopSignal;
 use nix::unistd::Pid;
 use quinn::SendStream;
@@ -61,8 +66,12 @@ pub struct ExternalPlan {
     pub images: PathBuf,
     /// CRIU's work directory, where it looks for the socket.
     pub work: PathBuf,
+    /// Let the source push; else only what is touched comes.
+    pub push: bool,
     /// Whom to tell when `criu restore` may begin.
     pub ready: Ready,
+    /// What a restart must know besides.
+    pub remembered: Remembered,
 }
 
 /// Provides one restore with its memory, and fills `record` as far as it comes.
@@ -105,8 +114,11 @@ async fn perform(
         source,
         copy_may_run: false,
         keeper: Some(keeper),
+        kept: Kept::nothing(plan.remembered.store.clone()),
     };
     let result = external.migrate(dump).await;
+    // A workload whose memory is not whole is held, and this is not reached.
+    external.kept.end();
     let last = match &result {
         // A source that gave up before the point of no return knows all there is to know.
         Err(error) if error.failure == Failure::Peer && error.state.source_may_thaw() => None,
@@ -151,6 +163,7 @@ struct External<'a> {
     /// CRIU may have let the tasks run.
     copy_may_run: bool,
     keeper: Option<Keeper>,
+    kept: Kept,
 }
 
 /// The memory while it is filled.
@@ -165,8 +178,10 @@ struct Filling {
     link_tasks: JoinSet<()>,
     /// The restored tasks.
     tasks: Vec<OwnedFd>,
-    /// For the keeper, which removes it.
-    _directory: TempDir,
+    /// The same, named for good.
+    named: Vec<Task>,
+    /// For the keeper, which removes it, and for a successor.
+    directory: TempDir,
 }
 
 /// What ends a stretch of waiting.
@@ -188,6 +203,7 @@ impl External<'_> {
             .apply(event)
             .map_err(|error| self.fail(Failure::Internal, error))?;
         self.phases.enter(next);
+        self.kept.enter(next);
         Ok(())
     }
 
@@ -248,8 +264,17 @@ impl External<'_> {
 
     async fn migrate(&mut self, dump: Dump) -> Result<(), SessionError> {
         self.advance(Event::Welcomed)?;
-        let facts = match self.next().await? {
+        let mut facts = match self.next().await? {
             ToDestination::Advise(facts) => facts,
+            message => return Err(self.unexpected(&message)),
+        };
+        if self.source.welcome.version < V3 {
+            let text =
+                "the source's release sends its images always; use the same release on both hosts";
+            return Err(self.fail(Failure::Refused, text));
+        }
+        facts.more = match self.next().await? {
+            ToDestination::AdviseMore(more) => more,
             message => return Err(self.unexpected(&message)),
         };
         // Who restores looks after PIDs.
@@ -263,6 +288,7 @@ impl External<'_> {
         self.advance(Event::Dumped)?;
         self.send(ToSource::Staged).await?;
         self.advance(Event::Staged)?;
+        self.remember(&filling)?;
         self.send(ToSource::CutoverRequest).await?;
         self.advance(Event::CutoverAsked)?;
         let granted = self.source.control.next().await;
@@ -274,7 +300,13 @@ impl External<'_> {
             }
             Err(error) => return Err(error),
         }
-        if let Err(error) = self.provide(&mut filling).await {
+        // CRIU waits for nobody, so its tasks may run from the moment it finds the socket.
+        let noted = self.note(|side| side.may_run = true);
+        let provided = match noted {
+            Ok(()) => self.provide(&mut filling).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = provided {
             // No task has run, and those there were are killed: there is nothing to keep.
             release(filling.keeper);
             return Err(error);
@@ -306,13 +338,22 @@ impl External<'_> {
         let variables = facts.variables(State::Aborted);
         let set_up = keeper.set_up(Setup {
             directory: directory.path().to_owned(),
+            on_aborted: None,
             variables: variables
                 .map(|(name, value)| (name.to_owned(), value))
                 .to_vec(),
-            ..Setup::default()
+            socket: self.kept.store().socket(&facts.session),
+            session: self.kept.store().path(&facts.session),
+            // Whoever started CRIU moves addresses.
+            addresses: Vec::new(),
         });
         set_up.map_err(|error| internal(&error))?;
+        // Where a successor looks for them.
+        std::path::absolute(&self.plan.images)
+            .and_then(|images| symlink(images, directory.path().join("images")))
+            .map_err(|error| internal(&error))?;
         let (memory, orders) = Memory::new(processes);
+        memory.keep_journals().map_err(|error| internal(&error))?;
         let (report, failures) = mpsc::channel(FAILURES);
         let (requests, links) = mpsc::unbounded_channel();
         let orders = Orders {
@@ -356,8 +397,60 @@ impl External<'_> {
             credits: Some(link.credits),
             link_tasks: link.tasks,
             tasks: Vec::new(),
-            _directory: directory,
+            named: Vec::new(),
+            directory,
         })
+    }
+
+    /// Writes down what a restart must know, before there is anything to restart.
+    fn remember(&mut self, filling: &Filling) -> Result<(), SessionError> {
+        let gone = || self.fail(Failure::Internal, "the keeper is gone");
+        let (welcome, connect) = (&self.source.welcome, &self.plan.connect);
+        let keeper = Task::find(filling.keeper.pid().as_raw()).ok_or_else(gone)?;
+        let file = SessionFile {
+            id: welcome.session,
+            state: self.state(),
+            boot: boot_id().unwrap_or_default(),
+            program: Task::ourselves().ok_or_else(gone)?,
+            directory: filling.directory.path().display().to_string(),
+            identity: self.plan.remembered.identity.display().to_string(),
+            accept: self.plan.remembered.accept.clone(),
+            mtu: connect.path.mtu,
+            secret: welcome.secret.clone(),
+            peer_host: welcome.host.clone(),
+            side: Side::Destination(DestinationSide {
+                source: connect.source,
+                bulk_port: welcome.bulk_port,
+                version: welcome.version,
+                keeper,
+                // Whoever started CRIU looks after its tree.
+                anchor: None,
+                anchor_puts_away: false,
+                may_run: false,
+                root: None,
+                tasks: Vec::new(),
+                pidfile: None,
+                addresses: Vec::new(),
+                on_resumed: None,
+            }),
+        };
+        let written = self.kept.begin(file);
+        written.map_err(|error| self.no_file(&error))
+    }
+
+    /// Changes what a restart knows.
+    fn note(&mut self, change: impl FnOnce(&mut DestinationSide)) -> Result<(), SessionError> {
+        let written = self.kept.change(|file| {
+            if let Side::Destination(side) = &mut file.side {
+                change(side);
+            }
+        });
+        written.map_err(|error| self.no_file(&error))
+    }
+
+    fn no_file(&self, error: &StoreError) -> SessionError {
+        let text = format!("session file: {error}; see --state-dir");
+        self.fail(Failure::Restore, text)
     }
 
     /// Waits for CRIU, and serves it until all its tasks are restored.
@@ -441,6 +534,10 @@ impl External<'_> {
                         .memory
                         .restored()
                         .map_err(|error| self.fail(Failure::Restore, error))?;
+                    let named = filling.named.clone();
+                    if let Err(error) = self.note(|side| side.tasks = named) {
+                        tracing::warn!(%error, "a restart does not know the tasks");
+                    }
                     return Ok(());
                 }
                 Step::Handover(Some(Ok(Handover::Process { image, pid, uffd }))) => {
@@ -477,6 +574,7 @@ impl External<'_> {
     ) -> Result<(), String> {
         // One that has ended already needs no end.
         filling.tasks.extend(pidfd_open(pid).ok());
+        filling.named.extend(Task::find(pid.as_raw()));
         let key = filling.memory.attach(image, uffd);
         let key = key.map_err(|error| error.to_string())?;
         filling
@@ -525,7 +623,9 @@ impl External<'_> {
     }
 
     async fn until_settled(&mut self, filling: &mut Filling) -> Result<Ended, SessionError> {
-        filling.begin_push(&self.source, &self.threads);
+        if self.plan.push {
+            filling.begin_push(&self.source, &self.threads);
+        }
         let memory = filling.memory.clone();
         let progress = Progress::start(&memory);
         let mut shown = interval(PROGRESS_INTERVAL);

@@ -91,6 +91,11 @@ pub struct Files {
 }
 
 impl Files {
+    /// Whether nothing comes along.
+    pub fn is_empty(&self) -> bool {
+        self.paths.is_empty()
+    }
+
     /// The directories at `paths`.
     pub fn new(paths: &[PathBuf]) -> Result<Self, FilesError> {
         for path in paths {

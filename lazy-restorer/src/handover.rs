@@ -10,6 +10,7 @@ use std::path::Path;
 use std::thread;
 
 use common::images::ImagePid;
+use common::privileges::keep_for_data;
 use nix::cmsg_space;
 use nix::sys::socket::{
     ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt, sockopt,
@@ -17,6 +18,7 @@ use nix::sys::socket::{
 use nix::unistd::Pid;
 use tokio::sync::mpsc;
 
+use crate::privileges;
 use crate::uffd::UserFault;
 
 /// Name of the socket in CRIU's work directory (`LAZY_PAGES_SOCK_NAME`).
@@ -82,7 +84,8 @@ pub fn collect(
     thread::Builder::new()
         .name(String::from("handover"))
         .spawn(move || {
-            let result = accept()
+            let result = keep_for_data(privileges::DATA)
+                .and_then(|()| accept())
                 .map_err(HandoverError::from)
                 .and_then(|stream| forward(&stream, &send));
             if let Err(error) = result {

@@ -252,11 +252,20 @@ impl Journal {
         Ok(())
     }
 
+    /// The bytes of the head and of everything noted since the last checkpoint, as a successor finds them.
+    pub fn content(&self) -> io::Result<Vec<u8>> {
+        let words = LOG_AT + self.root.length * NOTE_WORDS;
+        let mut bytes = vec![0; words * size_of::<u64>()];
+        self.file.read_exact_at(&mut bytes, 0)?;
+        Ok(bytes)
+    }
+
     /// What a killed program noted in the journal `fd`.
     pub fn recover(fd: OwnedFd) -> io::Result<Recovered> {
         let damaged = || io::Error::other("the journal makes no sense");
         let file = File::from(fd);
-        if file.metadata()?.len() < BYTES as u64 {
+        let bytes = file.metadata()?.len();
+        if bytes < BYTES as u64 {
             return Err(damaged());
         }
         let journal = Journal::map(file)?;
@@ -265,7 +274,8 @@ impl Journal {
             return Err(damaged());
         }
         let length = journal.word(LENGTHS[root.place]).load(Ordering::Acquire);
-        if length > MAX_CHECKPOINT_BYTES {
+        let there = bytes.saturating_sub(CHECKPOINTS_AT[root.place]);
+        if length > MAX_CHECKPOINT_BYTES.min(there) {
             return Err(damaged());
         }
         let mut checkpoint = vec![0; length as usize];

@@ -9,6 +9,7 @@
 //! | [`handover`], [`keeper`], [`exits`] | userfault descriptors and processes as they come and go |
 //! | [`journal`] | what a successor must know, in memory that outlives us |
 //! | [`session_command`] | which sessions there are |
+//! | [`privileges`] | what is given up after set-up |
 //! | [`resident`] | the restored workload while it becomes whole |
 //! | [`resolver`] | what happens to every page: pure |
 //! | [`memory`], [`uffd`] | carrying that out under one lock |
@@ -28,11 +29,13 @@ pub mod fetch;
 pub mod files;
 pub mod gate;
 pub mod handover;
+pub mod huge;
 pub mod journal;
 pub mod keeper;
 pub mod memory;
 pub mod nursery;
 pub mod pacing;
+pub mod privileges;
 pub mod progress;
 pub mod push;
 pub mod ready;

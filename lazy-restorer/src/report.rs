@@ -9,6 +9,7 @@ use common::record::Phase;
 use serde::Serialize;
 
 use crate::blocktime::LatencySummary;
+use crate::huge::HugeCounts;
 use crate::memory::{Memory, PageCounts};
 
 /// One JSON object per migration.
@@ -30,6 +31,8 @@ pub struct Record {
     pub faults: Faults,
     /// What came.
     pub pages: PageCounts,
+    /// What was made huge again.
+    pub huge_pages: HugeCounts,
     /// Length of the migration.
     pub total_us: u64,
 }
@@ -56,6 +59,7 @@ impl Default for Record {
             resumed_at_unix_us: 0,
             faults: Faults::default(),
             pages: PageCounts::default(),
+            huge_pages: HugeCounts::default(),
             total_us: 0,
         }
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::images::ImagePid;
+use common::proto::control::HugeAreas;
 use common::session_file::Task;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
@@ -18,6 +19,7 @@ use crate::exits;
 use crate::fetch::{self, Orders, TransferError};
 use crate::gate::{Call, Gate, Held};
 use crate::handover::{self, Handover, HandoverError};
+use crate::huge::Huge;
 use crate::keeper::Keeper;
 use crate::memory::{Memory, MemoryError, Order};
 use crate::push;
@@ -56,6 +58,7 @@ pub struct Resident {
     root_image: Option<ImagePid>,
     root: Option<Pid>,
     tasks: Vec<Task>,
+    huge: Huge,
     directory: Directory,
 }
 
@@ -89,6 +92,8 @@ pub struct Successor {
     pub anchor: Option<Anchor>,
     /// Its root.
     pub root: Option<Pid>,
+    /// Its processes when it was let run.
+    pub tasks: Vec<Task>,
     /// Its directory.
     pub directory: PathBuf,
     /// Our keeper, which has been told everything.
@@ -195,6 +200,7 @@ impl Resident {
             root_image,
             root: None,
             tasks: Vec::new(),
+            huge: Huge::default(),
             directory: Directory::Ours(directory),
         })
     }
@@ -232,7 +238,9 @@ impl Resident {
             rehearsal: Rehearsal::new(&RehearsalPlan::default(), &[]),
             root_image: None,
             root: left.root,
-            tasks: Vec::new(),
+            tasks: left.tasks,
+            // Whose memory is whose is not known any more: what was huge becomes it when the kernel sees fit.
+            huge: Huge::default(),
             directory: Directory::Taken(left.directory),
         }
     }
@@ -272,7 +280,10 @@ impl Resident {
             Some(Handover::Process { image, pid, uffd }) => {
                 let key = self.memory.attach(image, uffd)?;
                 self.keeper.watch(pid)?;
-                self.tasks.extend(Task::find(pid.as_raw()));
+                if let Some(task) = Task::find(pid.as_raw()) {
+                    self.huge.restored(image, task);
+                    self.tasks.push(task);
+                }
                 if self.root_image == Some(image) {
                     self.root = Some(pid);
                 }
@@ -370,11 +381,17 @@ impl Resident {
         self.directory.remove();
     }
 
-    /// The memory is whole: nothing of ours is needed any more.
-    pub fn let_go(self) {
+    /// These pages were huge on the source. False when a source cannot say that.
+    pub fn note_huge(&mut self, areas: &HugeAreas) -> bool {
+        self.huge.note(areas)
+    }
+
+    /// The memory is whole: nothing of ours is needed any more. What is left to do is to make pages huge again.
+    pub fn let_go(self) -> Huge {
         self.rehearsal.finish();
         release(self.keeper);
         self.directory.remove();
+        self.huge
     }
 }
 

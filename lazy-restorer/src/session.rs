@@ -22,6 +22,7 @@ use common::limits::IDLE_TIMEOUT;
 use common::lost::LostPlan;
 use common::operator::{self, Facts};
 use common::proto::control::{Abort, ToDestination, ToSource, WorkloadFacts};
+use common::proto::version::V3;
 use common::record::Phases;
 use common::session::{Event, Session, State};
 use common::session_file::{DestinationSide, Kept, Remembered, SessionFile, Side, Task, boot_id};
@@ -58,6 +59,8 @@ pub struct MigratePlan {
     pub leniency: Leniency,
     /// Let the source push; else only what is touched comes.
     pub push: bool,
+    /// Whether pages that were huge on the source are made huge again.
+    pub huge_pages: bool,
     /// What to do with the order of first touches.
     pub rehearsal: RehearsalPlan,
     /// Directories that come along.
@@ -272,10 +275,19 @@ impl Migration<'_> {
     }
 
     async fn advise(&mut self, source: &mut Source) -> Result<WorkloadFacts, SessionError> {
-        let facts = match self.next(source).await? {
+        let mut facts = match self.next(source).await? {
             ToDestination::Advise(facts) => facts,
             message => return Err(unexpected(self.state(), &message)),
         };
+        if source.welcome.version >= V3 {
+            facts.more = match self.next(source).await? {
+                ToDestination::AdviseMore(more) => more,
+                message => return Err(unexpected(self.state(), &message)),
+            };
+        } else if !self.plan.files.is_empty() {
+            let text = "the source's release sends no files; use the same release on both hosts";
+            return Err(self.fail(Failure::Refused, text));
+        }
         // Programs are looked at when they are here.
         self.bring_files(source, Pass::First).await?;
         let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency);
@@ -320,8 +332,8 @@ impl Migration<'_> {
         source: &mut Source,
         directory: TempDir,
     ) -> Result<Staged, SessionError> {
-        let images = images_directory(&directory)
-            .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
+        let images = images_directory(&directory).and_then(skeleton::Folder::open);
+        let images = images.map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
         let (credits, pages) = source
             .take_bulk_stream()
             .ok_or_else(|| self.fail(Failure::Internal, "the bulk stream is in use"))?;
@@ -444,8 +456,13 @@ impl Migration<'_> {
             Err(error) if self.copy_may_run => Err(self.hold(error, resident).await),
             Err(error) => {
                 resident.abort().await;
-                // Also when the grant was waited for in vain: nothing is left that a successor could go on with.
-                self.kept.end();
+                if error.failure == Failure::Lost && !error.state.source_may_thaw() {
+                    // The source may have given the workload away, and would wait for us.
+                    eprintln!(
+                        "lazy-restorer: {error}; the copy never ran and is dead, trying to tell the source"
+                    );
+                    return Err(self.tell_dead(&source.welcome.clone(), Some(TELLING)).await);
+                }
                 Err(error)
             }
         }
@@ -504,8 +521,14 @@ impl Migration<'_> {
         committed.map_err(|error| self.fail(Failure::Internal, error))?;
         self.copy_may_run = true;
         self.open_door();
-        let opened = held.open().await;
-        opened.map_err(|error| self.fail(Failure::Restore, error))?;
+        if let Err(error) = held.open().await {
+            // CRIU or its script was killed while we asked: nobody got the word that lets the tasks run.
+            self.copy_may_run = false;
+            return Err(self.fail(
+                Failure::Restore,
+                format!("CRIU was lost before the cutover was granted: {error}"),
+            ));
+        }
         let told = resident.keeper().opened();
         told.map_err(|error| self.fail(Failure::Internal, error))?;
         address::announce(&self.plan.addresses);
@@ -646,6 +669,9 @@ const SECOND_ANNOUNCEMENT: Duration = Duration::from_millis(200);
 
 /// Time to try to learn whether the source has given the workload away; killing our copy, which never ran, is safe.
 const GRANT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Time to try to tell a source that our copy is dead, which never ran. Afterwards `resume` still can.
+const TELLING: Duration = Duration::from_secs(600);
 
 /// Time we have to take descriptors that CRIU has sent already.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);

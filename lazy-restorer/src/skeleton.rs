@@ -1,8 +1,7 @@
 //! Staging the skeleton: files as they arrive, into a directory of our own.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use common::images::{
@@ -12,7 +11,9 @@ use common::limits::MAX_SKELETON_FILES;
 use common::proto::ProtoError;
 use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader, MAX_NAME_BYTES};
 use common::proto::skeleton_name::SkeletonName;
-use quinn::{ReadExactError, RecvStream};
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::memory::ProcessImage;
 
@@ -21,7 +22,7 @@ use crate::memory::ProcessImage;
 pub enum SkeletonError {
     /// The connection broke.
     #[error("the bulk connection broke while the skeleton came: {0}")]
-    Stream(#[from] ReadExactError),
+    Stream(#[from] io::Error),
     /// The source broke the protocol.
     #[error("the source broke the protocol: {0}")]
     Proto(#[from] ProtoError),
@@ -46,24 +47,56 @@ pub enum SkeletonError {
     Inventory(ImageError),
 }
 
+/// Bytes of an inventory at most: CRIU's has a few hundred.
+const MAX_INVENTORY_BYTES: u64 = 64 << 10;
+
 /// How the image of a dumped network namespace is called (`criu/image-desc.c`).
 const NETWORK_NAMESPACE: &str = "netns-";
 
 /// A file that is being written.
 struct Open {
     name: SkeletonName,
-    path: PathBuf,
     file: File,
     length: u64,
 }
 
-/// Receives the whole skeleton into `directory`; returns the stream for what follows.
-pub async fn stage(
-    mut stream: RecvStream,
-    directory: PathBuf,
-) -> Result<RecvStream, SkeletonError> {
+/// An open directory: whoever writes into it needs no right to come there by its path.
+#[derive(Debug)]
+pub struct Folder {
+    path: PathBuf,
+    open: File,
+}
+
+impl Folder {
+    /// Opens it.
+    pub fn open(path: PathBuf) -> io::Result<Self> {
+        let open = File::open(&path)?;
+        Ok(Folder { path, open })
+    }
+
+    fn file(&self, name: &str, how: OFlag) -> Result<File, SkeletonError> {
+        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+        let opened = openat(&self.open, name, how | OFlag::O_CLOEXEC, mode);
+        let opened = opened.map_err(|error| self.failed(name)(error.into()));
+        opened.map(File::from)
+    }
+
+    fn failed(&self, name: &str) -> impl Fn(io::Error) -> SkeletonError + use<> {
+        let path = self.path.join(name);
+        move |error| SkeletonError::Write {
+            path: path.clone(),
+            error,
+        }
+    }
+}
+
+/// Receives the whole skeleton into `folder`; returns the stream for what follows.
+pub async fn stage<S: AsyncRead + Unpin>(
+    mut stream: S,
+    folder: Folder,
+) -> Result<S, SkeletonError> {
     let mut staging = Staging {
-        directory,
+        folder,
         open: None,
         has_network: false,
         files: 0,
@@ -95,7 +128,10 @@ pub async fn stage(
     }
 }
 
-async fn read_name(stream: &mut RecvStream, length: u8) -> Result<SkeletonName, SkeletonError> {
+async fn read_name(
+    stream: &mut (impl AsyncRead + Unpin),
+    length: u8,
+) -> Result<SkeletonName, SkeletonError> {
     let mut name = [0; MAX_NAME_BYTES];
     let name = &mut name[..usize::from(length)];
     stream.read_exact(name).await?;
@@ -104,7 +140,7 @@ async fn read_name(stream: &mut RecvStream, length: u8) -> Result<SkeletonName, 
 }
 
 struct Staging {
-    directory: PathBuf,
+    folder: Folder,
     open: Option<Open>,
     /// The workload brings a network namespace of its own.
     has_network: bool,
@@ -134,12 +170,8 @@ impl Staging {
         let Some(open) = &mut self.open else {
             return Err(SkeletonError::Order("no skeleton file is open"));
         };
-        open.file
-            .write_all(content)
-            .map_err(|error| SkeletonError::Write {
-                path: open.path.clone(),
-                error,
-            })?;
+        let written = open.file.write_all(content);
+        written.map_err(self.folder.failed(open.name.as_str()))?;
         open.length += content.len() as u64;
         self.bytes += content.len() as u64;
         Ok(())
@@ -149,21 +181,12 @@ impl Staging {
         if self.files == MAX_SKELETON_FILES {
             return Err(SkeletonError::Order("too many skeleton files"));
         }
-        let path = self.directory.join(name.as_str());
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|error| SkeletonError::Write {
-                path: path.clone(),
-                error,
-            })?;
+        let new = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
+        let file = self.folder.file(name.as_str(), new)?;
         self.files += 1;
         self.has_network |= name.as_str().starts_with(NETWORK_NAMESPACE);
         self.open = Some(Open {
             name,
-            path,
             file,
             length: 0,
         });
@@ -185,14 +208,16 @@ impl Staging {
         if self.has_network {
             return Ok(());
         }
-        let path = self.directory.join("inventory.img");
-        let write = |error| SkeletonError::Write {
-            path: path.clone(),
-            error,
-        };
-        let inventory = fs::read(&path).map_err(write)?;
+        const NAME: &str = "inventory.img";
+        let mut inventory = Vec::new();
+        let read = self.folder.file(NAME, OFlag::O_RDONLY)?;
+        let limited = read.take(MAX_INVENTORY_BYTES).read_to_end(&mut inventory);
+        limited.map_err(self.folder.failed(NAME))?;
         let inventory = without_network_lock(&inventory).map_err(SkeletonError::Inventory)?;
-        fs::write(&path, inventory).map_err(write)
+        let mut write = self.folder.file(NAME, OFlag::O_WRONLY | OFlag::O_TRUNC)?;
+        write
+            .write_all(&inventory)
+            .map_err(self.folder.failed(NAME))
     }
 }
 
@@ -212,7 +237,7 @@ pub fn memory_image(process: DumpedProcess) -> ProcessImage {
 }
 
 /// Takes the end of a skeleton without files: the images are here already.
-pub async fn expect_none(mut stream: RecvStream) -> Result<RecvStream, SkeletonError> {
+pub async fn expect_none<S: AsyncRead + Unpin>(mut stream: S) -> Result<S, SkeletonError> {
     let mut header = [0; BULK_HEADER_BYTES];
     stream.read_exact(&mut header).await?;
     match BulkHeader::decode(&header)? {
@@ -223,11 +248,13 @@ pub async fn expect_none(mut stream: RecvStream) -> Result<RecvStream, SkeletonE
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn staging(directory: &Path) -> Staging {
         Staging {
-            directory: directory.to_owned(),
+            folder: Folder::open(directory.to_owned()).expect("there"),
             open: None,
             has_network: false,
             files: 0,

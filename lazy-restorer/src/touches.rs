@@ -104,7 +104,8 @@ impl Touches {
         Self::decode(&fs::read(path)?)
     }
 
-    fn encode(&self) -> Vec<u8> {
+    /// The file's bytes.
+    pub fn encode(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         put(&mut bytes, self.pids.len() as u64);
         for pid in &self.pids {
@@ -128,7 +129,8 @@ impl Touches {
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Result<Self, TouchesError> {
+    /// What a file holds.
+    pub fn decode(bytes: &[u8]) -> Result<Self, TouchesError> {
         let body = bytes.strip_prefix(MAGIC).ok_or(TouchesError::Foreign)?;
         let (body, checksum) = body
             .split_last_chunk::<CHECKSUM_BYTES>()

@@ -6,13 +6,14 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use common::session_file::{SessionFile, Task};
+use common::session_file::{ContainerName, FrozenTasks, Original, SessionFile, Task};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::engine;
 use crate::freeze::FreezeError;
 use crate::freezer;
 use crate::hook::Verdict;
@@ -34,6 +35,7 @@ pub struct Left {
     pub root: Pid,
     tasks: Vec<Task>,
     criu: Task,
+    container: Option<ContainerName>,
     directory: PathBuf,
 }
 
@@ -54,22 +56,32 @@ pub enum LeftError {
     NoImages(PathBuf),
 }
 
+/// Whether the tasks are the same, and none of them ran since.
+pub fn are_untouched(frozen: &FrozenTasks) -> Result<(), LeftError> {
+    for task in &frozen.tasks {
+        if !task.is_alive() {
+            return Err(LeftError::Gone(task.pid));
+        }
+        if !task.is_frozen() {
+            return Err(LeftError::Runs(task.pid));
+        }
+    }
+    Ok(())
+}
+
 impl Left {
     /// Looks whether the workload of `file` is still what it was: the same processes, none of which ran since.
     pub fn find(file: &SessionFile) -> Result<Self, LeftError> {
         let source = file.source().ok_or(LeftError::NotOurs)?;
-        for task in &source.tasks {
-            if !task.is_alive() {
-                return Err(LeftError::Gone(task.pid));
-            }
-            if !task.is_frozen() {
-                return Err(LeftError::Runs(task.pid));
-            }
-        }
+        let Original::Frozen(frozen) = &source.original else {
+            return Err(LeftError::NotOurs);
+        };
+        are_untouched(frozen)?;
         let left = Left {
-            root: Pid::from_raw(source.root.pid),
-            tasks: source.tasks.clone(),
-            criu: source.criu,
+            root: Pid::from_raw(frozen.root.pid),
+            tasks: frozen.tasks.clone(),
+            criu: frozen.criu,
+            container: frozen.container.clone(),
             directory: PathBuf::from(&file.directory),
         };
         match left.images().is_dir() {
@@ -125,8 +137,12 @@ impl Adopted {
         let told = self.tell(Verdict::Release).await;
         network_lock::remove(&dump_log(&self.left.directory), &network);
         // Whoever CRIU did not kill stands still by the stop that waited for this.
+        let by_criu = self.hook.is_some() && told.is_ok();
         self.signal(Signal::SIGKILL);
         freezer::thaw_noted(&self.left.directory);
+        if let Some(container) = self.left.container.as_ref().filter(|_| !by_criu) {
+            engine::runc::forget(container);
+        }
         self.remove_directory();
         told
     }
@@ -219,13 +235,18 @@ mod tests {
             secret: Secret([0; 32]),
             peer_host: String::new(),
             side: Side::Source(SourceSide {
-                root: task,
-                tasks: vec![task],
-                criu: Task { pid: 1, start: 0 },
+                original: Original::Frozen(FrozenTasks {
+                    root: task,
+                    tasks: vec![task],
+                    criu: Task { pid: 1, start: 0 },
+                    container: None,
+                }),
+                version: 3,
                 criu_program: String::new(),
                 fault: nowhere,
                 bulk: nowhere,
                 on_thawed: None,
+                makes_clones: false,
             }),
         }
     }

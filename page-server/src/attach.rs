@@ -13,6 +13,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::images::{self, ReadImagesError};
+use common::session_file::{FrozenTasks, Task};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use procfs::net::TcpState;
@@ -22,6 +23,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
+use crate::adopt::{LeftError, are_untouched};
 use crate::iptables_lock;
 use crate::network_lock::{self, Network};
 use crate::rescue::end_repair;
@@ -30,6 +32,8 @@ use crate::workload::{signal_all, tree_pids};
 
 /// Pause between looks whether the dump is complete.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
+/// Time to find a dump that waits already.
+const FINDING: Duration = Duration::from_secs(5);
 /// Time that CRIU has to let tasks go, or to kill them.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Bytes of a command to CRIU's page server (`struct page_server_iov`, CRIU 4.2 and later).
@@ -73,6 +77,14 @@ pub enum AttachError {
     /// It does not end.
     #[error("CRIU (PID {0}) did not end in time after being told to")]
     Stuck(Pid),
+    /// What a killed `page-server` left behind is not what it was.
+    #[error(transparent)]
+    Left(#[from] LeftError),
+    /// It is another one than before.
+    #[error(
+        "the CRIU that held the workload (PID {0}) is gone; nobody can serve its memory any more, but `page-server thaw` can let it run here"
+    )]
+    Replaced(i32),
     /// It is gone.
     #[error("the CRIU that held the workload (PID {0}) is gone")]
     Gone(Pid),
@@ -104,6 +116,31 @@ impl ForeignDump {
             ended,
             page_server,
             run: run_id(images)?,
+        })
+    }
+
+    /// The dump that a killed `page-server` was attached to, if it is still as it was.
+    pub async fn find_again(frozen: &FrozenTasks, images: &Path) -> Result<Self, AttachError> {
+        are_untouched(frozen)?;
+        if !frozen.criu.is_alive() {
+            return Err(AttachError::Replaced(frozen.criu.pid));
+        }
+        let dump = Self::find(Pid::from_raw(frozen.root.pid), images, FINDING).await?;
+        match dump.criu.as_raw() == frozen.criu.pid {
+            true => Ok(dump),
+            false => Err(AttachError::Replaced(frozen.criu.pid)),
+        }
+    }
+
+    /// What a successor must know of it; `None` when it is gone.
+    pub fn noted(&self) -> Option<FrozenTasks> {
+        let find = |pid: &Pid| Task::find(pid.as_raw());
+        Some(FrozenTasks {
+            root: find(&self.root)?,
+            // Of a zombie nothing is frozen.
+            tasks: self.tasks.iter().filter_map(find).collect(),
+            criu: find(&self.criu)?,
+            container: None,
         })
     }
 
@@ -150,6 +187,25 @@ impl ForeignDump {
         signal_all(&self.tasks, Signal::SIGCONT);
         tracing::info!(root = %self.root, connections, "the workload runs on");
         told
+    }
+
+    /// Lets tasks run on whose CRIU was killed, and that only our stop holds.
+    pub fn thaw_without_criu(frozen: &FrozenTasks, images: &Path) -> Result<(), AttachError> {
+        are_untouched(frozen)?;
+        let root = Pid::from_raw(frozen.root.pid);
+        let tasks: Vec<Pid> = frozen
+            .tasks
+            .iter()
+            .map(|task| Pid::from_raw(task.pid))
+            .collect();
+        let connections = end_repair(&tasks);
+        if let Some(run) = run_id(images)? {
+            network_lock::remove_of_run(&run, &Network::of(root));
+        }
+        iptables_lock::remove(&tasks, Some(root));
+        signal_all(&tasks, Signal::SIGCONT);
+        tracing::info!(%root, connections, "the workload runs on");
+        Ok(())
     }
 
     fn unlock(&self) {

@@ -1,5 +1,6 @@
 //! What demand and push share: the pages owed, the order of push, and what was sent.
 
+use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::images::{DumpedProcess, ImagePid};
@@ -93,6 +94,13 @@ impl Book {
         Book::new(pending, &first.eager, &first.hot)
     }
 
+    /// The same for a successor: what was sent is not known, and the destination will say it.
+    pub fn of_left(dumped: &[DumpedProcess]) -> Self {
+        let (mut pending, first) = owed(dumped);
+        pending.forget();
+        Book::new(pending, &[], &first.hot)
+    }
+
     /// Opens the book on everything owed; `eager` pages are pushed first, `hot` ones before most.
     pub fn new(pending: Pending, eager: &[Run], hot: &[Run]) -> Self {
         let counts = SentCounts {
@@ -168,6 +176,13 @@ impl Book {
         let run = order.next_eager(pending)?;
         counts.pushed += run.pages.count;
         Some(run)
+    }
+
+    /// Lazy pages of each process.
+    pub fn slots(&self) -> HashMap<ImagePid, usize> {
+        let pending = &self.lock().pending;
+        let pids = pending.pids().into_iter();
+        pids.map(|pid| (pid, pending.slots(pid))).collect()
     }
 
     /// The destination says what of a process it has received.

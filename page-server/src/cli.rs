@@ -14,9 +14,12 @@ use common::host::{self, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
 use common::identity::{Fingerprint, Identity, Trust};
 use common::lost::{LostPlan, OnLost, parse_duration};
 use common::proto::control::Secret;
+use common::proto::version::V3;
 use common::quic::PathProfile;
 use common::session::State;
-use common::session_file::{DEFAULT_DIRECTORY, Remembered, SessionFile, Standing, Store};
+use common::session_file::{
+    DEFAULT_DIRECTORY, FrozenTasks, Original, Remembered, SessionFile, SourceSide, Standing, Store,
+};
 use common::token;
 use nix::unistd::Pid;
 
@@ -274,7 +277,7 @@ pub struct Resume {
 
 impl Resume {
     /// Finds the session and makes sure that it may be gone on with.
-    pub fn plan(&self) -> Result<(ServePlan, SessionFile), SessionError> {
+    pub fn plan(&self) -> Result<Resumption, SessionError> {
         let fail = |failure, error: &dyn std::fmt::Display| {
             SessionError::new(failure, State::Paused, error)
         };
@@ -292,38 +295,79 @@ impl Resume {
                 return Err(fail(Failure::BadInput, &text));
             }
         }
-        let plan = self.plan_of(&file, store)?;
-        Ok((plan, file))
-    }
-
-    fn plan_of(&self, file: &SessionFile, store: Store) -> Result<ServePlan, SessionError> {
-        let fail = |failure, error: &dyn std::fmt::Display| {
-            SessionError::new(failure, State::Paused, error)
-        };
         let source = file
             .source()
             .ok_or_else(|| fail(Failure::BadInput, &"this is no session of a source"))?;
-        let identity = Identity::load(Path::new(&file.identity))
-            .map_err(|error| fail(Failure::Identity, &error))?;
-        let accept: Vec<Fingerprint> = file
-            .accept
-            .iter()
-            .map(|text| text.parse())
-            .collect::<Result<_, _>>()
-            .map_err(|error| fail(Failure::Identity, &error))?;
+        if source.version < V3 {
+            let text = "the destination's release cannot tell a successor what it has; `thaw` can let the original run";
+            return Err(fail(Failure::BadInput, &text));
+        }
+        match &source.original {
+            Original::Frozen(frozen) => {
+                let plan = self.plan_of(&file, source, frozen, store)?;
+                Ok(Resumption::Ours(Box::new((plan, file))))
+            }
+            Original::Foreign(frozen, images) => {
+                let root = Pid::from_raw(frozen.root.pid);
+                let plan = self.external(&file, images, Some(root), vec![file.clone()], store)?;
+                Ok(Resumption::External(Box::new(plan)))
+            }
+            Original::Images(images) => {
+                let together = together(&file, &store);
+                let plan = self.external(&file, images, None, together, store)?;
+                Ok(Resumption::External(Box::new(plan)))
+            }
+        }
+    }
+
+    fn external(
+        &self,
+        file: &SessionFile,
+        images: &str,
+        attach_to: Option<Pid>,
+        left: Vec<SessionFile>,
+        store: Store,
+    ) -> Result<ExternalPlan, SessionError> {
+        if self.lost.give_up_after.is_some() {
+            let text = "--give-up-after is not for sessions of `attach` and `serve --images`";
+            return Err(SessionError::new(Failure::BadInput, State::Paused, text));
+        }
+        Ok(ExternalPlan {
+            images: PathBuf::from(images),
+            attach_to,
+            dumped: Dumped::default(),
+            fan_out: left.len(),
+            keep_original: left
+                .iter()
+                .filter_map(SessionFile::source)
+                .any(|source| source.makes_clones),
+            listen: listen_again(file)?,
+            wait: None,
+            token: None,
+            work_dir: None,
+            ready: |address| println!("listening on {address}"),
+            remembered: remembered_by(file, store),
+            left,
+        })
+    }
+
+    fn plan_of(
+        &self,
+        file: &SessionFile,
+        source: &SourceSide,
+        frozen: &FrozenTasks,
+        store: Store,
+    ) -> Result<ServePlan, SessionError> {
+        let fail = |failure, error: &dyn std::fmt::Display| {
+            SessionError::new(failure, State::Paused, error)
+        };
         let criu = Criu::find(Some(Path::new(&source.criu_program)))
             .map_err(|error| fail(Failure::BadInput, &error))?;
         Ok(ServePlan {
             // Whoever called CRIU, it is CRIU's script that we talk to now.
             engine: Engine::Criu,
-            workload: Workload::frozen(Pid::from_raw(source.root.pid)),
-            listen: ListenPlan {
-                fault: source.fault,
-                bulk: source.bulk,
-                identity,
-                trust: trust(&accept),
-                path: PathProfile { mtu: file.mtu },
-            },
+            workload: Workload::frozen(Pid::from_raw(frozen.root.pid)),
+            listen: listen_again(file)?,
             criu,
             criu_args: Vec::new(),
             tcp_established: false,
@@ -337,13 +381,56 @@ impl Resume {
             on_frozen: None,
             on_thawed: source.on_thawed.clone(),
             lost: self.lost.plan(),
-            remembered: Remembered {
-                store,
-                identity: PathBuf::from(&file.identity),
-                accept: file.accept.clone(),
-            },
+            remembered: remembered_by(file, store),
         })
     }
+}
+
+/// What `resume` goes on with.
+#[derive(Debug)]
+pub enum Resumption {
+    /// A workload that we froze.
+    Ours(Box<(ServePlan, SessionFile)>),
+    /// Somebody else's dump.
+    External(Box<ExternalPlan>),
+}
+
+/// The session of `file`, and all others of its program: they have one port.
+fn together(file: &SessionFile, store: &Store) -> Vec<SessionFile> {
+    let entries = store.list().unwrap_or_default().into_iter();
+    let files = entries.filter_map(|entry| entry.file.ok());
+    let others = files
+        .filter(|other| other.program == file.program && other.standing() == Standing::Orphaned);
+    others.collect()
+}
+
+fn remembered_by(file: &SessionFile, store: Store) -> Remembered {
+    Remembered {
+        store,
+        identity: PathBuf::from(&file.identity),
+        accept: file.accept.clone(),
+    }
+}
+
+/// The ports where the destination looks, and the identity it knows.
+fn listen_again(file: &SessionFile) -> Result<ListenPlan, SessionError> {
+    let fail =
+        |failure, error: &dyn std::fmt::Display| SessionError::new(failure, State::Paused, error);
+    let source = file
+        .source()
+        .ok_or_else(|| fail(Failure::BadInput, &"this is no session of a source"))?;
+    let identity = Identity::load(Path::new(&file.identity))
+        .map_err(|error| fail(Failure::Identity, &error))?;
+    let accept = file.accept.iter().map(|text| text.parse());
+    let accept = accept.collect::<Result<Vec<Fingerprint>, _>>();
+    let accept = accept.map_err(|error| fail(Failure::Identity, &error))?;
+    Ok(ListenPlan {
+        fault: source.fault,
+        bulk: source.bulk,
+        identity,
+        trust: trust(&accept),
+        path: PathProfile { mtu: file.mtu },
+    })
 }
 
 impl Serve {
@@ -373,7 +460,13 @@ impl Serve {
             token: self.token_file.as_deref().map(new_token).transpose()?,
             work_dir: self.work_dir.clone(),
             ready: |address| println!("listening on {address}"),
+            remembered: self.remembered(),
+            left: Vec::new(),
         }))
+    }
+
+    fn remembered(&self) -> Remembered {
+        remembered(&self.state, &self.identity, &self.accept)
     }
 
     /// Checks everything that can be checked before anyone connects.
@@ -426,11 +519,7 @@ impl Serve {
             on_frozen: self.on_frozen.clone(),
             on_thawed: self.on_thawed.clone(),
             lost: self.lost.plan(),
-            remembered: Remembered {
-                store: self.state.store(),
-                identity: absolute(&self.identity),
-                accept: self.accept.iter().map(ToString::to_string).collect(),
-            },
+            remembered: self.remembered(),
         })
     }
 
@@ -486,6 +575,8 @@ pub struct Attach {
     /// Directory for the skeleton's links [default: /run, /dev/shm or /tmp, the first that is a tmpfs]
     #[arg(long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
+    #[command(flatten)]
+    state: StateDirectory,
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
@@ -526,7 +617,17 @@ impl Attach {
             token: self.token_file.as_deref().map(new_token).transpose()?,
             work_dir: self.work_dir.clone(),
             ready: |address| println!("listening on {address}"),
+            remembered: remembered(&self.state, &self.identity, &self.accept),
+            left: Vec::new(),
         })
+    }
+}
+
+fn remembered(state: &StateDirectory, identity: &Path, accept: &[Fingerprint]) -> Remembered {
+    Remembered {
+        store: state.store(),
+        identity: absolute(identity),
+        accept: accept.iter().map(ToString::to_string).collect(),
     }
 }
 

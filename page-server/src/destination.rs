@@ -8,11 +8,12 @@ use common::control::{Control, ControlError};
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::images::ImagePid;
-use common::limits::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, MAX_LAZY_PAGES, MAX_PROCESSES};
+use common::limits::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT};
 use common::proto::control::{
     Abort, Hello, Present, Resume, Secret, SessionId, ToDestination, ToSource, Welcome,
+    WorkloadFacts,
 };
-use common::proto::version;
+use common::proto::version::{self, V3};
 use common::session::State;
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::time::timeout;
@@ -20,7 +21,7 @@ use tokio::time::timeout;
 use crate::answers::Answers;
 use crate::book::Book;
 use crate::compression::Paying;
-use crate::listen::{Listen, accept_bulk};
+use crate::listen::{Call, Listen, accept_bulk};
 use crate::memory::PageSource;
 use crate::serve::serve;
 use crate::transfer::TransferError;
@@ -52,9 +53,9 @@ pub async fn admit(
 ) -> Result<Destination, SessionError> {
     loop {
         let gone = || SessionError::new(Failure::Internal, State::Hello, "the listener ended");
-        let connection = listen.fault.next().await.ok_or_else(gone)?;
-        let peer = connection.remote_address();
-        match welcome(listen, connection, session, token).await {
+        let call = listen.fault.next().await.ok_or_else(gone)?;
+        let peer = call.control.peer();
+        match welcome(listen, call, session, token).await {
             Ok(destination) => return Ok(destination),
             Err(reason) => tracing::warn!(%peer, reason, "refused a destination"),
         }
@@ -63,24 +64,13 @@ pub async fn admit(
 
 async fn welcome(
     listen: &mut Listen,
-    connection: Connection,
+    call: Call,
     session: SessionId,
     token: Option<&Secret>,
 ) -> Result<Destination, String> {
-    match first_message(&connection).await? {
-        (control, ToSource::Hello(hello)) => {
-            welcome_hello(listen, control, hello, session, token).await
-        }
+    match call.message {
+        ToSource::Hello(hello) => welcome_hello(listen, call.control, hello, session, token).await,
         _ => Err(String::from("it does not begin with a hello")),
-    }
-}
-
-async fn first_message(connection: &Connection) -> Result<(Control<ToSource>, ToSource), String> {
-    let mut control = open_control(connection).await?;
-    match timeout(HANDSHAKE_TIMEOUT, control.next()).await {
-        Ok(Ok(message)) => Ok((control, message)),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(String::from("it says nothing")),
     }
 }
 
@@ -94,7 +84,7 @@ async fn welcome_hello(
     let version = match check(&hello, token) {
         Ok(version) => version,
         Err(text) => {
-            refuse(control, &text).await;
+            refuse(control, &text);
             return Err(text);
         }
     };
@@ -125,19 +115,21 @@ pub struct Acquaintance {
     pub secret: Secret,
     /// Its host's name.
     pub host: String,
+    /// The version of the protocol that was agreed on.
+    pub version: u16,
 }
 
 /// Takes a destination back that proves to be the one of this session; turns everybody else away.
 pub async fn readmit(
     listen: &mut Listen,
-    connection: Connection,
+    call: Call,
     session: SessionId,
     old: &Acquaintance,
 ) -> Result<Destination, String> {
-    let (control, message) = first_message(&connection).await?;
+    let Call { control, message } = call;
     let ToSource::Resume(resume) = message else {
         let text = String::from("this page-server serves another destination");
-        refuse(control, &text).await;
+        refuse(control, &text);
         return Err(text);
     };
     let known = HashMap::from([(session, old.clone())]);
@@ -157,24 +149,25 @@ pub enum Caller {
 /// Lets a destination in that is new, as `session` if that is given, or known; turns everybody else away.
 pub async fn receive(
     listen: &mut Listen,
-    connection: Connection,
+    call: Call,
     session: Option<SessionId>,
     token: Option<&Secret>,
     known: &HashMap<SessionId, Acquaintance>,
 ) -> Result<Caller, String> {
-    match (first_message(&connection).await?, session) {
-        ((control, ToSource::Resume(resume)), _) => {
+    let control = call.control;
+    match (call.message, session) {
+        (ToSource::Resume(resume), _) => {
             let (session, destination) = take_back(listen, control, &resume, known).await?;
             Ok(Caller::Back(session, destination))
         }
-        ((control, ToSource::Hello(hello)), Some(session)) => {
+        (ToSource::Hello(hello), Some(session)) => {
             let welcomed = welcome_hello(listen, control, hello, session, token).await?;
             Ok(Caller::New(session, welcomed))
         }
-        ((control, ToSource::Hello(_)), None) => {
+        (ToSource::Hello(_), None) => {
             let text =
                 String::from("this page-server serves as many destinations as it was told to");
-            refuse(control, &text).await;
+            refuse(control, &text);
             Err(text)
         }
         _ => Err(String::from("it does not begin with a hello")),
@@ -187,17 +180,13 @@ async fn take_back(
     resume: &Resume,
     known: &HashMap<SessionId, Acquaintance>,
 ) -> Result<(SessionId, Destination), String> {
-    let old = known.get(&resume.session);
-    let Some(old) = old.filter(|old| resume.secret.matches(&old.secret)) else {
-        let text = String::from("this page-server serves another session");
-        refuse(control, &text).await;
-        return Err(text);
+    let old = match recognise(resume, known) {
+        Ok(old) => old.clone(),
+        Err(text) => {
+            refuse(control, &text);
+            return Err(text);
+        }
     };
-    if !version::SUPPORTED.contains(&resume.version) {
-        let text = format!("this page-server does not speak version {}", resume.version);
-        refuse(control, &text).await;
-        return Err(text);
-    }
     let bulk_port = listen.bulk.address().port();
     let welcome = ToDestination::WelcomeBack { bulk_port };
     control
@@ -212,6 +201,23 @@ async fn take_back(
     let session = resume.session;
     let destination = take_bulk(listen, control, session, known).await?;
     Ok((session, destination))
+}
+
+/// The destination that comes again. Its version is the one that was agreed on: a session never changes it.
+fn recognise<'a>(
+    resume: &Resume,
+    known: &'a HashMap<SessionId, Acquaintance>,
+) -> Result<&'a Acquaintance, String> {
+    let old = known.get(&resume.session);
+    let old = old.filter(|old| resume.secret.matches(&old.secret));
+    let old = old.ok_or("this page-server serves another session")?;
+    if resume.version != old.version {
+        return Err(format!(
+            "this session speaks version {}, and no other",
+            old.version
+        ));
+    }
+    Ok(old)
 }
 
 /// What is known of a destination before its bulk connection has come.
@@ -234,7 +240,7 @@ async fn take_bulk(
     );
     let Ok(Some((bulk, push, credits))) = bulk.await else {
         let text = String::from("its bulk connection did not come; is that UDP port open?");
-        refuse(control, &text).await;
+        refuse(control, &text);
         return Err(text);
     };
     Ok(Destination {
@@ -247,14 +253,6 @@ async fn take_bulk(
         push: Some(push),
         credits: Some(credits),
     })
-}
-
-async fn open_control(connection: &Connection) -> Result<Control<ToSource>, String> {
-    match timeout(HANDSHAKE_TIMEOUT, connection.accept_bi()).await {
-        Ok(Ok((send, recv))) => Ok(Control::new(connection.clone(), send, recv)),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(String::from("it opens no control stream")),
-    }
 }
 
 fn check(hello: &Hello, token: Option<&Secret>) -> Result<u16, String> {
@@ -278,21 +276,27 @@ fn check(hello: &Hello, token: Option<&Secret>) -> Result<u16, String> {
     Ok(version)
 }
 
-async fn refuse(control: Control<ToSource>, text: &str) {
+/// Says why, and waits for nobody to hear it.
+fn refuse(control: Control<ToSource>, text: &str) {
     let abort = ToDestination::Abort(abort(State::Hello, text));
-    control.farewell(&abort).await;
+    tokio::spawn(async move { control.farewell(&abort).await });
 }
 
 impl Destination {
-    /// Reads what the destination has received, until it has told everything.
-    pub async fn present(&mut self) -> Result<PresentMap, Unsettled> {
+    /// Reads what the destination has received of processes with so many lazy pages, until it has told everything.
+    pub async fn present(
+        &mut self,
+        slots: HashMap<ImagePid, usize>,
+    ) -> Result<PresentMap, Unsettled> {
         let silent = || Unsettled::Lost(String::from("it does not say what it has"));
-        let mut map = PresentMap::default();
+        let mut map = PresentMap::of(slots);
         loop {
             let message = timeout(HANDSHAKE_TIMEOUT, self.control.next()).await;
             match message.map_err(|_| silent())? {
-                Ok(ToSource::Present(present)) => append(&mut map.received, present)?,
-                Ok(ToSource::Withheld(withheld)) => append(&mut map.withheld, withheld)?,
+                Ok(ToSource::Present(present)) => map.receive(present)?,
+                Ok(ToSource::Withheld(withheld)) if self.version >= V3 => {
+                    map.withhold(withheld)?;
+                }
                 Ok(ToSource::PresentEnd) => return Ok(map),
                 Ok(ToSource::Abort(abort)) if abort.copy_is_dead => {
                     return Err(Unsettled::CopyDead(abort));
@@ -307,6 +311,8 @@ impl Destination {
 /// What a destination that came again has: words of bitmaps.
 #[derive(Debug, Default)]
 pub struct PresentMap {
+    /// Lazy pages of each process there is.
+    slots: HashMap<ImagePid, usize>,
     /// Pages that came.
     pub received: HashMap<ImagePid, Vec<u64>>,
     /// Pages that it was promised never to get.
@@ -322,23 +328,45 @@ pub enum Unsettled {
     CopyDead(Abort),
 }
 
-fn append(maps: &mut HashMap<ImagePid, Vec<u64>>, part: Present) -> Result<(), Unsettled> {
-    let map = maps.entry(part.pid).or_default();
-    let in_order = part.first_word == map.len() as u64;
-    let fits = map.len() + part.words.len() <= MAX_MAP_WORDS;
-    map.extend(part.words);
-    if !in_order || !fits || maps.len() > MAX_PROCESSES {
-        let text = String::from("its present map makes no sense");
-        return Err(Unsettled::Lost(text));
+impl PresentMap {
+    /// Nothing yet, of processes with so many lazy pages.
+    pub fn of(slots: HashMap<ImagePid, usize>) -> Self {
+        PresentMap {
+            slots,
+            ..PresentMap::default()
+        }
     }
+
+    /// Takes a part of what came.
+    pub fn receive(&mut self, part: Present) -> Result<(), Unsettled> {
+        append(&self.slots, &mut self.received, part)
+    }
+
+    /// Takes a part of what never will.
+    pub fn withhold(&mut self, part: Present) -> Result<(), Unsettled> {
+        append(&self.slots, &mut self.withheld, part)
+    }
+}
+
+/// Parts come in order, and no more of them than there are pages: a destination decides nothing about our memory.
+fn append(
+    slots: &HashMap<ImagePid, usize>,
+    maps: &mut HashMap<ImagePid, Vec<u64>>,
+    part: Present,
+) -> Result<(), Unsettled> {
+    let nonsense = || Unsettled::Lost(String::from("its present map makes no sense"));
+    let room = slots.get(&part.pid).ok_or_else(nonsense)?;
+    let room = room.div_ceil(u64::BITS as usize);
+    let map = maps.entry(part.pid).or_default();
+    if part.first_word != map.len() as u64 || map.len() + part.words.len() > room {
+        return Err(nonsense());
+    }
+    map.extend(part.words);
     Ok(())
 }
 
 /// Time a destination whose stream broke has to say why; a lost link shows within it.
 const LAST_WORD: Duration = IDLE_TIMEOUT.saturating_add(Duration::from_secs(1));
-
-/// Words of one process's bitmap at most.
-const MAX_MAP_WORDS: usize = (MAX_LAZY_PAGES / u64::BITS as u64) as usize;
 
 /// What the source says when it gives up.
 pub fn abort(state: State, text: &str) -> Abort {
@@ -356,6 +384,7 @@ impl Destination {
         Acquaintance {
             secret: self.secret.clone(),
             host: self.host.clone(),
+            version: self.version,
         }
     }
 
@@ -378,6 +407,7 @@ impl Destination {
     pub async fn next(&mut self, state: State) -> Result<ToSource, SessionError> {
         match self.control.next().await {
             Ok(ToSource::Abort(abort)) => Err(self.gave_up(state, &abort)),
+            Ok(message) if message.since() > self.version => Err(unexpected(state, &message)),
             Ok(message) => Ok(message),
             Err(error) => Err(lost(state, &error)),
         }
@@ -413,6 +443,16 @@ impl Destination {
         }
     }
 
+    /// Says what is going to move, as far as its version knows it.
+    pub async fn advise(&mut self, state: State, facts: WorkloadFacts) -> Result<(), SessionError> {
+        let more = facts.more.clone();
+        self.send(state, &ToDestination::Advise(facts)).await?;
+        if self.version < V3 {
+            return Ok(());
+        }
+        self.send(state, &ToDestination::AdviseMore(more)).await
+    }
+
     /// Serves the demand stream as soon as the destination opens it.
     pub fn serve(
         &self,
@@ -442,4 +482,36 @@ pub fn lost(state: State, error: &ControlError) -> SessionError {
 pub fn unexpected(state: State, message: &ToSource) -> SessionError {
     let text = format!("the destination broke the protocol: unexpected {message:?}");
     SessionError::new(Failure::Peer, state, text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_same_destination_in_the_same_version_comes_back() {
+        let (session, secret) = (SessionId([1; 16]), Secret([2; 32]));
+        let acquaintance = Acquaintance {
+            secret: secret.clone(),
+            host: String::from("b"),
+            version: V3,
+        };
+        let known = HashMap::from([(session, acquaintance)]);
+        let resume = Resume {
+            version: V3,
+            session,
+            secret,
+        };
+        assert!(recognise(&resume, &known).is_ok());
+        let mut older = resume.clone();
+        older.version = version::V2;
+        let refused = recognise(&older, &known).expect_err("a downgrade");
+        assert!(refused.contains("version 3"), "{refused}");
+        let mut other = resume.clone();
+        other.secret = Secret([3; 32]);
+        assert!(recognise(&other, &known).is_err());
+        let mut other = resume;
+        other.session = SessionId([4; 16]);
+        assert!(recognise(&other, &known).is_err());
+    }
 }

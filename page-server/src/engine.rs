@@ -13,6 +13,7 @@ use std::process::ExitStatus;
 
 use common::container::quote_runtime;
 use common::criu::{ended_by_itself, quote_errors};
+use common::session_file::ContainerName;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::os::unix::process::ExitStatusExt;
@@ -65,6 +66,14 @@ impl Engine {
         match self {
             Engine::Runc(_) if !log.exists() => runtime().unwrap_or_else(|| quote_errors(log)),
             _ => quote_errors(log),
+        }
+    }
+
+    /// How the workload is known to its runtime, when it is a container.
+    pub fn container_name(&self) -> Option<ContainerName> {
+        match self {
+            Engine::Criu => None,
+            Engine::Runc(container) => Some(container.name()),
         }
     }
 

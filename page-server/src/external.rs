@@ -10,19 +10,21 @@ use common::exit::{Failure, SessionError};
 use common::host;
 use common::proto::control::{Secret, SessionId};
 use common::session::State;
+use common::session_file::{
+    Kept, Original, Remembered, SessionFile, Side, SourceSide, Task, boot_id,
+};
 use common::stop::StopSignal;
 use nix::unistd::Pid;
-use quinn::Connection;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 
 use crate::attach::ForeignDump;
 use crate::destination::{Acquaintance, Caller, Destination, receive};
-use crate::listen::{Listen, ListenPlan};
+use crate::listen::{Call, Listen, ListenPlan};
 use crate::offer::{Dumped, Offer, OfferError};
 use crate::report::Record;
 use crate::session::too_late;
-use crate::visit::{Hold, Threads, Visit};
+use crate::visit::{Hold, House, Threads, Visit};
 
 /// Time a foreign dump has to be complete.
 const DUMP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -50,6 +52,10 @@ pub struct ExternalPlan {
     pub work_dir: Option<PathBuf>,
     /// Called when destinations may come.
     pub ready: fn(std::net::SocketAddr),
+    /// What a restart must know besides.
+    pub remembered: Remembered,
+    /// Sessions of a killed program that are gone on with; then there are no others.
+    pub left: Vec<SessionFile>,
 }
 
 impl ExternalPlan {
@@ -113,13 +119,15 @@ impl<'a> Reception<'a> {
         });
         let (offer, listen) = match listen {
             Ok(opened) => opened,
+            // Tasks that were given away before are not ours to thaw.
+            Err(error) if !plan.left.is_empty() => return Err(error),
             Err(error) => {
                 hold.thaw().await;
                 return Err(error);
             }
         };
         (plan.ready)(listen.fault.address());
-        Ok(Reception {
+        let mut reception = Reception {
             plan,
             listen,
             offer: Arc::new(offer),
@@ -130,7 +138,11 @@ impl<'a> Reception<'a> {
             is_lost: false,
             signals,
             stop: watch::channel(None).0,
-        })
+        };
+        for file in &plan.left {
+            reception.begin_again(file)?;
+        }
+        Ok(reception)
     }
 
     async fn serve(&mut self, records: &mut Vec<Record>) -> Result<(), SessionError> {
@@ -139,7 +151,7 @@ impl<'a> Reception<'a> {
         tokio::pin!(late);
         while records.len() < self.plan.fan_out {
             tokio::select! {
-                Some(connection) = self.listen.fault.next() => self.receive(connection).await,
+                Some(call) = self.listen.fault.next() => self.receive(call).await,
                 Some(ended) = self.visits.join_next() => {
                     let ended = self.farewell(ended, records);
                     result = result.and(ended);
@@ -190,14 +202,14 @@ impl<'a> Reception<'a> {
         error
     }
 
-    async fn receive(&mut self, connection: Connection) {
-        let peer = connection.remote_address();
-        if let Err(reason) = self.admit(connection).await {
+    async fn receive(&mut self, call: Call) {
+        let peer = call.control.peer();
+        if let Err(reason) = self.admit(call).await {
             tracing::warn!(%peer, reason, "refused a destination");
         }
     }
 
-    async fn admit(&mut self, connection: Connection) -> Result<(), String> {
+    async fn admit(&mut self, call: Call) -> Result<(), String> {
         let is_open = self.admitted < self.plan.fan_out && self.stop.borrow().is_none();
         let session = is_open
             .then(SessionId::random)
@@ -206,16 +218,8 @@ impl<'a> Reception<'a> {
         let known = self.guests.iter();
         let known = known.map(|(id, guest)| (*id, guest.acquaintance.clone()));
         let token = self.plan.token.as_ref();
-        match receive(
-            &mut self.listen,
-            connection,
-            session,
-            token,
-            &known.collect(),
-        )
-        .await?
-        {
-            Caller::New(id, destination) => self.begin(id, destination),
+        match receive(&mut self.listen, call, session, token, &known.collect()).await? {
+            Caller::New(id, destination) => self.begin(id, destination)?,
             Caller::Back(id, destination) => {
                 if let Some(guest) = self.guests.get(&id) {
                     // A visit that has ended needs it no more.
@@ -226,38 +230,120 @@ impl<'a> Reception<'a> {
         Ok(())
     }
 
-    fn begin(&mut self, id: SessionId, destination: Destination) {
+    fn begin(&mut self, id: SessionId, destination: Destination) -> Result<(), String> {
+        let file = self.note(id, &destination);
+        let file = file.ok_or_else(|| String::from("the frozen workload is gone"))?;
         self.admitted += 1;
-        let (sender, returns) = mpsc::channel(1);
-        let guest = Guest {
-            acquaintance: destination.acquaintance(),
-            returns: sender,
-        };
-        self.guests.insert(id, guest);
-        let threads = Threads {
-            fault: self.listen.fault.thread.handle().clone(),
-            bulk: self.listen.bulk.thread.handle().clone(),
-        };
+        let returns = self.expect_back(id, destination.acquaintance());
         tracing::info!(session = %id, host = destination.host, "a destination has come");
-        let visit = Visit::new(
-            (id, destination),
-            returns,
-            self.offer.clone(),
-            threads,
-            self.stop.subscribe(),
-        );
-        let hold = match &self.hold {
+        let kept = Kept::nothing(self.plan.remembered.store.clone());
+        let visit = Visit::new((id, destination), returns, self.house(), file, kept);
+        let hold = self.hold_for_visit();
+        self.visits.spawn(async move {
+            let (record, result) = visit.perform(hold).await;
+            (id, record, result)
+        });
+        Ok(())
+    }
+
+    /// Goes on with a session whose program was killed: its destination will come again.
+    fn begin_again(&mut self, file: &SessionFile) -> Result<(), SessionError> {
+        self.admitted += 1;
+        let known = Acquaintance {
+            secret: file.secret.clone(),
+            host: file.peer_host.clone(),
+            version: file.source().map_or(0, |source| source.version),
+        };
+        let id = file.id;
+        let mut returns = self.expect_back(id, known);
+        let mut kept = Kept::taken_over(self.plan.remembered.store.clone(), file.clone());
+        let ours = Task::ourselves();
+        let taken = kept.change(|file| {
+            file.state = State::Paused;
+            file.program = ours.unwrap_or(file.program);
+        });
+        taken.map_err(|error| failed(Failure::Internal, error))?;
+        let (house, file) = (self.house(), file.clone());
+        let hold = self.hold_for_visit();
+        self.visits.spawn(async move {
+            let Some(destination) = returns.recv().await else {
+                let error = failed(Failure::Internal, "the listener ended");
+                return (id, Record::default(), Err(error));
+            };
+            let visit = Visit::succeed((id, destination), returns, house, file, kept);
+            let (record, result) = visit.perform_again(hold).await;
+            (id, record, result)
+        });
+        Ok(())
+    }
+
+    /// What a visit decides about: the frozen tasks, unless they become more than one.
+    fn hold_for_visit(&mut self) -> Hold {
+        match &self.hold {
             Some(original) if self.plan.makes_clones() => {
                 // It stands still now whoever dies.
                 original.commit();
                 Hold::Files
             }
             _ => self.hold.take().unwrap_or(Hold::Files),
+        }
+    }
+
+    fn expect_back(
+        &mut self,
+        id: SessionId,
+        acquaintance: Acquaintance,
+    ) -> mpsc::Receiver<Destination> {
+        let (returns, receiver) = mpsc::channel(1);
+        let guest = Guest {
+            acquaintance,
+            returns,
         };
-        self.visits.spawn(async move {
-            let (record, result) = visit.perform(hold).await;
-            (id, record, result)
-        });
+        self.guests.insert(id, guest);
+        receiver
+    }
+
+    fn house(&self) -> House {
+        House {
+            offer: self.offer.clone(),
+            threads: Threads {
+                fault: self.listen.fault.thread.handle().clone(),
+                bulk: self.listen.bulk.thread.handle().clone(),
+            },
+            stop: self.stop.subscribe(),
+        }
+    }
+
+    /// What a restart must know of a session; `None` when there is nothing left to serve.
+    fn note(&self, id: SessionId, destination: &Destination) -> Option<SessionFile> {
+        let images = std::path::absolute(&self.plan.images).ok()?;
+        let images = images.display().to_string();
+        let original = match &self.hold {
+            Some(Hold::Dump(dump)) => Original::Foreign(dump.noted()?, images.clone()),
+            _ => Original::Images(images.clone()),
+        };
+        let acquaintance = destination.acquaintance();
+        Some(SessionFile {
+            id,
+            state: State::Listen,
+            boot: boot_id().unwrap_or_default(),
+            program: Task::ourselves()?,
+            directory: images,
+            identity: self.plan.remembered.identity.display().to_string(),
+            accept: self.plan.remembered.accept.clone(),
+            mtu: self.plan.listen.path.mtu,
+            secret: acquaintance.secret,
+            peer_host: acquaintance.host,
+            side: Side::Source(SourceSide {
+                original,
+                version: acquaintance.version,
+                criu_program: String::new(),
+                fault: self.listen.fault.address(),
+                bulk: self.listen.bulk.address(),
+                on_thawed: None,
+                makes_clones: self.plan.makes_clones(),
+            }),
+        })
     }
 
     fn farewell(
@@ -285,7 +371,11 @@ async fn hold(plan: &ExternalPlan) -> Result<Hold, SessionError> {
     let Some(root) = plan.attach_to else {
         return Ok(Hold::Files);
     };
-    let found = ForeignDump::find(root, &plan.images, DUMP_TIMEOUT).await;
+    let left = plan.left.first().and_then(SessionFile::source);
+    let found = match left.and_then(|source| source.original.frozen()) {
+        Some(frozen) => ForeignDump::find_again(frozen, &plan.images).await,
+        None => ForeignDump::find(root, &plan.images, DUMP_TIMEOUT).await,
+    };
     found
         .map(Hold::Dump)
         .map_err(|error| failed(Failure::Freeze, error))

@@ -19,7 +19,6 @@ use procfs::process::{MMPermissions, MMapPath, Process};
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
-use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::sleep;
 
@@ -112,10 +111,10 @@ impl Files {
             .cloned()
     }
 
-    /// Serves requests on `bulk`, on the thread of `thread`.
-    pub fn serve(self: &Arc<Self>, bulk: Connection, thread: &Handle) -> Serving {
+    /// Serves requests on `bulk`, on the current runtime.
+    pub fn serve(self: &Arc<Self>, bulk: Connection) -> Serving {
         let files = self.clone();
-        Serving(thread.spawn(async move {
+        Serving(tokio::spawn(async move {
             let mut requests = JoinSet::new();
             while let Ok((send, receive)) = bulk.accept_bi().await {
                 let files = files.clone();

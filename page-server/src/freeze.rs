@@ -241,6 +241,7 @@ impl Frozen {
             Err(FreezeError::Stuck) => self.kill_criu().await?,
             ended => ended?,
         };
+        // Tasks whose CRIU was killed must not run before their connections are put right.
         self.plan.rescue_after(status);
         // CRIU may also have ended by itself before.
         signal_all(&self.tasks, Signal::SIGCONT);

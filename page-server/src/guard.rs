@@ -2,7 +2,7 @@
 //!
 //! It holds the reading end of a pipe whose writing ends are held by `page-server` and by CRIU, so it wakes when both
 //! are gone. If the migration's directory is still there then, nobody else will remove it. Before the point of no
-//! return it also makes sure that the workload runs; after it, it touches nothing.
+//! return it also makes sure that the workload runs; after it, it touches nothing as long as there is a workload.
 
 use std::env;
 use std::ffi::OsStr;
@@ -13,10 +13,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 
+use common::session_file::{self, Staleness, Standing};
 use nix::unistd::{Pid, setsid};
 
 use crate::engine::inheritable;
-use crate::rescue::rescue;
+use crate::network_lock::{self, Network};
+use crate::privileges;
+use crate::rescue::{dump_log, rescue};
 
 /// The file that says that the workload has been given away.
 const COMMITTED: &str = "committed";
@@ -78,14 +81,35 @@ fn forget_session(directory: &Path) {
     }
 }
 
+/// Whether the session's program was killed when nothing was left to do but to clean up: the original is dead.
+fn is_over(directory: &Path) -> bool {
+    let noted = fs::read(directory.join(SESSION)).unwrap_or_default();
+    let bytes = fs::read(OsStr::from_bytes(&noted)).unwrap_or_default();
+    let file = session_file::decode(&bytes);
+    // Not so when a successor serves it.
+    file.is_ok_and(|file| file.standing() == Standing::Stale(Staleness::TasksGone))
+}
+
 /// The guard's own life.
 pub fn run(root: Pid, directory: &Path) -> ExitCode {
     // Signals meant for the group of `page-server`, as from a terminal, must not end its guard.
     let _ = setsid();
+    // One that may do more than it needs is better than none.
+    let _ = privileges::give_up();
+    // Nobody may live in it any more when its lock is to be removed.
+    let network = Network::of(root);
     let told = io::stdin().read(&mut [0]);
     let is_orphan = matches!(told, Ok(0)) && directory.exists();
-    if is_orphan && !directory.join(COMMITTED).exists() {
+    let was_given_away = directory.join(COMMITTED).exists();
+    if is_orphan && !was_given_away {
         rescue(root, directory);
+    }
+    let is_over = was_given_away && is_over(directory);
+    if is_orphan && is_over {
+        // CRIU does not remove it when it kills the tasks.
+        network_lock::remove(&dump_log(directory), &network);
+    }
+    if is_orphan && (!was_given_away || is_over) {
         forget_session(directory);
         if let Err(error) = fs::remove_dir_all(directory) {
             eprintln!(

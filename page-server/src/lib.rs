@@ -14,6 +14,7 @@
 //! | [`memory`], [`frame`] | frozen pages, and the frames that carry them |
 //! | [`framer`], [`compression`], [`repeats`] | frames of pushed pages: whether to compress, and which pages are repeats |
 //! | [`serve`], [`push`], [`transfer`] | demand, background push, and the tasks that do them |
+//! | [`privileges`] | what is given up after set-up |
 //! | [`cli`], [`identity_command`], [`report`] | what the operator says and is told |
 
 pub mod adopt;
@@ -34,6 +35,7 @@ pub mod freezer;
 pub mod frozen;
 pub mod guard;
 pub mod hook;
+mod huge;
 pub mod identity_command;
 pub mod image_pages;
 mod iptables_lock;
@@ -43,6 +45,7 @@ pub mod network_lock;
 pub mod offer;
 pub mod packer;
 pub mod pending;
+pub mod privileges;
 pub mod push;
 pub mod push_order;
 pub mod repeats;

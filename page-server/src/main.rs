@@ -7,7 +7,7 @@ use clap::Parser;
 use common::exit::{Failure, SessionError};
 use common::{host, logging};
 use nix::unistd::Pid;
-use page_server::cli::{Attach, Cli, Command, Resume, Serve, Thaw};
+use page_server::cli::{Attach, Cli, Command, Resume, Resumption, Serve, Thaw};
 use page_server::report::Record;
 use page_server::{external, guard, hook, identity_command, session, session_command};
 
@@ -65,11 +65,20 @@ fn attach(command: &Attach) -> Result<(), SessionError> {
 }
 
 fn resume(command: &Resume) -> Result<(), SessionError> {
-    let (plan, file) = command.plan()?;
-    let mut record = Record::default();
-    let result = runtime()?.block_on(session::resume(&plan, file, &mut record));
-    write(&[record], command.json.as_deref());
-    result
+    match command.plan()? {
+        Resumption::Ours(left) => {
+            let (plan, file) = *left;
+            let mut record = Record::default();
+            let result = runtime()?.block_on(session::resume(&plan, file, &mut record));
+            write(&[record], command.json.as_deref());
+            result
+        }
+        Resumption::External(plan) => {
+            let (records, result) = runtime()?.block_on(external::run(&plan));
+            write(&records, command.json.as_deref());
+            result
+        }
+    }
 }
 
 fn thaw(command: &Thaw) -> Result<(), SessionError> {

@@ -10,10 +10,17 @@ use common::page::PageRange;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 
+use crate::huge;
+
 /// Content of frozen pages.
 pub trait PageSource: Send + Sync {
     /// Fills `buffer`, which has room for exactly `pages`, with the frozen content of `pages` of `pid`.
     fn read(&self, pid: ImagePid, pages: PageRange, buffer: &mut [u8]) -> Result<(), MemoryError>;
+
+    /// Runs of anonymous memory on huge pages, where that is known.
+    fn huge_areas(&self) -> Vec<(ImagePid, Vec<PageRange>)> {
+        Vec::new()
+    }
 }
 
 /// Why frozen memory cannot be read.
@@ -73,6 +80,13 @@ impl PageSource for FrozenProcesses {
             .mem
             .read_exact_at(buffer, pages.start.addr().0)
             .map_err(|error| MemoryError::Read(pid, pages, error))
+    }
+
+    fn huge_areas(&self) -> Vec<(ImagePid, Vec<PageRange>)> {
+        let processes = self.processes.iter();
+        processes
+            .map(|(image, process)| (*image, huge::areas(process.pid)))
+            .collect()
     }
 }
 

@@ -10,7 +10,7 @@ use common::images::{
     read_processes,
 };
 use common::page::PAGE_SIZE;
-use common::proto::control::WorkloadFacts;
+use common::proto::control::{MoreFacts, WorkloadFacts};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
@@ -139,6 +139,11 @@ impl Offer {
     pub fn book(&self) -> Book {
         Book::of(&self.processes)
     }
+
+    /// The book on what a destination is owed that another program served before us.
+    pub fn book_of_left(&self) -> Book {
+        Book::of_left(&self.processes)
+    }
 }
 
 /// What the images say of the workload; of its CPU they do not say, so it is taken for one like this host's.
@@ -166,7 +171,6 @@ fn facts(
         tcp_established: dumped.tcp_established,
         shell_job: dumped.shell_job,
         // Whoever made the dump looks after these, and CRIU compares the files it restores.
-        container: None,
-        programs: Vec::new(),
+        more: MoreFacts::default(),
     })
 }

@@ -240,6 +240,8 @@ impl Pending {
             let known = received.runs_in(0..slots);
             let known = known.flat_map(|run| process.frames(pid, run)).collect();
             process.sent = received;
+            // What was said before the link was lost once more does not count.
+            process.withheld = PageSet::empty(slots);
             return Some(Recovered {
                 lost: Vec::new(),
                 known,
@@ -282,7 +284,9 @@ impl Pending {
         if forgotten {
             let all = withheld.runs_in(0..slots).flatten();
             let none_came = all.into_iter().all(|slot| !process.sent.contains(slot));
-            process.withheld = withheld;
+            if none_came {
+                process.withheld = withheld;
+            }
             return none_came;
         }
         let mut all = withheld.runs_in(0..slots).flatten();

@@ -18,9 +18,12 @@ use common::host;
 use common::lost::LostPlan;
 use common::operator::{self, Facts};
 use common::proto::control::{Secret, SessionId, ToDestination, ToSource};
+use common::proto::version::V3;
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
-use common::session_file::{Kept, Remembered, SessionFile, Side, SourceSide, Task, boot_id};
+use common::session_file::{
+    FrozenTasks, Kept, Original, Remembered, SessionFile, Side, SourceSide, Task, boot_id,
+};
 use common::stop::StopSignal;
 use tokio::time::sleep;
 
@@ -159,7 +162,8 @@ impl Migration<'_> {
         destination: &mut Destination,
     ) -> Result<(), SessionError> {
         let bulk = destination.bulk.clone();
-        let _files = self.plan.files.serve(bulk, listen.bulk.thread.handle());
+        // Not on the connection's thread: rsync needs what this thread may do.
+        let _files = self.plan.files.serve(bulk);
         self.advise(destination).await?;
         if let Some(path) = self.plan.files.unasked() {
             let text = format!(
@@ -250,10 +254,13 @@ impl Migration<'_> {
         if let Engine::Runc(container) = &self.plan.engine {
             let checked = container.check();
             checked.map_err(|error| self.fail(Failure::Freeze, error))?;
-            facts.container = Some(Box::new(container.facts().clone()));
+            if destination.version < V3 {
+                let text = "the destination's release knows no containers; use the same release on both hosts";
+                return Err(self.fail(Failure::Refused, text));
+            }
+            facts.more.container = Some(Box::new(container.facts().clone()));
         }
-        let advise = ToDestination::Advise(facts);
-        destination.send(self.state(), &advise).await?;
+        destination.advise(self.state(), facts).await?;
         self.expect(destination, ToSource::Ready).await
     }
 
@@ -330,18 +337,23 @@ impl Migration<'_> {
             secret: acquaintance.secret,
             peer_host: acquaintance.host,
             side: Side::Source(SourceSide {
-                root: find(self.plan.workload.root())?,
-                // Of a zombie nothing is frozen.
-                tasks: frozen
-                    .tasks()
-                    .iter()
-                    .filter_map(|pid| Task::find(pid.as_raw()))
-                    .collect(),
-                criu: find(frozen.criu().ok_or_else(gone)?)?,
+                original: Original::Frozen(FrozenTasks {
+                    root: find(self.plan.workload.root())?,
+                    // Of a zombie nothing is frozen.
+                    tasks: frozen
+                        .tasks()
+                        .iter()
+                        .filter_map(|pid| Task::find(pid.as_raw()))
+                        .collect(),
+                    criu: find(frozen.criu().ok_or_else(gone)?)?,
+                    container: self.plan.engine.container_name(),
+                }),
+                version: destination.version,
                 criu_program: self.plan.criu.program().display().to_string(),
                 fault: listen.fault.address(),
                 bulk: listen.bulk.address(),
                 on_thawed: self.plan.on_thawed.clone(),
+                makes_clones: false,
             }),
         };
         let path = self.kept.store().path(&self.id);

@@ -1,16 +1,18 @@
 //! `page-server sessions` and `page-server thaw`.
 
+use std::path::Path;
 use std::time::Duration;
 
 use common::exit::{Failure, SessionError};
 use common::operator::{self, Facts};
 use common::session::State;
-use common::session_file::{Listed, SessionFile, Staleness, Standing, Task};
+use common::session_file::{FrozenTasks, Listed, Original, SessionFile, Staleness, Standing, Task};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::{Instant, sleep};
 
 use crate::adopt::Left;
+use crate::attach::{AttachError, ForeignDump};
 use crate::cli::{Sessions, Thaw};
 
 /// Time a `page-server` has to roll back and end.
@@ -88,7 +90,31 @@ async fn end(program: Task, signal: Signal) -> Result<(), SessionError> {
     Ok(())
 }
 
+/// Somebody else's CRIU lets the tasks go and ends with an error; without it only our stop holds them.
+async fn thaw_foreign(frozen: &FrozenTasks, images: &str) -> Result<(), AttachError> {
+    let images = Path::new(images);
+    match frozen.criu.is_alive() {
+        true => ForeignDump::find_again(frozen, images).await?.thaw().await,
+        false => ForeignDump::thaw_without_criu(frozen, images),
+    }
+}
+
 async fn run_again(file: &SessionFile) -> Result<(), SessionError> {
+    let original = file.source().map(|source| &source.original);
+    let lost = |error: &dyn std::fmt::Display| fail(Failure::Lost, error);
+    match original {
+        Some(Original::Images(images)) => {
+            let text =
+                format!("nothing is frozen: this session is served from the images in {images}");
+            return Err(fail(Failure::BadInput, &text));
+        }
+        Some(Original::Foreign(frozen, images)) => {
+            return thaw_foreign(frozen, images)
+                .await
+                .map_err(|error| lost(&error));
+        }
+        Some(Original::Frozen(_)) | None => {}
+    }
     let left = Left::find(file).map_err(|error| fail(Failure::Lost, &error))?;
     let facts = Facts {
         session: file.id,

@@ -9,6 +9,7 @@ use common::host;
 use common::proto::control::{SessionId, Tally, ToDestination, ToSource};
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
+use common::session_file::{Kept, SessionFile};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
@@ -75,6 +76,17 @@ pub struct Threads {
     pub bulk: Handle,
 }
 
+/// What all visits have in common.
+#[derive(Clone, Debug)]
+pub struct House {
+    /// What destinations come for.
+    pub offer: Arc<Offer>,
+    /// Who drives their connections.
+    pub threads: Threads,
+    /// The signal that asks us to stop.
+    pub stop: watch::Receiver<Option<&'static str>>,
+}
+
 /// A destination's visit.
 #[derive(Debug)]
 pub struct Visit {
@@ -94,6 +106,9 @@ pub struct Visit {
     phases: Phases,
     book: Arc<Book>,
     record: Record,
+    /// What a restart must know, when there is something to restart.
+    file: SessionFile,
+    kept: Kept,
 }
 
 /// What ends a stretch of serving.
@@ -104,13 +119,40 @@ enum Served {
 }
 
 impl Visit {
-    /// The visit of a destination that was welcomed.
+    /// The visit of a destination that was welcomed. `file` is what a restart must know of it.
     pub fn new(
+        caller: (SessionId, Destination),
+        returns: mpsc::Receiver<Destination>,
+        house: House,
+        file: SessionFile,
+        kept: Kept,
+    ) -> Self {
+        let book = house.offer.book();
+        Self::begin(caller, returns, house, (file, kept), book)
+    }
+
+    /// The visit of a destination that another program served before us, and that has come again.
+    pub fn succeed(
+        caller: (SessionId, Destination),
+        returns: mpsc::Receiver<Destination>,
+        house: House,
+        file: SessionFile,
+        kept: Kept,
+    ) -> Self {
+        let book = house.offer.book_of_left();
+        Visit {
+            session: Session::orphaned(),
+            phases: Phases::start(State::Paused),
+            ..Self::begin(caller, returns, house, (file, kept), book)
+        }
+    }
+
+    fn begin(
         (id, destination): (SessionId, Destination),
         returns: mpsc::Receiver<Destination>,
-        offer: Arc<Offer>,
-        threads: Threads,
-        stop: watch::Receiver<Option<&'static str>>,
+        house: House,
+        (file, kept): (SessionFile, Kept),
+        book: Book,
     ) -> Self {
         let record = Record {
             session: id.to_string(),
@@ -120,19 +162,40 @@ impl Visit {
             id,
             destination,
             returns,
-            book: Arc::new(offer.book()),
-            offer,
-            threads,
-            stop,
+            book: Arc::new(book),
+            offer: house.offer,
+            threads: house.threads,
+            stop: house.stop,
             session: Session::default(),
             phases: Phases::start(State::Hello),
             record,
+            file,
+            kept,
         }
     }
 
     /// Serves the destination until its workload is whole.
     pub async fn perform(mut self, hold: Hold) -> (Record, Result<(), SessionError>) {
         let result = self.migrate(hold).await;
+        self.conclude(result).await
+    }
+
+    /// The same for a visit that another program began.
+    pub async fn perform_again(mut self, hold: Hold) -> (Record, Result<(), SessionError>) {
+        let result = match self.settle().await {
+            Ok(Ok(transfer)) => self.serve(hold, Ok(()), transfer).await,
+            Ok(Err(dead)) => Err(self.copy_died(hold, dead).await),
+            Err(error) => Err(keep(&hold, error).await),
+        };
+        self.conclude(result).await
+    }
+
+    async fn conclude(
+        mut self,
+        result: Result<(), SessionError>,
+    ) -> (Record, Result<(), SessionError>) {
+        // Frozen tasks whose end is not decided are kept, and this is not reached.
+        self.kept.end();
         self.record.wire_bytes = WireBytes::of(
             self.destination.control.connection(),
             &self.destination.bulk,
@@ -171,6 +234,7 @@ impl Visit {
             .apply(event)
             .map_err(|error| self.fail(Failure::Internal, error))?;
         self.phases.enter(next);
+        self.kept.enter(next);
         Ok(())
     }
 
@@ -203,8 +267,8 @@ impl Visit {
     /// From the welcome to the point of no return.
     async fn hand_over(&mut self, hold: &Hold) -> Result<Transfer, SessionError> {
         self.advance(Event::Welcomed)?;
-        self.send(ToDestination::Advise(self.offer.facts.clone()))
-            .await?;
+        let facts = self.offer.facts.clone();
+        self.destination.advise(self.state(), facts).await?;
         let skeleton = match self.next(hold).await? {
             ToSource::Ready => self.offer.skeleton(),
             ToSource::ReadyWithImages(theirs) if theirs == self.offer.digest => {
@@ -235,7 +299,18 @@ impl Visit {
             error = transfer.failed() => return Err(SessionError::new(Failure::Freeze, state, error)),
             asked = self.expect(hold, ToSource::CutoverRequest) => asked?,
         }
+        let noted = self.kept.begin(self.file.clone());
+        let no_file = "session file: ";
+        noted.map_err(|error| {
+            self.fail(
+                Failure::Freeze,
+                format!("{no_file}{error}; see --state-dir"),
+            )
+        })?;
         self.advance(Event::CutoverAsked)?;
+        if self.kept.file().map(|file| file.state) != Some(State::Cutover) {
+            return Err(self.fail(Failure::Freeze, format!("{no_file}it cannot be written")));
+        }
         hold.commit();
         Ok(transfer)
     }
@@ -268,10 +343,20 @@ impl Visit {
     }
 
     /// The workload is given away: only the destination decides from here on.
-    async fn postcopy(&mut self, hold: Hold, mut transfer: Transfer) -> Result<(), SessionError> {
+    async fn postcopy(&mut self, hold: Hold, transfer: Transfer) -> Result<(), SessionError> {
         let granted = self.send(ToDestination::CutoverGranted).await;
         self.advance(Event::CutoverGranted)?;
-        let mut link = granted.map_err(|error| error.text);
+        let link = granted.map_err(|error| error.text);
+        self.serve(hold, link, transfer).await
+    }
+
+    /// Serves until nothing is owed any more, over as many links as it takes. An error in `link` is one that was lost.
+    async fn serve(
+        &mut self,
+        hold: Hold,
+        mut link: Result<(), String>,
+        mut transfer: Transfer,
+    ) -> Result<(), SessionError> {
         loop {
             if let Err(text) = link {
                 // Nothing of the old link may be sent while it is settled what has come.
@@ -350,6 +435,11 @@ impl Visit {
             "page-server: link lost ({text}); the memory is kept until the destination comes again"
         );
         self.advance(Event::LinkLost)?;
+        self.settle().await
+    }
+
+    /// Waits for the destination to come again, if it has not, and settles what is owed.
+    async fn settle(&mut self) -> Result<Result<Transfer, SessionError>, SessionError> {
         loop {
             while !self.destination.is_new() {
                 match self.returns.recv().await {

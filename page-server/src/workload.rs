@@ -9,7 +9,7 @@ use common::images::ImagePid;
 use common::limits::MAX_PROGRAM_FILES;
 use common::page::{PAGE_SIZE, bytes_to_pages};
 use common::program_file::ProgramFile;
-use common::proto::control::WorkloadFacts;
+use common::proto::control::{MoreFacts, WorkloadFacts};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
@@ -104,8 +104,10 @@ impl Workload {
             resident_pages: resident.sum(),
             tcp_established,
             shell_job,
-            container: None,
-            programs: self.programs(),
+            more: MoreFacts {
+                container: None,
+                programs: self.programs(),
+            },
         }
     }
 

@@ -93,15 +93,7 @@ pub fn migrate_with(
     identities: Option<&Identities>,
 ) -> Result<BaselineRecord> {
     let _pipes = Sysctl::raise("fs/pipe-max-size", PIPE_BYTES)?;
-    let images = rig.make_folder("baseline-images")?;
-    let run = Run {
-        rig,
-        home,
-        criu,
-        images,
-        identities,
-        started: Instant::now(),
-    };
+    let run = Run::new(rig, home, criu, identities)?;
     run.go(pid).with_context(|| run.errors())
 }
 
@@ -114,10 +106,39 @@ struct Run<'a> {
     started: Instant,
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
+    fn new(
+        rig: &'a Rig,
+        home: &'a BaselineHome,
+        criu: &'a Path,
+        identities: Option<&'a Identities>,
+    ) -> Result<Self> {
+        Ok(Self {
+            rig,
+            home,
+            criu,
+            images: rig.make_folder("baseline-images")?,
+            identities,
+            started: Instant::now(),
+        })
+    }
+
     fn go(&self, pid: Pid) -> Result<BaselineRecord> {
+        let mut restored = self.until_restored(pid)?;
+        restored.daemon.finish()?;
+        restored.dump.finish()?;
+        Ok(BaselineRecord {
+            dumped_us: restored.dumped_us,
+            restored_us: restored.restored_us,
+            total_us: self.elapsed_us(),
+            pid: self.root_of(pid)?,
+        })
+    }
+
+    /// From the frozen tree to the running one, most of whose pages are missing.
+    fn until_restored(&self, pid: Pid) -> Result<Restored> {
         let service = self.rig.service;
-        let mut dump = Background::start("criu dump", self.dump(pid))?;
+        let dump = Background::start("criu dump", self.dump(pid))?;
         let dumped_us = self.elapsed_us();
         let daemon = std::thread::scope(|scope| {
             let daemon = scope.spawn(|| Background::start("criu lazy-pages", self.lazy_pages()));
@@ -127,21 +148,20 @@ impl Run<'_> {
                 .join()
                 .unwrap_or_else(|_| bail!("starting criu lazy-pages panicked"))
         });
-        let mut daemon = daemon?;
+        let daemon = daemon?;
         crate::shell::run(&mut self.restore())?;
         let restored_us = self.elapsed_us();
         self.rig.destination.shell(&service.on_resumed())?;
-        daemon.finish()?;
-        dump.finish()?;
-        let total_us = self.elapsed_us();
-        let pid = task::outer_pid(self.home.init, pid.as_raw())
-            .context("the restored root is not there")?;
-        Ok(BaselineRecord {
+        Ok(Restored {
+            dump,
+            daemon,
             dumped_us,
             restored_us,
-            total_us,
-            pid,
         })
+    }
+
+    fn root_of(&self, pid: Pid) -> Result<Pid> {
+        task::outer_pid(self.home.init, pid.as_raw()).context("the restored root is not there")
     }
 
     fn dump(&self, pid: Pid) -> Command {
@@ -233,7 +253,38 @@ fn tls(identity: Option<&PathBuf>) -> Vec<OsString> {
     arguments
 }
 
+/// A tree that runs while its pages are still on the other host, and both of CRIU's programs.
+struct Restored {
+    dump: Background,
+    daemon: Background,
+    dumped_us: u64,
+    restored_us: u64,
+}
+
+/// A tree whose daemon was killed while it ran; its source's CRIU is killed when this is dropped.
+#[derive(Debug)]
+pub struct Abandoned {
+    _dump: Background,
+    /// The root on the destination.
+    pub pid: Pid,
+}
+
+/// Moves the tree under `pid` as [`migrate`] does, and kills `criu lazy-pages` as soon as the tree runs.
+pub fn lose_the_daemon(rig: &Rig, home: &BaselineHome, criu: &Path, pid: Pid) -> Result<Abandoned> {
+    let _pipes = Sysctl::raise("fs/pipe-max-size", PIPE_BYTES)?;
+    let run = Run::new(rig, home, criu, None)?;
+    let restored = run.until_restored(pid).with_context(|| run.errors())?;
+    let mut daemon = restored.daemon;
+    daemon.child.kill().context("the daemon has ended")?;
+    daemon.child.wait().context("the daemon does not end")?;
+    Ok(Abandoned {
+        _dump: restored.dump,
+        pid: run.root_of(pid)?,
+    })
+}
+
 /// A CRIU command that says when it is ready and goes on.
+#[derive(Debug)]
 struct Background {
     name: &'static str,
     child: Child,

@@ -88,13 +88,28 @@ impl<'a> Orchestrator<'a> {
 
     /// Starts `lazy-restorer lazy-pages` and returns when CRIU may begin.
     pub fn start_lazy_pages(&self) -> Result<Side> {
-        let mut side = self.spawn_lazy_pages(&self.copied)?;
+        self.start_lazy_pages_with(&[])
+    }
+
+    /// The same with more options.
+    pub fn start_lazy_pages_with(&self, options: &[&str]) -> Result<Side> {
+        let mut side = self.spawn_lazy_pages(&self.copied, options)?;
         side.process.wait_for_output(PATIENCE, "ready")?;
         Ok(side)
     }
 
     /// Starts `lazy-restorer lazy-pages` for `images` and does not wait.
-    pub fn spawn_lazy_pages(&self, images: &Path) -> Result<Side> {
+    pub fn spawn_lazy_pages(&self, images: &Path, options: &[&str]) -> Result<Side> {
+        self.spawn_lazy_pages_in(&[], images, options)
+    }
+
+    /// The same in an environment.
+    pub fn spawn_lazy_pages_in(
+        &self,
+        variables: &[(&str, &str)],
+        images: &Path,
+        options: &[&str],
+    ) -> Result<Side> {
         let mut command = self
             .rig
             .destination
@@ -102,11 +117,12 @@ impl<'a> Orchestrator<'a> {
         command.args(["lazy-pages", "--images-dir"]).arg(images);
         command.args(["--from", &format!("{}:{PORT}", self.rig.source.address())]);
         command.arg("--identity").arg(&self.identities.destination);
+        command.args(options).envs(variables.iter().copied());
         Side::start_program(self.rig, "lazy-restorer", &mut command)
     }
 
     /// Starts `lazy-restorer restore` for copy number `copy`, which moves the images as well.
-    pub fn start_restorer(&self, copy: usize) -> Result<Side> {
+    pub fn start_restorer(&self, copy: usize, options: &[&str]) -> Result<Side> {
         let mut command = self
             .rig
             .destination
@@ -114,7 +130,7 @@ impl<'a> Orchestrator<'a> {
         command.args(["restore", "--pidns"]);
         command.args(["--from", &format!("{}:{PORT}", self.rig.source.address())]);
         command.arg("--identity").arg(&self.identities.destination);
-        command.arg("--criu").arg(&self.criu);
+        command.arg("--criu").arg(&self.criu).args(options);
         Side::start_program(self.rig, &format!("lazy-restorer-{copy}"), &mut command)
     }
 

@@ -68,6 +68,28 @@ exec {criu} "$@"
     )
 }
 
+/// Makes a CRIU that waits at `gate` when it is to run its scripts for `action` of `word`, before it runs ours:
+/// the script that is named last is run first.
+pub fn held_at(rig: &Rig, word: &str, action: &str, gate: &Gate) -> Result<PathBuf> {
+    let wait = gate.after(":");
+    let script = make_program(
+        rig.folder().join(format!("script-at-{action}")),
+        &format!("#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" != {action} ] || {{ {wait}; }}\n"),
+    )?;
+    let program = format!(
+        r#"#!/bin/sh
+case " $* " in *" {word} "*) set -- "$@" --action-script {script} ;; esac
+exec {criu} "$@"
+"#,
+        criu = binaries::criu()?.display(),
+        script = script.display(),
+    );
+    make_program(
+        rig.folder().join(format!("criu-held-at-{action}")),
+        &program,
+    )
+}
+
 fn make_program(path: PathBuf, script: &str) -> Result<PathBuf> {
     std::fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
     std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755))

@@ -27,6 +27,8 @@ pub enum Need {
     Postgres,
     /// A program on `PATH`.
     Program(&'static str),
+    /// Transparent huge pages, at least for who asks.
+    HugePages,
     /// That somebody asked for tests that take minutes, with `POSTCOPY_SOAK`.
     Time,
 }
@@ -60,6 +62,12 @@ impl Need {
             }
             Self::Postgres => missing_program("cc"),
             Self::Program(program) => missing_program(program),
+            Self::HugePages => {
+                let enabled =
+                    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+                let none = !enabled.is_ok_and(|modes| !modes.contains("[never]"));
+                none.then(|| "no transparent huge pages".to_owned())
+            }
             Self::Time => std::env::var_os("POSTCOPY_SOAK")
                 .is_none()
                 .then(|| "takes minutes; POSTCOPY_SOAK=1 runs it".to_owned()),
@@ -110,7 +118,8 @@ fn run(test: &Test) -> Result<(), Failed> {
     })
 }
 
-fn show_logs(folder: &Path) {
+/// Shows the ends of all logs in `folder`.
+pub fn show_logs(folder: &Path) {
     let Ok(entries) = std::fs::read_dir(folder) else {
         return;
     };

@@ -22,6 +22,8 @@ const BURIAL: Duration = Duration::from_secs(10);
 /// The state of both hosts before something is done to them.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Snapshot {
+    /// Whose children come and go and are not looked at.
+    forking: Option<Pid>,
     source: HostState,
     destination: HostState,
     mounts: Vec<String>,
@@ -37,9 +39,17 @@ struct HostState {
 }
 
 impl HostState {
-    fn of(host: &Host) -> Result<Self> {
+    fn of(host: &Host, forking: Option<Pid>) -> Result<Self> {
+        let all = processes(host);
+        // Looked for afterwards: a child that has ended since is none of those that stay.
+        let children = forking.map_or_else(Vec::new, task::descendants);
         Ok(Self {
-            processes: processes(host).into_iter().map(Pid::as_raw).collect(),
+            processes: all
+                .into_iter()
+                .filter(|pid| forking.is_none() || task::is_alive(*pid))
+                .filter(|pid| !children.contains(pid))
+                .map(Pid::as_raw)
+                .collect(),
             filter_rules: host.filter_rules()?,
             addresses: host.shell("ip -o addr show scope global | awk '{print $2, $4}' | sort")?,
         })
@@ -63,11 +73,21 @@ fn files_below(folder: &Path) -> Vec<String> {
 impl Snapshot {
     /// Looks at both hosts.
     pub fn take(rig: &Rig) -> Result<Self> {
+        Self::take_all(rig, None)
+    }
+
+    /// Looks at both hosts, but not at the processes that `workload` starts, since it does so all the time.
+    pub fn take_beside(rig: &Rig, workload: Pid) -> Result<Self> {
+        Self::take_all(rig, Some(workload))
+    }
+
+    fn take_all(rig: &Rig, forking: Option<Pid>) -> Result<Self> {
         let mounts = fs::read_to_string("/proc/thread-self/mounts").context("no list of mounts")?;
         let run = fs::read_dir("/run").context("cannot list /run")?;
         Ok(Self {
-            source: HostState::of(&rig.source)?,
-            destination: HostState::of(&rig.destination)?,
+            forking,
+            source: HostState::of(&rig.source, forking)?,
+            destination: HostState::of(&rig.destination, forking)?,
             mounts: mounts.lines().map(str::to_owned).collect(),
             // CRIU's knowledge of the kernel is meant to stay, and so may the directory of session files, but none of them.
             run: run
@@ -85,9 +105,10 @@ impl Snapshot {
 
     /// After a migration that was given up: both hosts must be as they were, and nothing frozen.
     pub fn assert_restored(&self, rig: &Rig) -> Result<()> {
-        let unchanged = || Self::take(rig).is_ok_and(|now| now == *self);
+        let look = || Self::take_all(rig, self.forking);
+        let unchanged = || look().is_ok_and(|now| now == *self);
         let waited = wait_until(BURIAL, "both hosts to be as before", unchanged);
-        waited.with_context(|| format!("before: {self:#?}\nnow: {:#?}", Self::take(rig)))?;
+        waited.with_context(|| format!("before: {self:#?}\nnow: {:#?}", look()))?;
         assert_nothing_frozen(rig)?;
         assert_no_files(rig)
     }

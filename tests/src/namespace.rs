@@ -16,7 +16,8 @@ thread_local! {
     static MOUNTS_ARE_PRIVATE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Gives the calling thread, and everything it starts from now on, mounts of its own with an empty tmpfs on `/run`.
+/// Gives the calling thread, and everything it starts from now on, mounts of its own with an empty tmpfs on `/run`, and
+/// on `/dev/shm`, where the programs keep what they stage: what is left there is this rig's.
 ///
 /// A host's `/run` is a tmpfs, and CRIU keeps what it learnt about the kernel there (`/run/criu.kdat`) only if it is
 /// one; in a container `/run` is often a plain directory, and every CRIU command would probe the kernel anew.
@@ -29,14 +30,11 @@ pub fn make_mounts_private() -> Result<()> {
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
         .context("cannot make mounts private")?;
     keep_inherited_files_to_ourselves();
-    mount(
-        Some("tmpfs"),
-        "/run",
-        Some("tmpfs"),
-        MsFlags::empty(),
-        Some("mode=755"),
-    )
-    .context("cannot mount /run")?;
+    for (path, mode) in [("/run", "mode=755"), ("/dev/shm", "mode=1777")] {
+        let tmpfs = Some("tmpfs");
+        mount(tmpfs, path, tmpfs, MsFlags::empty(), Some(mode))
+            .with_context(|| format!("cannot mount {path}"))?;
+    }
     MOUNTS_ARE_PRIVATE.set(true);
     Ok(())
 }

@@ -34,6 +34,9 @@ pub struct PairPlan {
     pub restorer: Vec<OsString>,
     /// Where the destination finds the source, when that is not the source's own address.
     pub source_seen_at: Option<Ipv4Addr>,
+    /// The init of the PID namespace in which the workload is, when that is not the machine's: `page-server` and its CRIU
+    /// are started in there.
+    pub source_home: Option<Pid>,
     /// The environment of `lazy-restorer`.
     pub restorer_env: Vec<(String, String)>,
     /// Directories that `lazy-restorer` sees in the place of others: what is there, and where.
@@ -66,6 +69,7 @@ impl PairPlan {
             server: vec!["--tcp-established".into()],
             restorer: vec!["--pidns".into()],
             source_seen_at: None,
+            source_home: None,
             restorer_env: Vec::new(),
             destination_mounts: Vec::new(),
             source_criu: criu.clone(),
@@ -107,7 +111,16 @@ impl PairPlan {
     /// Starts `page-server` for `pid` and does not wait.
     pub fn spawn_server(&self, rig: &Rig, pid: Pid) -> Result<Side> {
         let files = SideFiles::make(rig, "page-server")?;
-        let mut command = rig.source.command(binaries::program("page-server")?);
+        let program = binaries::program("page-server")?;
+        let mut command = match self.source_home {
+            None => rig.source.command(program),
+            Some(init) => {
+                let mut command = rig.source.command("nsenter");
+                command.args(["-t", &init.to_string(), "--pid", "--mount", "--"]);
+                command.arg(program);
+                command
+            }
+        };
         command.arg("serve");
         match &self.subject {
             Some(subject) => command.args(subject),
@@ -127,20 +140,10 @@ impl PairPlan {
         Side::start("page-server", files, &mut command)
     }
 
-    /// Starts another `page-server` for the one session the first one left behind, and returns when it listens.
+    /// Starts another `page-server` for the one session the first one left behind, and returns when it listens, or has
+    /// ended because there was nothing left to wait for.
     pub fn resume_server(&self, rig: &Rig, options: &[&str]) -> Result<Side> {
-        let mut files = SideFiles::make(rig, "page-server-2")?;
-        // What the first one left goes away with the second.
-        files.temporary = rig.make_folder("page-server-tmp")?;
-        let mut command = rig.source.command(binaries::program("page-server")?);
-        command
-            .args(["resume", "--session", &session_of(rig, "source")?])
-            .arg("--json")
-            .arg(&files.json)
-            .args(options);
-        let mut side = Side::start("page-server-2", files, &mut command)?;
-        side.process.wait_for_output(PATIENCE, "listening on")?;
-        Ok(side)
+        resume_server(rig, &session_of(rig, "source")?, options)
     }
 
     /// `lazy-restorer` on the destination, in a mount namespace of its own when it is to see other directories.
@@ -163,16 +166,7 @@ impl PairPlan {
 
     /// Starts another `lazy-restorer` for the one session the first one left behind.
     pub fn resume_restorer(&self, rig: &Rig, options: &[&str]) -> Result<Side> {
-        let mut files = SideFiles::make(rig, "lazy-restorer-2")?;
-        // What the first one left goes away with the second.
-        files.temporary = rig.make_folder("lazy-restorer-tmp")?;
-        let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
-        command
-            .args(["resume", "--session", &session_of(rig, "destination")?])
-            .arg("--json")
-            .arg(&files.json)
-            .args(options);
-        Side::start("lazy-restorer-2", files, &mut command)
+        resume_restorer(rig, &session_of(rig, "destination")?, options)
     }
 
     /// Starts `lazy-restorer`.
@@ -218,6 +212,38 @@ impl PairPlan {
             total,
         })
     }
+}
+
+/// Starts another `page-server` for a session that was left behind, and returns when it listens.
+pub fn resume_server(rig: &Rig, session: &str, options: &[&str]) -> Result<Side> {
+    let mut files = SideFiles::make(rig, "page-server-2")?;
+    // What the first one left goes away with the second.
+    files.temporary = rig.make_folder("page-server-tmp")?;
+    let mut command = rig.source.command(binaries::program("page-server")?);
+    command
+        .args(["resume", "--session", session])
+        .arg("--json")
+        .arg(&files.json)
+        .args(options);
+    let mut side = Side::start("page-server-2", files, &mut command)?;
+    wait_until(PATIENCE, "the successor to listen", || {
+        !side.process.is_running() || side.process.stdout().contains("listening on")
+    })?;
+    Ok(side)
+}
+
+/// Starts another `lazy-restorer` for a session that was left behind.
+pub fn resume_restorer(rig: &Rig, session: &str, options: &[&str]) -> Result<Side> {
+    let mut files = SideFiles::make(rig, "lazy-restorer-2")?;
+    // What the first one left goes away with the second.
+    files.temporary = rig.make_folder("lazy-restorer-tmp")?;
+    let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
+    command
+        .args(["resume", "--session", session])
+        .arg("--json")
+        .arg(&files.json)
+        .args(options);
+    Side::start("lazy-restorer-2", files, &mut command)
 }
 
 /// The name of the one session of `role` on this rig.

@@ -12,6 +12,9 @@ use nix::unistd::Pid;
 use crate::task;
 use crate::wait::{wait_for, wait_until};
 
+/// The kernel takes a moment to bury a killed process.
+const BURIAL: Duration = Duration::from_secs(3);
+
 /// A running process with its output in files; killed with all it started when dropped.
 #[derive(Debug)]
 pub struct Process {
@@ -114,7 +117,9 @@ impl Process {
             let _ = kill(pid, Signal::SIGKILL);
         }
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        // One that a tracer holds is not buried before the tracer is gone, which the rig's warden sees to.
+        let child = &mut self.child;
+        let _ = wait_for(BURIAL, "its end", || child.try_wait().ok().flatten());
     }
 }
 

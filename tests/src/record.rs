@@ -49,6 +49,16 @@ pub struct Pushed {
     pub referred: u64,
 }
 
+/// Huge pages, as the destination counts them.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct HugePages {
+    /// Huge on the source.
+    pub wanted: u64,
+    /// Huge on the destination, too.
+    pub made: u64,
+}
+
 /// Bytes on the wire, as the source counts them.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -115,6 +125,8 @@ pub struct Record {
     pub pages: Pages,
     /// Bytes of the skeleton, with everything that is not lazy in it.
     pub skeleton_bytes: u64,
+    /// Huge pages asked for again.
+    pub huge_pages: HugePages,
     /// Bytes of shared memory in it.
     pub shared_bytes: u64,
     /// How pushed pages were carried.

@@ -80,6 +80,11 @@ impl Rig {
         Ok(rig)
     }
 
+    /// The destination becomes the source, and the source the destination.
+    pub fn turn_round(&mut self) {
+        std::mem::swap(&mut self.source, &mut self.destination);
+    }
+
     /// Makes one more network namespace, with an address of its own on the switch.
     pub fn plug_in(&self, role: &str, number: u8) -> Result<Host> {
         let name = format!("{}-{role}", self.switch);

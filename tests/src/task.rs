@@ -121,7 +121,8 @@ fn inode(path: &PathBuf) -> Option<u64> {
     fs::metadata(path).ok().map(|metadata| metadata.st_ino())
 }
 
-fn threads(pid: Pid) -> Vec<i32> {
+/// The process's threads.
+pub fn threads(pid: Pid) -> Vec<i32> {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else {
         return Vec::new();
     };

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
-use tests::exit_code::{BAD_INPUT, IDENTITY, NOT_PERMITTED, REFUSED};
+use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, IDENTITY, NOT_PERMITTED, REFUSED};
 use tests::failure::{Bystander, expect_failure};
 use tests::harness::{self, Body, MIGRATION, REDIS_MIGRATION, Test};
 use tests::pair::{PORT, PairPlan, Side};
@@ -26,12 +26,16 @@ fn main() -> ExitCode {
         ("a_damaged_identity", a_damaged_identity),
         ("userfaultfd_is_not_permitted", userfaultfd_is_not_permitted),
     ];
-    let with_redis: [(&'static str, Body); 5] = [
+    let with_redis: [(&'static str, Body); 6] = [
         ("not_root_on_the_source", not_root_on_the_source),
         ("not_root_on_the_destination", not_root_on_the_destination),
         ("an_expired_certificate", an_expired_certificate),
         ("a_version_from_the_future", a_version_from_the_future),
         ("a_wrong_token", a_wrong_token),
+        (
+            "what_an_older_release_does_not_know",
+            what_an_older_release_does_not_know,
+        ),
     ];
     let alone = alone.map(|(name, body)| Test {
         name,
@@ -185,6 +189,23 @@ fn a_version_from_the_future(rig: &Rig) -> Result<()> {
     );
     server.terminate()?;
     bystander.assert_unharmed(rig)
+}
+
+/// Whoever agreed on version 2 is not sent what came later, and says so before anything is frozen.
+fn what_an_older_release_does_not_know(rig: &Rig) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let mut plan = PairPlan::new(rig)?;
+    plan.restorer_env
+        .push(("POSTCOPY_OFFER_VERSIONS".to_owned(), "1,2".to_owned()));
+    let tree = rig.make_folder("tree")?;
+    plan.restorer.extend(["--sync".into(), tree.into()]);
+    let mut server = plan.start_server(rig, bystander.redis.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    expect_failure(&mut restorer, REFUSED, &["advise", "sends no files"])?;
+    expect_failure(&mut server, ABORTED_BY_PEER, &["advise", "sends no files"])?;
+    plan.restorer.truncate(plan.restorer.len() - 2);
+    // Everything else works as it did.
+    bystander.assert_movable(rig, &plan)
 }
 
 /// The token protects the workload from every other destination with a good certificate, and lets the right one in.

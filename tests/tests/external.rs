@@ -3,14 +3,21 @@
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tests::binaries;
 use tests::criu_baseline::BaselineHome;
 use tests::external::Orchestrator;
 use tests::harness::{self, MIGRATION, Need, Test};
-use tests::pair::PATIENCE;
+use tests::pair::{PATIENCE, Side, resume_restorer, resume_server, session_of, sessions};
+use tests::process::Process;
 use tests::random::seed_of_this_run;
 use tests::rig::Rig;
+use tests::shell;
+use tests::task;
 use tests::torture::{Torture, TorturePlan};
+use tests::wait::wait_until;
 use tests::warm::WarmCopies;
 
 const CLONE: &[Need] = &[Need::Namespaces, Need::Criu, Need::Program("python3")];
@@ -41,6 +48,26 @@ fn main() -> ExitCode {
             name: "images_of_another_dump_are_refused",
             needs: MIGRATION,
             body: images_of_another_dump_are_refused,
+        },
+        Test {
+            name: "both_programs_of_a_foreign_dump_are_succeeded",
+            needs: MIGRATION,
+            body: both_programs_of_a_foreign_dump_are_succeeded,
+        },
+        Test {
+            name: "a_foreign_dump_is_thawed_by_force",
+            needs: MIGRATION,
+            body: a_foreign_dump_is_thawed_by_force,
+        },
+        Test {
+            name: "the_programs_of_clones_are_succeeded",
+            needs: CLONE,
+            body: the_programs_of_clones_are_succeeded,
+        },
+        Test {
+            name: "an_older_source_is_refused",
+            needs: MIGRATION,
+            body: an_older_source_is_refused,
         },
         Test {
             name: "one_frozen_process_becomes_three",
@@ -157,7 +184,7 @@ fn images_of_another_dump_are_refused(rig: &Rig) -> Result<()> {
     *changed.last_mut().expect("not empty") ^= 1;
     std::fs::write(&inventory, changed)?;
     let mut server = second.start_server(&["serve"])?;
-    let mut daemon = second.spawn_lazy_pages(&second.copied)?;
+    let mut daemon = second.spawn_lazy_pages(&second.copied, &[])?;
     let ended = daemon.end()?;
     ensure!(!ended.success(), "images of another dump were accepted");
     let line = daemon.error_line()?;
@@ -172,13 +199,165 @@ fn one_dump_becomes_three_processes(rig: &Rig) -> Result<()> {
     let orchestrator = Orchestrator::new(rig)?;
     orchestrator.dump(warm.pid())?;
     let mut server = orchestrator.start_server(&["serve", "--fan-out", &COPIES.to_string()])?;
-    let restorers = (0..COPIES).map(|copy| orchestrator.start_restorer(copy));
+    let restorers = (0..COPIES).map(|copy| orchestrator.start_restorer(copy, &[]));
     let mut restorers = restorers.collect::<Result<Vec<_>>>()?;
     for restorer in &mut restorers {
         restorer.expect_success()?;
     }
     server.expect_success()?;
     warm.finish(COPIES)
+}
+
+/// A restored workload most of whose memory is on the source.
+struct HalfWay<'a> {
+    torture: Torture,
+    dump: Process,
+    server: Side,
+    daemon: Side,
+    _orchestrator: Orchestrator<'a>,
+    copy: Pid,
+    _home: BaselineHome,
+}
+
+fn half_way(rig: &Rig) -> Result<HalfWay<'_>> {
+    let torture = start_torture(rig)?;
+    let orchestrator = Orchestrator::new(rig)?;
+    let home = BaselineHome::new(rig)?;
+    let dump = orchestrator.start_lazy_dump(torture.pid())?;
+    let pid = torture.pid().to_string();
+    let server = orchestrator.start_server(&["attach", "--pid", &pid])?;
+    orchestrator.copy_images()?;
+    let daemon = orchestrator.start_lazy_pages_with(&["--no-push"])?;
+    let copy = orchestrator.restore(&home, torture.pid())?;
+    torture.wait_for_rounds(1)?;
+    Ok(HalfWay {
+        torture,
+        dump,
+        server,
+        daemon,
+        _orchestrator: orchestrator,
+        copy,
+        _home: home,
+    })
+}
+
+fn kill_side(side: &mut Side) -> Result<()> {
+    kill(side.process.pid(), Signal::SIGKILL)?;
+    side.end().map(drop)
+}
+
+/// Both programs are killed, twice; CRIU's dump waits for the end.
+fn both_programs_of_a_foreign_dump_are_succeeded(rig: &Rig) -> Result<()> {
+    let mut half_way = half_way(rig)?;
+    let (mut server, mut daemon) = (half_way.server, half_way.daemon);
+    for options in [&["--no-push"][..], &[]] {
+        kill_side(&mut daemon)?;
+        kill_side(&mut server)?;
+        ensure!(task::is_frozen(half_way.torture.pid()), "the original runs");
+        for role in ["source", "destination"] {
+            let listed = sessions(rig, role)?;
+            ensure!(listed[0]["standing"] == "orphaned", "{listed:?}");
+        }
+        server = resume_server(rig, &session_of(rig, "source")?, &[])?;
+        daemon = resume_restorer(rig, &session_of(rig, "destination")?, options)?;
+        wait_until(PATIENCE, "the ends to meet", || {
+            daemon.process.stderr().contains("reconnected")
+        })?;
+    }
+    daemon.expect_success()?;
+    server.expect_success()?;
+    let ended = half_way.dump.wait(PATIENCE)?;
+    ensure!(
+        ended.success(),
+        "criu dump: {ended}: {}",
+        half_way.dump.stderr()
+    );
+    for role in ["source", "destination"] {
+        ensure!(sessions(rig, role)?.is_empty(), "a session file is left");
+    }
+    half_way.torture.wait_for_rounds(100)?;
+    half_way.torture.finish()
+}
+
+fn a_foreign_dump_is_thawed_by_force(rig: &Rig) -> Result<()> {
+    let mut half_way = half_way(rig)?;
+    let session = session_of(rig, "source")?;
+    let thaw = |force: &[&str]| -> Result<()> {
+        let mut command = rig.source.command(binaries::program("page-server")?);
+        shell::run(command.args(["thaw", "--session", &session]).args(force))?;
+        Ok(())
+    };
+    kill_side(&mut half_way.server)?;
+    kill_side(&mut half_way.daemon)?;
+    for task in [half_way.copy]
+        .into_iter()
+        .chain(task::descendants(half_way.copy))
+    {
+        kill(task, Signal::SIGKILL)?;
+    }
+    let copy = half_way.copy;
+    wait_until(PATIENCE, "the copy to end", || !task::is_alive(copy))?;
+    let refused = thaw(&[]).expect_err("the copy may be running").to_string();
+    ensure!(refused.contains("--i-know-the-copy-is-dead"), "{refused}");
+    thaw(&["--i-know-the-copy-is-dead"])?;
+    let ended = half_way.dump.wait(PATIENCE)?;
+    ensure!(!ended.success(), "criu dump says that it worked");
+    half_way.torture.wait_for_original(100)?;
+    ensure!(
+        sessions(rig, "source")?.is_empty(),
+        "a session file is left"
+    );
+    half_way.torture.finish()
+}
+
+/// Every program is killed; one new `page-server` serves both copies on.
+fn the_programs_of_clones_are_succeeded(rig: &Rig) -> Result<()> {
+    const COPIES: usize = 2;
+    let warm = WarmCopies::start(rig, 32)?;
+    let orchestrator = Orchestrator::new(rig)?;
+    orchestrator.dump(warm.pid())?;
+    let mut server = orchestrator.start_server(&["serve", "--fan-out", &COPIES.to_string()])?;
+    let start = |copy| orchestrator.start_restorer(copy, &["--no-push"]);
+    let mut restorers = (0..COPIES).map(start).collect::<Result<Vec<_>>>()?;
+    wait_until(PATIENCE, "both copies to run", || {
+        let listed = sessions(rig, "source").unwrap_or_default();
+        let running = listed.iter().filter(|one| one["state"] == "postcopy");
+        running.count() == COPIES
+    })?;
+    kill_side(&mut server)?;
+    for restorer in &mut restorers {
+        kill_side(restorer)?;
+    }
+    let left = sessions(rig, "source")?;
+    let first = left[0]["session"].as_str().context("it has a name")?;
+    let mut server = resume_server(rig, first, &[])?;
+    let left = sessions(rig, "destination")?;
+    ensure!(left.len() == COPIES, "{left:?}");
+    for session in &left {
+        let id = session["session"].as_str().context("it has a name")?;
+        resume_restorer(rig, id, &[])?.expect_success()?;
+    }
+    server.expect_success()?;
+    for role in ["source", "destination"] {
+        ensure!(sessions(rig, role)?.is_empty(), "a session file is left");
+    }
+    warm.finish(COPIES)
+}
+
+/// One that sends its images always.
+fn an_older_source_is_refused(rig: &Rig) -> Result<()> {
+    let torture = start_torture(rig)?;
+    let orchestrator = Orchestrator::new(rig)?;
+    orchestrator.dump(torture.pid())?;
+    let mut server = orchestrator.start_server(&["serve"])?;
+    orchestrator.copy_images()?;
+    let versions = [("POSTCOPY_OFFER_VERSIONS", "1,2")];
+    let mut daemon = orchestrator.spawn_lazy_pages_in(&versions, &orchestrator.copied, &[])?;
+    ensure!(!daemon.end()?.success(), "it went on");
+    let line = daemon.error_line()?;
+    ensure!(line.contains("sends its images always"), "{line}");
+    ensure!(!server.end()?.success(), "page-server served it");
+    Ok(())
 }
 
 fn one_frozen_process_becomes_three(rig: &Rig) -> Result<()> {
@@ -203,7 +382,7 @@ fn clone_frozen(rig: &Rig, options: &[&str]) -> Result<(WarmCopies, bool)> {
     let (pid, copies) = (warm.pid().to_string(), COPIES.to_string());
     let attach = ["attach", "--pid", &pid, "--fan-out", &copies];
     let mut server = orchestrator.start_server(&[&attach, options].concat())?;
-    let restorers = (0..COPIES).map(|copy| orchestrator.start_restorer(copy));
+    let restorers = (0..COPIES).map(|copy| orchestrator.start_restorer(copy, &[]));
     let mut restorers = restorers.collect::<Result<Vec<_>>>()?;
     for restorer in &mut restorers {
         restorer.expect_success()?;

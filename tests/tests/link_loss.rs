@@ -5,15 +5,19 @@ use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use nix::sys::signal::{Signal, kill};
-use tests::harness::{self, REDIS_MIGRATION, Test};
+use tests::exit_code::ABORTED_BY_PEER;
+use tests::failure::expect_failure;
+use tests::gate::Gate;
+use tests::harness::{self, MIGRATION, REDIS_MIGRATION, Test};
 use tests::host::INTERFACE;
 use tests::leftovers::assert_moved;
-use tests::pair::{PATIENCE, PairPlan, Side};
+use tests::pair::{PATIENCE, PairPlan, Side, sessions};
 use tests::random::seed_of_this_run;
 use tests::redis;
 use tests::redis_client::{ClientPlan, RedisClient};
 use tests::rig::Rig;
 use tests::task;
+use tests::torture::{Torture, TorturePlan};
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
@@ -27,6 +31,11 @@ fn main() -> ExitCode {
             name: "a_killed_restorer_makes_threads_wait",
             needs: REDIS_MIGRATION,
             body: a_killed_restorer_makes_threads_wait,
+        },
+        Test {
+            name: "a_grant_that_never_arrives_is_given_back",
+            needs: MIGRATION,
+            body: a_grant_that_never_arrives_is_given_back,
         },
     ])
 }
@@ -103,4 +112,39 @@ fn a_killed_restorer_makes_threads_wait(rig: &Rig) -> Result<()> {
         "the client read something else than was written: {ended}"
     );
     Ok(())
+}
+
+/// The source gives the workload away, and nothing that it says arrives any more. The destination kills its copy, which
+/// never ran, after a while, and says so as soon as it can: the source does not wait for an operator.
+fn a_grant_that_never_arrives_is_given_back(rig: &Rig) -> Result<()> {
+    let torture = Torture::start(
+        rig,
+        TorturePlan {
+            mib: 16,
+            seed: seed_of_this_run(),
+            ..TorturePlan::default()
+        },
+    )?;
+    let gate = Gate::new(rig, "before-the-grant")?;
+    let mut plan = PairPlan::new(rig)?;
+    plan.before_restore = gate.after(&plan.before_restore);
+    let mut server = plan.start_server(rig, torture.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    gate.wait(PATIENCE)?;
+    let rule = format!("OUTPUT -p udp -d {} -j DROP", rig.destination.address());
+    rig.source.shell(&format!("iptables -w -A {rule}"))?;
+    gate.open()?;
+    wait_for_words(&server, "link lost")?;
+    ensure!(task::is_frozen(torture.pid()), "it was given away and runs");
+    wait_for_words(&restorer, "never ran and is dead")?;
+    let listed = sessions(rig, "destination")?;
+    ensure!(listed[0]["standing"] == "served", "{listed:?}");
+    rig.source.shell(&format!("iptables -w -D {rule}"))?;
+    expect_failure(&mut restorer, ABORTED_BY_PEER, &["the copy here is dead"])?;
+    expect_failure(&mut server, ABORTED_BY_PEER, &["the copy is dead"])?;
+    torture.wait_for_rounds(50)?;
+    for role in ["source", "destination"] {
+        ensure!(sessions(rig, role)?.is_empty(), "a session file is left");
+    }
+    torture.finish()
 }

@@ -7,24 +7,26 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
+use tests::binaries;
 use tests::container::{Container, NAME};
-use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, RESTORE};
+use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, REFUSED, RESTORE};
 use tests::failure::expect_failure;
 use tests::gate::Gate;
 use tests::harness::{self, Body, CONTAINER_MIGRATION, Need, Test};
 use tests::host::Host;
 use tests::leftovers::{Snapshot, assert_moved};
 use tests::namespace;
-use tests::pair::{PATIENCE, PairPlan, Side};
+use tests::pair::{PATIENCE, PairPlan, Side, session_of};
 use tests::random::seed_of_this_run;
 use tests::redis;
 use tests::redis_client::{ClientPlan, RedisClient};
 use tests::rig::Rig;
+use tests::shell;
 use tests::task;
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 12] = [
+    let tests: [(&'static str, Body); 15] = [
         ("a_container_moves", a_container_moves),
         ("a_container_comes_back", a_container_comes_back),
         (
@@ -36,7 +38,19 @@ fn main() -> ExitCode {
             "the_restorer_dies_while_it_is_restored",
             the_restorer_dies_while_it_is_restored,
         ),
+        (
+            "both_programs_of_a_container_are_succeeded",
+            both_programs_of_a_container_are_succeeded,
+        ),
+        (
+            "a_container_is_thawed_by_force",
+            a_container_is_thawed_by_force,
+        ),
         ("what_does_not_run_is_refused", what_does_not_run_is_refused),
+        (
+            "an_older_destination_is_refused",
+            an_older_destination_is_refused,
+        ),
         ("a_taken_name_is_refused", a_taken_name_is_refused),
         ("another_bundle_is_refused", another_bundle_is_refused),
         ("a_missing_bundle_is_refused", a_missing_bundle_is_refused),
@@ -233,6 +247,18 @@ fn what_does_not_run_is_refused(rig: &Rig) -> Result<()> {
     boxed.assert_movable(rig)
 }
 
+/// It would take the container for a process tree.
+fn an_older_destination_is_refused(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 1)?;
+    let mut plan = boxed.plan.clone();
+    plan.restorer_env
+        .push(("POSTCOPY_OFFER_VERSIONS".into(), "1,2".into()));
+    let (mut server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
+    expect_failure(&mut server, REFUSED, &["advise", "no containers"])?;
+    expect_failure(&mut restorer, ABORTED_BY_PEER, &["no containers"])?;
+    boxed.assert_movable(rig)
+}
+
 fn a_taken_name_is_refused(rig: &Rig) -> Result<()> {
     let boxed = Boxed::start(rig, 1)?;
     let place = &boxed.container.destination;
@@ -298,6 +324,83 @@ fn a_missing_bundle_is_refused(rig: &Rig) -> Result<()> {
     let mut restorer = plan.start_restorer(rig)?;
     expect_failure(&mut restorer, BAD_INPUT, &["/nonexistent/config.json"])?;
     boxed.assert_movable(rig)
+}
+
+/// A container that runs on the destination while most of its memory is on the source.
+fn half_way(rig: &Rig, boxed: &Boxed) -> Result<(Side, Side)> {
+    let mut plan = boxed.plan.clone();
+    plan.restorer.push("--no-push".into());
+    let (server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
+    restorer.wait_for_copy()?;
+    boxed.client.wait_for_replies(50)?;
+    Ok((server, restorer))
+}
+
+fn both_programs_of_a_container_are_succeeded(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 48)?;
+    let (mut server, mut restorer) = half_way(rig, &boxed)?;
+    let copy = restorer.restored_pid()?;
+    for options in [&["--no-push"][..], &[]] {
+        for side in [&mut restorer, &mut server] {
+            kill(side.process.pid(), Signal::SIGKILL)?;
+            side.end()?;
+        }
+        server = boxed.plan.resume_server(rig, &[])?;
+        restorer = boxed.plan.resume_restorer(rig, options)?;
+        let said = |words: &str| restorer.process.stderr().contains(words);
+        wait_until(PATIENCE, "the ends to meet", || said("reconnected"))?;
+    }
+    restorer.expect_success()?;
+    server.expect_success()?;
+    boxed.client.wait_for_replies(500)?;
+    ensure!(
+        boxed.container.destination.running()? == copy,
+        "another one"
+    );
+    wait_until(PATIENCE, "the source's runtime to forget it", || {
+        boxed.container.source.state().is_none()
+    })?;
+    assert_moved(rig, copy)?;
+    // It reads every key back.
+    boxed.client.end()?;
+    Ok(())
+}
+
+fn a_container_is_thawed_by_force(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 16)?;
+    let original = boxed.pid()?;
+    let (mut server, mut restorer) = half_way(rig, &boxed)?;
+    for side in [&mut restorer, &mut server] {
+        kill(side.process.pid(), Signal::SIGKILL)?;
+        side.end()?;
+    }
+    boxed
+        .container
+        .destination
+        .runc(&["delete", "--force"], false)?;
+    // Part of it is undone already.
+    rig.destination
+        .shell(&format!("({}) || true", boxed.plan.on_aborted))?;
+    // Its connection belonged to the copy.
+    drop(boxed.client);
+    let mut command = rig.source.command(binaries::program("page-server")?);
+    command.args(["thaw", "--session", &session_of(rig, "source")?]);
+    shell::run(command.arg("--i-know-the-copy-is-dead"))?;
+    ensure!(boxed.container.source.running()? == original, "another one");
+    wait_until(PATIENCE, "the original to run", || {
+        !task::is_frozen(original)
+    })?;
+    // More than it holds already, so that there is something new to ask for.
+    let plan = ClientPlan {
+        mib: 40,
+        seed: seed_of_this_run(),
+        rate: 500,
+    };
+    let address = rig.service.port(redis::PORT);
+    let client = RedisClient::start(rig.client.namespace(), address, plan)?;
+    client.wait_for_replies(100)?;
+    client.end()?;
+    Ok(())
 }
 
 /// A container whose network namespace somebody else made and plugged in, as CNI does, on both hosts.

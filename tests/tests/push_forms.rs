@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
-use tests::harness::{self, MIGRATION, REDIS_MIGRATION, Test};
+use tests::harness::{self, MIGRATION, Need, REDIS_MIGRATION, Test};
+use tests::huge::{Giant, huge_mib};
 use tests::leftovers::assert_moved;
 use tests::pair::{Migration, PairPlan};
 use tests::random::seed_of_this_run;
@@ -30,6 +31,16 @@ fn main() -> ExitCode {
             name: "forked_children_share_their_pages",
             needs: MIGRATION,
             body: forked_children_share_their_pages,
+        },
+        Test {
+            name: "huge_pages_are_huge_again",
+            needs: &[
+                Need::Namespaces,
+                Need::Criu,
+                Need::Program("python3"),
+                Need::HugePages,
+            ],
+            body: huge_pages_are_huge_again,
         },
         Test {
             name: "a_destination_of_version_1_gets_plain_pages",
@@ -68,6 +79,23 @@ fn a_redis_is_compressed_to_less_than_half(rig: &Rig) -> Result<()> {
         "{push:?}"
     );
     Ok(())
+}
+
+fn huge_pages_are_huge_again(rig: &Rig) -> Result<()> {
+    const MIB: u64 = 32;
+    let giant = Giant::start(rig, MIB)?;
+    let before = huge_mib(giant.pid())?;
+    ensure!(before >= MIB / 2, "{before} MiB on huge pages");
+    let migration = PairPlan::new(rig)?.migrate(rig, giant.pid())?;
+    let made = migration.destination.huge_pages;
+    // The kernel may have none left now and then.
+    let after = huge_mib(migration.pid)?;
+    ensure!(
+        made.wanted == before / 2 && after * 2 > before,
+        "{before} MiB on huge pages before, {after} MiB after; {made:?}"
+    );
+    giant.finish()?;
+    assert_moved(rig, migration.pid)
 }
 
 fn a_changing_tree_is_compressed(rig: &Rig) -> Result<()> {

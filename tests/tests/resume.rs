@@ -2,12 +2,21 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use common::proto::control::{Secret, SessionId};
+use common::proto::version::V3;
+use common::session::State;
+use common::session_file::{
+    FrozenTasks, Original, SessionFile, Side as End, SourceSide, Store, Task, boot_id,
+};
 use nix::sys::signal::{Signal, kill};
 use tests::binaries;
+use tests::exit_code::BAD_INPUT;
+use tests::failure::expect_failure;
 use tests::harness::{self, Body, MIGRATION, Test};
 use tests::leftovers::assert_moved;
 use tests::pair::{PATIENCE, PairPlan, Side, session_of, sessions};
+use tests::process::Process;
 use tests::random::seed_of_this_run;
 use tests::rig::Rig;
 use tests::shell;
@@ -16,7 +25,7 @@ use tests::torture::{Torture, TorturePlan};
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 4] = [
+    let tests: [(&'static str, Body); 5] = [
         (
             "a_killed_restorer_is_succeeded",
             a_killed_restorer_is_succeeded,
@@ -29,6 +38,10 @@ fn main() -> ExitCode {
         (
             "the_original_is_thawed_by_force",
             the_original_is_thawed_by_force,
+        ),
+        (
+            "a_stale_session_is_never_acted_on",
+            a_stale_session_is_never_acted_on,
         ),
     ];
     harness::main(tests.map(|(name, body)| Test {
@@ -161,4 +174,73 @@ fn the_original_is_thawed_by_force(rig: &Rig) -> Result<()> {
     );
     drop(plan);
     torture.finish()
+}
+
+/// A session of another boot, and one whose PID is another process's by now: a stopped bystander stays as it is.
+fn a_stale_session_is_never_acted_on(rig: &Rig) -> Result<()> {
+    let plan = PairPlan::new(rig)?;
+    let mut command = rig.source.command("sleep");
+    let bystander = Process::start_detached("bystander", command.arg("1000"))?;
+    kill(bystander.pid(), Signal::SIGSTOP)?;
+    wait_until(PATIENCE, "it to stand still", || {
+        task::is_frozen(bystander.pid())
+    })?;
+    let itself = Task::find(bystander.pid().as_raw()).context("it has ended")?;
+    let another = Task {
+        start: itself.start - 1,
+        ..itself
+    };
+    let here = boot_id().context("no boot id")?;
+    let folder = rig.folder().join("state");
+    let store = Store::of_source(&folder);
+    let cases = [(1, String::from("another"), itself), (2, here, another)];
+    for (id, boot, root) in &cases {
+        store.write(&session(&plan, *id, boot, *root))?;
+    }
+    for (id, _, _) in &cases {
+        let id = SessionId([*id; 16]).to_string();
+        for arguments in [
+            &["resume", "--session", &id][..],
+            &["thaw", "--session", &id, "--i-know-the-copy-is-dead"],
+        ] {
+            let mut command = rig.source.command(binaries::program("page-server")?);
+            command.args(arguments).arg("--state-dir").arg(&folder);
+            let mut side = Side::start_program(rig, "stale", &mut command)?;
+            expect_failure(&mut side, BAD_INPUT, &["page-server: error:", "stale"])?;
+        }
+    }
+    let state = task::state(bystander.pid());
+    ensure!(state == Some('T'), "the bystander's state is {state:?}");
+    ensure!(store.list()?.len() == 2, "a file is gone");
+    Ok(())
+}
+
+fn session(plan: &PairPlan, id: u8, boot: &str, root: Task) -> SessionFile {
+    let nowhere = "127.0.0.1:1".parse().expect("an address");
+    SessionFile {
+        id: SessionId([id; 16]),
+        state: State::Postcopy,
+        boot: boot.to_owned(),
+        program: Task { pid: 1, start: 1 },
+        directory: String::from("/nonexistent"),
+        identity: plan.identities.source.display().to_string(),
+        accept: Vec::new(),
+        mtu: None,
+        secret: Secret([id; 32]),
+        peer_host: String::from("b"),
+        side: End::Source(SourceSide {
+            original: Original::Frozen(FrozenTasks {
+                root,
+                tasks: vec![root],
+                criu: Task { pid: 1, start: 1 },
+                container: None,
+            }),
+            version: V3,
+            criu_program: String::from("criu"),
+            fault: nowhere,
+            bulk: nowhere,
+            on_thawed: None,
+            makes_clones: false,
+        }),
+    }
 }

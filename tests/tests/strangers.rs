@@ -6,6 +6,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
 use tests::exit_code::{CONNECTION, REFUSED};
 use tests::failure::{Bystander, expect_failure};
 use tests::gate::Gate;
@@ -25,7 +26,17 @@ fn main() -> ExitCode {
         ("a_token_of_an_earlier_run", a_token_of_an_earlier_run),
         ("a_second_destination", a_second_destination),
     ];
-    let with_torture: [(&'static str, Body); 1] = [("a_flood_of_strangers", a_flood_of_strangers)];
+    let with_torture: [(&'static str, Body); 3] = [
+        ("a_flood_of_strangers", a_flood_of_strangers),
+        (
+            "a_second_destination_after_the_cutover",
+            a_second_destination_after_the_cutover,
+        ),
+        (
+            "silent_strangers_keep_nobody_out",
+            silent_strangers_keep_nobody_out,
+        ),
+    ];
     let test = |needs| move |(name, body)| Test { name, needs, body };
     let with_redis = with_redis.map(test(REDIS_MIGRATION));
     harness::main(
@@ -151,5 +162,67 @@ fn a_flood_of_strangers(rig: &Rig) -> Result<()> {
     flood.kill();
     torture.wait_for_rounds(200)?;
     assert_moved(rig, restorer.restored_pid()?).context("after the flood")?;
+    torture.finish()
+}
+
+/// A migration whose tasks run on the destination while most of their memory is on the source.
+fn half_way(rig: &Rig) -> Result<(Torture, PairPlan, Side, Side)> {
+    let torture = Torture::start(
+        rig,
+        TorturePlan {
+            mib: 32,
+            threads: 2,
+            seed: seed_of_this_run(),
+            ..TorturePlan::default()
+        },
+    )?;
+    let plan = PairPlan::new(rig)?;
+    let mut slow = plan.clone();
+    slow.restorer.push("--no-push".into());
+    let server = slow.start_server(rig, torture.pid())?;
+    let mut restorer = slow.start_restorer(rig)?;
+    restorer.wait_for_copy()?;
+    torture.wait_for_rounds(1)?;
+    Ok((torture, plan, server, restorer))
+}
+
+/// It has good papers too. It is refused at once, and the copy goes on fetching what it touches.
+fn a_second_destination_after_the_cutover(rig: &Rig) -> Result<()> {
+    let (torture, plan, mut server, mut restorer) = half_way(rig)?;
+    let mut stranger = stranger(rig, &plan.identities.destination, &[])?;
+    expect_failure(&mut stranger, REFUSED, &["another destination"])?;
+    let said = server.process.stderr();
+    ensure!(said.contains("refused a destination"), "{said}");
+    // It compares all of its memory, which it fetches for that, and ends.
+    torture.wait_for_rounds(1)?;
+    torture.finish()?;
+    restorer.expect_success()?;
+    server.expect_success()
+}
+
+/// The destination comes back, although more strangers than the source hears at once have nothing to say to it: were
+/// they heard one after the other, it would wait for each of them.
+fn silent_strangers_keep_nobody_out(rig: &Rig) -> Result<()> {
+    const STRANGERS: &str = "24";
+    let (torture, plan, mut server, mut restorer) = half_way(rig)?;
+    kill(restorer.process.pid(), Signal::SIGKILL)?;
+    restorer.end()?;
+    wait_until(PATIENCE, "the source to notice", || {
+        server.process.stderr().contains("link lost")
+    })?;
+    let mut command = rig.client.command(binaries::program("silent-strangers")?);
+    command
+        .arg(&plan.identities.destination)
+        .arg(format!("{}:{PORT}", rig.source.address()))
+        .arg(STRANGERS);
+    let logs = rig.make_folder("logs")?;
+    let mut strangers = Process::start("silent-strangers", &logs, &mut command)?;
+    strangers.wait_for_output(PATIENCE, "knocking")?;
+    let mut successor = plan.resume_restorer(rig, &[])?;
+    successor.expect_success()?;
+    server.expect_success()?;
+    ensure!(strangers.is_running(), "the strangers ended too early");
+    strangers.kill();
+    torture.wait_for_rounds(50)?;
     torture.finish()
 }

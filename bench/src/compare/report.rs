@@ -102,6 +102,23 @@ impl Report {
         self.across = self.background_over_distance();
     }
 
+    /// Each target that was measured, and over which path.
+    pub fn targets(&self) -> Vec<(String, Target)> {
+        let of = |table: &Comparison| {
+            let targets = table.targets.iter();
+            let named = targets.map(|target| (table.path.clone(), target.clone()));
+            named.collect::<Vec<_>>()
+        };
+        let across = self.across.iter();
+        let across = across.map(|target| ("both".to_owned(), target.clone()));
+        self.tables.iter().flat_map(of).chain(across).collect()
+    }
+
+    /// What did not succeed.
+    pub fn failures(&self) -> &[String] {
+        &self.failures
+    }
+
     /// The rate over a long path by that over a short one which is otherwise the same.
     fn background_over_distance(&self) -> Vec<Target> {
         let mut targets = Vec::new();
@@ -211,6 +228,12 @@ impl Comparison {
                 "cpu",
                 Peer::CriuTls,
                 most(1.0),
+            ),
+            Target::ratio(
+                "total, compression as it pays over none",
+                ours("total"),
+                self.median("total", Peer::OursPlain),
+                most(1.05),
             ),
             Target::value("touches that waited, percent", ours("waits"), most(21.0)),
             Target::value("wire bytes over resident bytes", ours("wire"), most(0.5)),

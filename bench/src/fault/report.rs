@@ -88,6 +88,23 @@ impl Report {
     }
 }
 
+impl Report {
+    /// Each target that was measured, and over which path.
+    pub fn targets(&self) -> Vec<(String, Target)> {
+        let of = |path: &OnePath| {
+            let measured = path.targets.iter().filter(|target| target.is_measured());
+            let named = measured.map(|target| (path.path.clone(), target.clone()));
+            named.collect::<Vec<_>>()
+        };
+        self.paths.iter().flat_map(of).collect()
+    }
+
+    /// What did not succeed.
+    pub fn failures(&self) -> &[String] {
+        &self.failures
+    }
+}
+
 impl OnePath {
     fn of(spec: &PathSpec, runs: &[Run], bares: &[(String, Bare)]) -> Self {
         let path = spec.to_string();

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::container::ContainerFacts;
 use crate::images::{ImagePid, ImagesDigest};
 use crate::program_file::ProgramFile;
+use crate::proto::version::{V1, V3};
 use crate::session::State;
 
 /// Identifies one migration in logs, session files and when reconnecting.
@@ -95,10 +96,31 @@ pub enum ToSource {
     Present(Present),
     /// The whole present map was sent.
     PresentEnd,
-    /// Part of what of one process was confirmed never to come, after [`Resume`]; the words of a bitmap too.
+    /// Part of what of one process was confirmed never to come, after [`Resume`]; the words of a bitmap too. From
+    /// [`V3`] on.
     Withheld(Present),
-    /// All checks passed, and the images of this dump are here already: only memory is needed. In place of `Ready`.
+    /// All checks passed, and the images of this dump are here already: only memory is needed. In place of `Ready`. From
+    /// [`V3`] on.
     ReadyWithImages(ImagesDigest),
+}
+
+impl ToSource {
+    /// The version of the protocol that has this message.
+    pub fn since(&self) -> u16 {
+        match self {
+            ToSource::Withheld(_) | ToSource::ReadyWithImages(_) => V3,
+            ToSource::Hello(_)
+            | ToSource::Ready
+            | ToSource::Staged
+            | ToSource::CutoverRequest
+            | ToSource::Resumed
+            | ToSource::Drained(_)
+            | ToSource::Abort(_)
+            | ToSource::Resume(_)
+            | ToSource::Present(_)
+            | ToSource::PresentEnd => V1,
+        }
+    }
 }
 
 /// Messages of the source to the destination.
@@ -123,6 +145,19 @@ pub enum ToDestination {
         /// The port.
         bulk_port: u16,
     },
+    /// Huge pages of one process, before [`Complete`](Self::Complete); from version 3 on.
+    Huge(HugeAreas),
+    /// More of what is going to move, directly after `Advise`. From [`V3`] on.
+    AdviseMore(MoreFacts),
+}
+
+/// Anonymous memory that lay on huge pages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HugeAreas {
+    /// The process.
+    pub pid: ImagePid,
+    /// First page and number of pages, at most [`MAX_HUGE_PIECE`](crate::limits::MAX_HUGE_PIECE) times.
+    pub areas: Vec<(u64, u64)>,
 }
 
 /// Proves to be the destination of a session that lost its link.
@@ -196,6 +231,14 @@ pub struct WorkloadFacts {
     pub tcp_established: bool,
     /// The workload belongs to a shell's session.
     pub shell_job: bool,
+    /// What the first version does not tell.
+    #[serde(skip)]
+    pub more: MoreFacts,
+}
+
+/// What a destination is told besides [`WorkloadFacts`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoreFacts {
     /// What the container is made of, when the workload is one.
     pub container: Option<Box<ContainerFacts>>,
     /// What the workload has mapped executable.
@@ -238,6 +281,34 @@ pub struct BulkHello {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A destination of the first version reads these bytes; they do not change.
+    #[test]
+    fn the_first_version_is_told_what_it_knows() {
+        let facts = WorkloadFacts {
+            architecture: String::from("a"),
+            kernel: String::from("k"),
+            page_size: 4096,
+            criu: String::from("4"),
+            cpu_features: vec![String::from("f")],
+            pids: vec![7],
+            name: String::from("n"),
+            resident_pages: 1,
+            tcp_established: true,
+            shell_job: false,
+            more: MoreFacts {
+                container: None,
+                programs: vec![ProgramFile {
+                    path: String::from("/p"),
+                    bytes: 1,
+                    digest: 2,
+                }],
+            },
+        };
+        let bytes = postcard::to_extend(&ToDestination::Advise(facts), Vec::new());
+        let expected = b"\x01\x01a\x01k\x80\x20\x014\x01\x01f\x01\x07\x01n\x01\x01\x00";
+        assert_eq!(bytes.expect("small"), expected);
+    }
 
     #[test]
     fn secrets_compare_and_do_not_print() {

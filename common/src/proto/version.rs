@@ -10,7 +10,9 @@ pub const V1: u16 = 1;
 /// on the credit stream in which order it wants them.
 pub const V2: u16 = 2;
 
-/// Answers to requests may come compressed.
+/// The source tells more of the workload (`AdviseMore`: containers, programs) and serves files; a destination may have the
+/// images already (`ReadyWithImages`), and says when it comes again what was promised never to come (`Withheld`).
+/// Answers to requests may come compressed, and the source says which pages were huge.
 pub const V3: u16 = 3;
 
 /// The highest of the offered versions that this build speaks too.
@@ -30,6 +32,7 @@ mod tests {
     fn only_common_versions_are_selected() {
         assert_eq!(select(&[0, V1, 99]), Some(V1));
         assert_eq!(select(&[V1, V2]), Some(V2));
+        assert_eq!(select(&[V3, V1]), Some(V3));
         assert_eq!(select(&[99]), None);
         assert_eq!(select(&[]), None);
     }

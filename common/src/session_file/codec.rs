@@ -6,7 +6,7 @@ use super::SessionFile;
 use crate::limits::{MAX_PROCESSES, MAX_SESSION_FILE_BYTES};
 
 const MAGIC: [u8; 8] = *b"postcopy";
-/// The one version there is. Another one is of another release, which alone may go on with its session.
+/// The version of this release. Another one is of another release, which alone may go on with its session.
 const VERSION: u16 = 2;
 /// Magic, version, length of the body, its hash.
 const HEADER_BYTES: usize = 8 + 2 + 4 + 8;
@@ -83,7 +83,10 @@ pub fn decode(bytes: &[u8]) -> Result<SessionFile, DecodeError> {
     let (file, rest): (SessionFile, _) =
         postcard::take_from_bytes(body).map_err(|_| DecodeError::Malformed)?;
     let tasks = match &file.side {
-        super::Side::Source(source) => source.tasks.len(),
+        super::Side::Source(source) => source
+            .original
+            .frozen()
+            .map_or(0, |frozen| frozen.tasks.len()),
         super::Side::Destination(destination) => destination.tasks.len(),
     };
     if !rest.is_empty() || tasks > MAX_PROCESSES {

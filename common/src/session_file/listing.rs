@@ -56,7 +56,7 @@ impl Listed {
 
 fn root(file: &SessionFile) -> Option<i32> {
     match &file.side {
-        Side::Source(source) => Some(source.root.pid),
+        Side::Source(source) => Some(source.original.frozen()?.root.pid),
         Side::Destination(destination) => Some(destination.root?.pid),
     }
 }

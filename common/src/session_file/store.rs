@@ -276,6 +276,25 @@ mod tests {
     }
 
     #[test]
+    fn a_write_that_fails_leaves_what_was_there() {
+        let (_parent, store) = store();
+        let mut file = source_file();
+        store.write(&file).expect("written");
+        // What a killed program left behind is replaced, and never read.
+        let new = store.path(&file.id).with_extension("new");
+        fs::write(&new, b"half of it").expect("ours");
+        assert_eq!(store.list().expect("readable").len(), 1);
+        let before = file.clone();
+        file.state = State::Paused;
+        store.write(&file).expect("written again");
+        assert!(!new.exists());
+        // A directory in its place cannot be replaced.
+        fs::create_dir(&new).expect("ours");
+        assert!(matches!(store.write(&before), Err(StoreError::Io { .. })));
+        assert_eq!(store.find("07").expect("there"), file);
+    }
+
+    #[test]
     fn a_damaged_file_is_listed_and_the_others_are_still_there() {
         let (_parent, store) = store();
         store.write(&source_file()).expect("written");

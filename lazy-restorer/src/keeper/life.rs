@@ -21,6 +21,7 @@ use super::{MESSAGE_BYTES, Setup, Told, link_of};
 use crate::exits::pidfd_open;
 use crate::gate::GO;
 use crate::journal::Journal;
+use crate::privileges;
 use crate::restore::{Anchor, kill_copy};
 use crate::uffd::UserFault;
 
@@ -42,6 +43,8 @@ fn live(socket: RawFd, parent: Pid) {
     // Signals meant for the group of `lazy-restorer`, as from a terminal, must not end its keeper.
     let _ = setsid();
     let _ = prctl::set_name(c"keeper");
+    // One that may do more than it needs is better than none.
+    let _ = privileges::give_up();
     let mut known = Known::default();
     if known.listen(socket, parent) {
         return;

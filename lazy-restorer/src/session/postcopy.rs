@@ -8,6 +8,7 @@ use common::images::ImagePid;
 use common::limits::{MAX_PRESENT_WORDS, RECONNECT_PAUSE};
 use common::lost::OnLost;
 use common::proto::control::{Abort, Present, ToDestination, ToSource, Welcome};
+use common::proto::version::V3;
 use common::record::unix_us;
 use common::session::Event;
 use common::session_file::Side;
@@ -17,12 +18,16 @@ use tokio::time::{interval, sleep, timeout};
 use super::{EXPLANATION, Migration, gave_up, lost, understood, unexpected};
 use crate::connect::{Source, reconnect};
 use crate::fetch::TransferError;
+use crate::huge::Huge;
 use crate::progress::Progress;
 use crate::resident::{Resident, ResidentError};
 use crate::restore::{kill_copy, kill_tree};
 
 /// Time between two looks at how far the memory has come.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Time the source has to let the original run, with the operator's command before that, and to say so.
+const HEARING: Duration = Duration::from_secs(60);
 
 /// Time to try to tell the source that every page is here; the workload does not need it any more.
 const ACKNOWLEDGEMENT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -69,7 +74,10 @@ impl Migration<'_> {
         self.record.count(&resident.memory);
         let announced = resident.announced.take();
         match whole {
-            Ok(()) => resident.let_go(),
+            Ok(()) => {
+                let huge = resident.let_go();
+                self.make_huge(huge).await;
+            }
             Err(error) if !self.copy_may_run => {
                 resident.abort().await;
                 self.withdraw();
@@ -173,7 +181,7 @@ impl Migration<'_> {
             tracing::warn!(%error, "a restart does not know that the copy is dead");
         }
         if what == OnLost::ThawSource {
-            return Err(self.tell_dead(welcome).await);
+            return Err(self.tell_dead(welcome, None).await);
         }
         self.advance(Event::GaveUp)?;
         Err(self.fail(
@@ -182,8 +190,33 @@ impl Migration<'_> {
         ))
     }
 
-    /// The copy is dead. Tries to tell the source, which then lets the original run, until it is told.
-    pub(super) async fn tell_dead(&mut self, welcome: &Welcome) -> SessionError {
+    /// Says that the copy is dead, and waits until the source has heard it: it lets the original run, and ends.
+    async fn is_told(&self, mut source: Source) -> bool {
+        let abort = ToSource::Abort(Abort {
+            host: host::name(),
+            state: self.state(),
+            text: String::from("the copy is dead"),
+            copy_is_dead: true,
+        });
+        if source.control.send(&abort).await.is_err() {
+            return false;
+        }
+        let answered = match timeout(HEARING, source.control.next()).await {
+            Ok(Err(error)) => !error.is_link_lost(),
+            Ok(Ok(_)) => true,
+            Err(_) => false,
+        };
+        source.close(None).await;
+        answered
+    }
+
+    /// The copy is dead. Tries to tell the source, which then lets the original run, until it is told or `limit` is over.
+    pub(super) async fn tell_dead(
+        &mut self,
+        welcome: &Welcome,
+        limit: Option<Duration>,
+    ) -> SessionError {
+        let began = Instant::now();
         let error = self.fail(
             Failure::Peer,
             "the copy here is dead; the source was told to let the original run",
@@ -192,19 +225,18 @@ impl Migration<'_> {
         loop {
             match reconnect(&self.plan.connect, &self.threads, welcome).await {
                 Ok(source) => {
-                    let abort = Abort {
-                        host: host::name(),
-                        state: self.state(),
-                        text: String::from("the copy is dead"),
-                        copy_is_dead: true,
-                    };
-                    source.close(Some(ToSource::Abort(abort))).await;
-                    return error;
+                    if self.is_told(source).await {
+                        return error;
+                    }
                 }
                 Err(error) if error.failure != Failure::Connection => {
                     return self.fail(Failure::Peer, error.text);
                 }
                 Err(error) => tracing::info!(%error, "not yet"),
+            }
+            if limit.is_some_and(|limit| began.elapsed() > limit) {
+                let text = "the source does not know yet that the copy is dead; `lazy-restorer resume` tells it";
+                return self.fail(Failure::Lost, text);
             }
             tokio::select! {
                 () = sleep(pause) => {}
@@ -242,7 +274,12 @@ impl Migration<'_> {
             for part in parts(pid, &map.received) {
                 self.send(source, &ToSource::Present(part)).await?;
             }
-            for part in parts(pid, &map.withheld) {
+            // An older source keeps that in mind itself; it knows no successors.
+            let withheld: &[u64] = match source.welcome.version {
+                V3.. => &map.withheld,
+                _ => &[],
+            };
+            for part in parts(pid, withheld) {
                 self.send(source, &ToSource::Withheld(part)).await?;
             }
         }
@@ -287,11 +324,30 @@ impl Migration<'_> {
         self.advance(Event::AllPresent)?;
         self.send(source, &ToSource::Drained(memory.tally()))
             .await?;
-        let message = understood(self.state(), source.control.next().await)?;
-        if message != ToDestination::Complete {
-            return Err(unexpected(self.state(), &message));
+        loop {
+            match understood(self.state(), source.control.next().await)? {
+                ToDestination::Complete => break,
+                ToDestination::Huge(areas) if resident.note_huge(&areas) => {}
+                message => return Err(unexpected(self.state(), &message)),
+            }
         }
         self.advance(Event::Agreed)
+    }
+
+    /// The migration is complete; pages that were huge become it again while the workload runs.
+    async fn make_huge(&mut self, huge: Huge) {
+        if !self.plan.huge_pages {
+            return;
+        }
+        tokio::select! {
+            counts = huge.make() => {
+                if counts.wanted > 0 {
+                    tracing::info!(?counts, "huge pages");
+                }
+                self.record.huge_pages = counts;
+            }
+            name = self.stop.wait() => tracing::warn!("stopped by {name}; some pages stay small"),
+        }
     }
 
     /// A restart need not run the operator's command again.
@@ -338,8 +394,9 @@ impl Migration<'_> {
     /// There is no way on. Holds the workload's memory: threads that touch a missing page wait, and never read zeros.
     pub(super) async fn hold(&mut self, error: SessionError, resident: Resident) -> SessionError {
         if resident.memory.counts().owed == 0 {
-            // Whole, only not acknowledged: the workload needs nothing from anyone any more.
-            resident.let_go();
+            // Whole, only not acknowledged: the workload needs nothing from anyone any more, and nobody is to go on.
+            drop(resident.let_go());
+            self.kept.end();
             return error;
         }
         eprintln!(

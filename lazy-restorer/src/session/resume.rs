@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{MigratePlan, Migration, announce};
 use crate::connect::Threads;
-use crate::keeper::{Keeper, Setup, inherit};
+use crate::keeper::{Inheritance, Keeper, Setup, inherit};
 use crate::memory::{Left, Memory};
 use crate::report::Record;
 use crate::resident::{Resident, Successor};
@@ -79,7 +80,7 @@ impl Migration<'_> {
             }
             sleep(PAUSE).await;
         }
-        self.tell_dead(welcome).await
+        self.tell_dead(welcome, None).await
     }
 
     async fn take_over(
@@ -89,7 +90,8 @@ impl Migration<'_> {
         keeper: Keeper,
     ) -> Result<(), SessionError> {
         self.until_criu_is_gone(side.anchor).await?;
-        let successor = self.inherit(side, keeper)?;
+        let inheritance = self.ask_keeper(side).await?;
+        let successor = self.inherit(side, inheritance, keeper)?;
         let mut resident = Resident::succeed(successor, &self.threads);
         if self.plan.on_resumed.is_some() || !self.plan.addresses.is_empty() {
             let facts = common::operator::Facts {
@@ -116,10 +118,34 @@ impl Migration<'_> {
         result
     }
 
+    /// Asks the keeper of the killed program, which may only just have noticed that it was.
+    async fn ask_keeper(&self, side: &DestinationSide) -> Result<Inheritance, SessionError> {
+        let file = self.kept.file();
+        let file = file.ok_or_else(|| self.fail(Failure::Lost, "no session file"))?;
+        let socket = self.kept.store().socket(&file.id);
+        let deadline = Instant::now() + SETTLE_TIMEOUT;
+        loop {
+            let error = match inherit(&socket) {
+                Ok(inheritance) => return Ok(inheritance),
+                Err(error) => error,
+            };
+            let is_early = matches!(
+                error.kind(),
+                ErrorKind::NotFound | ErrorKind::ConnectionRefused
+            );
+            if !is_early || !side.keeper.is_alive() || Instant::now() > deadline {
+                let text = format!("the keeper does not answer: {error}");
+                return Err(self.fail(Failure::Lost, text));
+            }
+            sleep(PAUSE).await;
+        }
+    }
+
     /// Everything the keeper of the killed program holds becomes ours and our keeper's.
     fn inherit(
         &mut self,
         side: &DestinationSide,
+        mut inheritance: Inheritance,
         mut keeper: Keeper,
     ) -> Result<Successor, SessionError> {
         let fail =
@@ -128,8 +154,6 @@ impl Migration<'_> {
         let directory = PathBuf::from(&file.directory);
         let socket = self.kept.store().socket(&file.id);
         let session = self.kept.store().path(&file.id);
-        let mut inheritance = inherit(&socket)
-            .map_err(|error| fail(&format!("the keeper does not answer: {error}")))?;
         let images = skeleton::processes(&directory.join("images"));
         let images = images.map_err(|error| fail(&error))?;
         let left = Left {
@@ -173,6 +197,7 @@ impl Migration<'_> {
                     puts_away: side.anchor_puts_away,
                 }),
             root: side.root.filter(|task| task.is_alive()).map(pid_of),
+            tasks: side.tasks.clone(),
             directory,
             keeper,
         })

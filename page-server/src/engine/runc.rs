@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use common::container::{Bundle, ContainerError, ContainerFacts, Runtime};
 use common::criu::under_runtime;
+use common::session_file::ContainerName;
 use nix::unistd::Pid;
 use tokio::process::Command;
 
@@ -73,8 +74,27 @@ impl Container {
         })
     }
 
+    /// How its runtime knows it.
+    pub fn name(&self) -> ContainerName {
+        let root = self.runtime.root().map(|root| root.display().to_string());
+        ContainerName {
+            id: self.id.clone(),
+            runtime: self.runtime.program().display().to_string(),
+            root,
+        }
+    }
+
     pub(super) fn delete(&self) -> Result<(), ContainerError> {
         self.runtime.delete(&self.id)
+    }
+}
+
+/// The container's tasks were killed, and not by CRIU: its runtime must hear of it.
+pub fn forget(name: &ContainerName) {
+    let root = name.root.as_deref().map(Path::new);
+    let runtime = Runtime::find(Some(Path::new(&name.runtime)), root);
+    if let Err(error) = runtime.and_then(|runtime| runtime.delete(&name.id)) {
+        tracing::warn!(%error, "the container is gone, but the runtime still lists it");
     }
 }
 

@@ -2,14 +2,16 @@
 
 use std::time::SystemTime;
 
+use common::control::ControlError;
 use common::exit::{Failure, SessionError};
 use common::host;
+use common::limits::MAX_HUGE_PIECE;
 use common::lost::OnLost;
 use common::operator;
-use common::proto::control::{Abort, Tally, ToDestination, ToSource};
+use common::proto::control::{Abort, HugeAreas, Tally, ToDestination, ToSource};
+use common::proto::version;
 use common::record::unix_us;
 use common::session::{Event, State};
-use quinn::Connection;
 use tokio::time::{Instant, sleep_until};
 
 use super::Migration;
@@ -18,7 +20,7 @@ use crate::destination::{self, Acquaintance, Destination, Unsettled, unexpected}
 use crate::frame;
 use crate::framer::Form;
 use crate::frozen::FrozenWorkload;
-use crate::listen::Listen;
+use crate::listen::{Call, Listen};
 use crate::memory::PageSource;
 use crate::pending::Run;
 use crate::push::Push;
@@ -123,7 +125,10 @@ impl Migration<'_> {
                 result
             }
             Found::CopyDead(destination, abort) => {
-                Err(self.copy_died(workload, &destination, &abort).await)
+                let error = self.copy_died(workload, &destination, &abort).await;
+                // It waits to hear that it was understood.
+                destination.control.close().await;
+                Err(error)
             }
             Found::GaveUp => Err(self.gave_up(workload).await),
         }
@@ -144,9 +149,9 @@ impl Migration<'_> {
                     let error = self.fail(Failure::Lost, error);
                     return Err(self.hold(error).await);
                 }
-                Some(connection) = listen.fault.next() => {
+                Some(call) = listen.fault.next() => {
                     // Only a destination that lost its link earlier than we did has a reason to come.
-                    match self.readmit(listen, connection, &destination.acquaintance()).await {
+                    match self.readmit(listen, call, &destination.acquaintance()).await {
                         Some(again) => {
                             let text = String::from("the destination came again");
                             return Ok(Served::LinkLost(text, Some(again)));
@@ -183,11 +188,11 @@ impl Migration<'_> {
     async fn readmit(
         &self,
         listen: &mut Listen,
-        connection: Connection,
+        call: Call,
         known: &Acquaintance,
     ) -> Option<Destination> {
-        let peer = connection.remote_address();
-        match destination::readmit(listen, connection, self.id, known).await {
+        let peer = call.control.peer();
+        match destination::readmit(listen, call, self.id, known).await {
             Ok(again) => Some(again),
             Err(reason) => {
                 tracing::warn!(%peer, reason, "refused a destination");
@@ -256,8 +261,8 @@ impl Migration<'_> {
     ) -> Option<Destination> {
         loop {
             tokio::select! {
-                Some(connection) = listen.fault.next() => {
-                    if let Some(again) = self.readmit(listen, connection, known).await {
+                Some(call) = listen.fault.next() => {
+                    if let Some(again) = self.readmit(listen, call, known).await {
                         return Some(again);
                     }
                 }
@@ -362,7 +367,9 @@ impl Migration<'_> {
             let error = self.fail(Failure::Lost, text);
             return Err(self.hold(error).await);
         }
-        let told = destination.control.send(&ToDestination::Complete).await;
+        // Written before it is said: a destination that heard it never comes again, and a restart must not wait for it.
+        self.kept.enter(State::Complete);
+        let told = tell_whole(destination, workload.source.as_ref()).await;
         Ok(told.map_err(|error| error.to_string()))
     }
 
@@ -404,6 +411,24 @@ fn serve_again(
     transfer
 }
 
+/// Says that nothing is owed any more, and before that what only matters then.
+async fn tell_whole(
+    destination: &mut Destination,
+    source: &dyn PageSource,
+) -> Result<(), ControlError> {
+    if destination.version >= version::V3 {
+        for (pid, areas) in source.huge_areas() {
+            for piece in areas.chunks(MAX_HUGE_PIECE) {
+                let areas = piece.iter().map(|pages| (pages.start.0, pages.count));
+                let areas = areas.collect();
+                let message = ToDestination::Huge(HugeAreas { pid, areas });
+                destination.control.send(&message).await?;
+            }
+        }
+    }
+    destination.control.send(&ToDestination::Complete).await
+}
+
 /// Learns what the destination has, and owes it the rest.
 pub(crate) async fn settle(
     destination: &mut Destination,
@@ -411,7 +436,7 @@ pub(crate) async fn settle(
     source: &dyn PageSource,
 ) -> Result<(), Unsettled> {
     let nonsense = || Unsettled::Lost(String::from("it claims pages that it cannot have"));
-    let present = destination.present().await?;
+    let present = destination.present(book.slots()).await?;
     let (mut lost, mut known) = (0_u64, 0_u64);
     for (pid, words) in present.received {
         let recovered = book.recover(pid, words).ok_or_else(nonsense)?;

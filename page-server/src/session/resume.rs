@@ -7,7 +7,7 @@ use common::session_file::{Kept, SessionFile, Task};
 use common::stop::StopSignal;
 
 use super::{Migration, ServePlan};
-use crate::adopt::Left;
+use crate::adopt::{Left, LeftError};
 use crate::destination::Acquaintance;
 use crate::frozen::FrozenWorkload;
 use crate::listen::Listen;
@@ -21,7 +21,11 @@ pub async fn resume(
 ) -> Result<(), SessionError> {
     let fail =
         |failure, error: &dyn std::fmt::Display| SessionError::new(failure, State::Paused, error);
+    if file.state == State::Complete {
+        return release(plan, file, record).await;
+    }
     let stop = StopSignal::install().map_err(|error| fail(Failure::Internal, &error))?;
+    let version = file.source().map_or(0, |source| source.version);
     let left = Left::find(&file).map_err(|error| fail(Failure::Lost, &error))?;
     let mut listen = Listen::open(&plan.listen).map_err(|error| fail(Failure::BadInput, &error))?;
     let adopted = FrozenWorkload::adopt(left).await;
@@ -31,6 +35,7 @@ pub async fn resume(
     let known = Acquaintance {
         secret: file.secret.clone(),
         host: file.peer_host.clone(),
+        version,
     };
     let mut migration = Migration {
         plan,
@@ -44,6 +49,32 @@ pub async fn resume(
     };
     let result = migration.go_on(&mut listen, &known, workload).await;
     migration.conclude(result)
+}
+
+/// Both ends had agreed that every page is there: nobody comes for the original any more, and it is released.
+async fn release(
+    plan: &ServePlan,
+    file: SessionFile,
+    record: &mut Record,
+) -> Result<(), SessionError> {
+    let fail =
+        |error: &dyn std::fmt::Display| SessionError::new(Failure::Lost, State::Complete, error);
+    match Left::find(&file) {
+        Ok(left) => {
+            let adopted = left.adopt().await.map_err(|error| fail(&error))?;
+            adopted.release().await.map_err(|error| fail(&error))?;
+        }
+        // CRIU has killed it in the meantime.
+        Err(LeftError::Gone(_)) => {}
+        Err(error) => return Err(fail(&error)),
+    }
+    eprintln!(
+        "page-server: the workload is whole on the destination; the frozen original was released"
+    );
+    record.session = file.id.to_string();
+    record.conclude(&Ok(()));
+    Kept::taken_over(plan.remembered.store.clone(), file).end();
+    Ok(())
 }
 
 impl Migration<'_> {

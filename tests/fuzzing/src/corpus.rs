@@ -1,7 +1,8 @@
 //! Good inputs, made by our own encoders: what a fuzzer starts from.
 
+use common::compression::Compressor;
 use common::images::ImagePid;
-use common::page::{PageIndex, PageRange};
+use common::page::{PageIndex, PageRange, pages_to_bytes};
 use common::proto::bulk::BulkHeader;
 use common::proto::control::{
     Abort, BulkHello, Hello, Present, Resume, Secret, SessionId, Tally, ToDestination, ToSource,
@@ -13,7 +14,10 @@ use common::proto::packed::{Body, PackedHeader};
 use common::proto::pages::{DataHeader, DemandReply};
 use common::proto::stream;
 use common::session::State;
-use common::session_file::{SessionFile, Side, SourceSide, Task, encode};
+use common::session_file::{FrozenTasks, Original, SessionFile, Side, SourceSide, Task, encode};
+use lazy_restorer::journal::{Journal, Note};
+use lazy_restorer::resolver::Change;
+use lazy_restorer::touches::Touches;
 use serde::Serialize;
 
 /// A packed frame, which refers to other pages or does not.
@@ -93,8 +97,103 @@ pub fn corpus(target: &str) -> Vec<Vec<u8>> {
             ],
         )],
         "session_file" => vec![encode(&session_file()).expect("it is small")],
+        "packed" => vec![packed_frames()],
+        "skeleton" => vec![skeleton()],
+        "present_map" => vec![present_map()],
+        "journal" => vec![journal()],
+        "touches" => vec![touches()],
         _ => Vec::new(),
     }
+}
+
+/// Two frames: pages that compress, and a page that refers to one of them beside a new one.
+fn packed_frames() -> Vec<u8> {
+    let content: Vec<u8> = (0..pages_to_bytes(4)).map(|at| (at / 700) as u8).collect();
+    let mut room = vec![0; content.len()];
+    let mut compressor = Compressor::new().expect("memory");
+    let length = compressor
+        .compress(&content, &mut room)
+        .expect("it shrinks");
+    let first = PackedHeader {
+        pages: pages(4),
+        payload: length as u32,
+        ..packed(0, true)
+    };
+    let second = PackedHeader {
+        pages: pages(3),
+        zero: 0b100,
+        body: Body::Raw,
+        payload: 4 + pages_to_bytes(1) as u32,
+        ..packed(0b010, false)
+    };
+    let body = &content[..pages_to_bytes(1) as usize];
+    [
+        &first.encode()[..],
+        &room[..length],
+        &second.encode(),
+        &2_u32.to_le_bytes(),
+        body,
+    ]
+    .concat()
+}
+
+/// An inventory in two pieces, an empty file and the end.
+fn skeleton() -> Vec<u8> {
+    let inventory = inventory();
+    let (front, back) = inventory.split_at(5);
+    let mut bytes = Vec::new();
+    let pieces = [
+        ("inventory.img", 0, front),
+        ("inventory.img", 5, back),
+        ("fs-1.img", 0, &[]),
+    ];
+    for (name, offset, piece) in pieces {
+        let header = BulkHeader::File {
+            name: name.len() as u8,
+            offset,
+            payload: piece.len() as u32,
+        };
+        bytes.extend(header.encode());
+        bytes.extend(name.as_bytes());
+        bytes.extend(piece);
+    }
+    let end = BulkHeader::SkeletonEnd {
+        files: 2,
+        bytes: inventory.len() as u64,
+    };
+    bytes.extend(end.encode());
+    bytes
+}
+
+/// A successor is told nothing, then something; one that remembers must not be told more than it sent.
+fn present_map() -> Vec<u8> {
+    let part = |words: &[u64]| Present {
+        pid: PID,
+        first_word: 0,
+        words: words.to_vec(),
+    };
+    let nothing = [0_u64; 4];
+    let messages = [
+        ToSource::Present(part(&nothing)),
+        ToSource::Withheld(part(&nothing)),
+        ToSource::PresentEnd,
+        ToSource::Present(part(&nothing)),
+    ];
+    messages.iter().flat_map(framed).collect()
+}
+
+/// A journal into which nothing but its first word and an attached member were noted.
+fn journal() -> Vec<u8> {
+    let mut journal = Journal::new(ImagePid(7)).expect("memory");
+    journal.note(Note::from(Change::Attach));
+    journal.content().expect("our own memory")
+}
+
+fn touches() -> Vec<u8> {
+    let mut touches = Touches::new(vec![PID]);
+    touches.note(PID, pages(3));
+    touches.note(PID, PageRange::new(PageIndex(9), 1));
+    touches.encode()
 }
 
 fn pages(count: u64) -> PageRange {
@@ -169,13 +268,21 @@ fn session_file() -> SessionFile {
         secret: SECRET,
         peer_host: String::from("b"),
         side: Side::Source(SourceSide {
-            root: task,
-            tasks: vec![task; 3],
-            criu: task,
+            original: Original::Foreign(
+                FrozenTasks {
+                    root: task,
+                    tasks: vec![task; 3],
+                    criu: task,
+                    container: None,
+                },
+                String::from("/var/tmp/images"),
+            ),
+            version: 3,
             criu_program: String::from("criu"),
             fault: address,
             bulk: address,
             on_thawed: Some(String::from("true")),
+            makes_clones: false,
         }),
     }
 }

@@ -1,21 +1,37 @@
 //! The functions.
 
 use std::fmt::Debug;
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
 
+use common::images::ImagePid;
 use common::images::{
     parse_core, parse_mm, parse_pagemap, parse_pstree, parse_stored_pages, run_id,
     without_lazy_content, without_network_lock,
 };
+use common::lazy_map::LazyMap;
 use common::limits::{MAX_FRAME_BYTES, MAX_FRAME_PAGES, MAX_LAZY_PAGES, MAX_SKELETON_CHUNK_BYTES};
+use common::page::{PageIndex, PageRange, pages_to_bytes};
 use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader, MAX_NAME_BYTES};
 use common::proto::control::{BulkHello, ToDestination, ToSource};
 use common::proto::credit::{CREDIT_BYTES, CreditFrame, WANTED_BYTES, WantedRun};
 use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
+use common::proto::packed::PackedHeader;
 use common::proto::pages::{DATA_HEADER_BYTES, DemandReply};
 use common::proto::skeleton_name::SkeletonName;
 use common::proto::stream;
 use common::session_file::{decode, encode};
+use lazy_restorer::journal::Journal;
+use lazy_restorer::resolver::Family;
+use lazy_restorer::skeleton::{Folder, stage};
+use lazy_restorer::touches::Touches;
+use lazy_restorer::unpacker::Unpacker;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use page_server::destination::PresentMap;
+use page_server::pending::Pending;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use xxhash_rust::xxh3::xxh3_64;
@@ -90,6 +106,26 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "session_file",
         run: session_file,
+    },
+    Target {
+        name: "packed",
+        run: packed,
+    },
+    Target {
+        name: "skeleton",
+        run: skeleton,
+    },
+    Target {
+        name: "present_map",
+        run: present_map,
+    },
+    Target {
+        name: "journal",
+        run: journal,
+    },
+    Target {
+        name: "touches",
+        run: touches,
     },
 ];
 
@@ -262,6 +298,129 @@ fn session_file(bytes: &[u8]) -> bool {
         sealed[10..14].copy_from_slice(&(body.len() as u32).to_le_bytes());
         sealed[14..22].copy_from_slice(&xxh3_64(body).to_le_bytes());
         let _ = decode(&sealed);
+    }
+    taken
+}
+
+/// Packed frames one after the other, as on a bulk stream: decompressed and referred to.
+fn packed(mut bytes: &[u8]) -> bool {
+    let mut unpacker = Unpacker::new().expect("memory");
+    let mut taken = false;
+    while let Some((header, rest)) = bytes.split_first_chunk::<DATA_HEADER_BYTES>() {
+        let Ok(header) = PackedHeader::decode(header) else {
+            break;
+        };
+        let Some((payload, rest)) = rest.split_at_checked(header.payload as usize) else {
+            break;
+        };
+        let Ok(pages) = unpacker.unpack(&header, payload) else {
+            break;
+        };
+        let there = header.pages.count - u64::from(header.zero.count_ones());
+        assert_eq!(pages.len() as u64, pages_to_bytes(there));
+        (taken, bytes) = (true, rest);
+    }
+    taken
+}
+
+/// A whole skeleton: whatever comes, files are made in its directory only, with names of the closed set.
+fn skeleton(bytes: &[u8]) -> bool {
+    let parent = tempfile::tempdir_in("/dev/shm").expect("a tmpfs");
+    let directory = parent.path().join("images");
+    std::fs::create_dir(&directory).expect("a new directory");
+    let folder = Folder::open(directory.clone()).expect("it was just made");
+    let staged = wait(stage(bytes, folder));
+    let names = |path: &Path| -> Vec<String> {
+        let entries = std::fs::read_dir(path).expect("it is there").flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.collect()
+    };
+    assert_eq!(names(parent.path()), ["images"]);
+    let staged_names = names(&directory);
+    assert!(
+        staged_names
+            .iter()
+            .all(|name| SkeletonName::parse(name).is_some())
+    );
+    if staged.is_ok() {
+        let _ = lazy_restorer::skeleton::processes(&directory);
+    }
+    staged.is_ok()
+}
+
+/// What a destination that came again claims, before and after it is believed: the books stay balanced.
+fn present_map(bytes: &[u8]) -> bool {
+    [false, true].map(|forgotten| claims(bytes, forgotten)) == [true; 2]
+}
+
+fn claims(mut bytes: &[u8], forgotten: bool) -> bool {
+    let pids = [ImagePid(100), ImagePid(101)];
+    let lazy = || LazyMap::new([PageRange::new(PageIndex(0x7f00_0000), 200)]).expect("one range");
+    let mut pending = Pending::new(pids.map(|pid| (pid, lazy())));
+    match forgotten {
+        true => pending.forget(),
+        false => drop(pending.take(pids[0], 0..64, 16)),
+    }
+    let slots = || pids.map(|pid| (pid, 200)).into();
+    let mut map = PresentMap::of(slots());
+    let mut taken = true;
+    wait(async {
+        while let Ok(message) = stream::receive::<ToSource>(&mut bytes).await {
+            taken &= match message {
+                ToSource::Present(part) => map.receive(part).is_ok(),
+                ToSource::Withheld(part) => map.withhold(part).is_ok(),
+                _ => {
+                    let map = std::mem::replace(&mut map, PresentMap::of(slots()));
+                    believe(&mut pending, map)
+                }
+            };
+        }
+    });
+    taken && believe(&mut pending, map)
+}
+
+fn believe(pending: &mut Pending, map: PresentMap) -> bool {
+    let received = map.received.into_iter();
+    let received = received.map(|(pid, words)| pending.recover(pid, words).is_some());
+    let received = received.fold(true, |all, one| all & one);
+    let withheld = map.withheld.into_iter();
+    let withheld = withheld.map(|(pid, words)| pending.recover_withheld(pid, words));
+    let withheld = withheld.fold(true, |all, one| all & one);
+    let tally = pending.tally();
+    assert_eq!(
+        tally.pages + tally.discarded + pending.owed(),
+        pending.lazy_pages()
+    );
+    received & withheld
+}
+
+/// A journal of another program, and what it says done again.
+fn journal(bytes: &[u8]) -> bool {
+    let file = memfd_create("postcopy-journal-7", MFdFlags::MFD_CLOEXEC).expect("memory");
+    let file = File::from(file);
+    // As long as a journal without a checkpoint.
+    file.set_len(1 << 20).expect("memory");
+    file.write_all_at(bytes, 0).expect("memory");
+    let Ok(recovered) = Journal::recover(file.into()) else {
+        return false;
+    };
+    let lazy = LazyMap::new([PageRange::new(PageIndex(0x1000), 64)]).expect("one range");
+    let mut family = Family::new(ImagePid(7), Arc::new(lazy));
+    recovered
+        .notes
+        .iter()
+        .all(|note| family.apply(note.change, &[]))
+}
+
+/// A record of first touches; once more with a checksum that fits.
+fn touches(bytes: &[u8]) -> bool {
+    let taken = Touches::decode(bytes).is_ok_and(|touches| {
+        assert!(Touches::decode(&touches.encode()).is_ok());
+        true
+    });
+    if let Some((body, _)) = bytes.split_last_chunk::<8>() {
+        let sealed = [body, &xxh3_64(body).to_le_bytes()].concat();
+        let _ = Touches::decode(&sealed);
     }
     taken
 }

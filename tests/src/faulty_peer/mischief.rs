@@ -1,5 +1,7 @@
 //! The wrongs: what each scenario makes of a message that passes.
 
+use std::fmt::Debug;
+
 use common::images::ImagePid;
 use common::page::{PAGE_SIZE, PageIndex, PageRange};
 use common::proto::bulk::BulkHeader;
@@ -35,6 +37,10 @@ pub enum Passage<T> {
     Send(Vec<T>),
     /// It stays here, and so does everything behind it.
     Stall,
+    /// It stays here until this program is told to let it go.
+    Hold(T),
+    /// The path is lost at once, or when this has gone on, and comes back.
+    Lose(Option<T>),
     /// The peer is gone at once, without a word.
     Vanish,
 }
@@ -65,10 +71,47 @@ impl Mischief {
         true
     }
 
+    /// What is done to control messages by their kind alone.
+    fn by_kind<T: Debug>(&mut self, message: T) -> Passage<T> {
+        let scenario = self.scenario;
+        let kind = match scenario {
+            Scenario::Holds(kind) | Scenario::LosesBefore(kind) | Scenario::LosesAfter(kind) => {
+                kind
+            }
+            _ => return Passage::Send(vec![message]),
+        };
+        if self.done && !matches!(scenario, Scenario::Holds(_)) {
+            // The path is being lost.
+            return Passage::Stall;
+        }
+        if !kind.is(&message) || !self.strikes(scenario) {
+            return Passage::Send(vec![message]);
+        }
+        match scenario {
+            Scenario::Holds(_) => Passage::Hold(message),
+            Scenario::LosesBefore(_) => Passage::Lose(None),
+            _ => Passage::Lose(Some(message)),
+        }
+    }
+
+    /// Whether it must understand pages.
+    fn is_of_pages(&self) -> bool {
+        !matches!(
+            self.scenario,
+            Scenario::Passes
+                | Scenario::Holds(_)
+                | Scenario::LosesBefore(_)
+                | Scenario::LosesAfter(_)
+        )
+    }
+
     /// A message of the destination.
     pub fn upward(&mut self, mut message: ToSource) -> Passage<ToSource> {
+        let is_of_pages = self.is_of_pages();
         match &mut message {
-            ToSource::Hello(hello) => hello.versions.retain(|version| *version == VERSION),
+            ToSource::Hello(hello) if is_of_pages => {
+                hello.versions.retain(|version| *version == VERSION)
+            }
             ToSource::Staged if self.strikes(Scenario::SpeaksOutOfTurn) => {
                 return Passage::Send(vec![ToSource::Resumed]);
             }
@@ -78,12 +121,12 @@ impl Mischief {
             ToSource::Drained(tally) if self.strikes(Scenario::CountsWrong) => tally.digest ^= 1,
             _ => {}
         }
-        Passage::Send(vec![message])
+        self.by_kind(message)
     }
 
     /// A message of the source.
     pub fn downward(&mut self, message: ToDestination) -> Passage<ToDestination> {
-        Passage::Send(vec![message])
+        self.by_kind(message)
     }
 
     /// A request of the destination.

@@ -4,6 +4,7 @@
 //! everything else it says is what the other real end says. Each [`Scenario`] is one wrong; what the wrongs are is in
 //! `mischief.rs`, and how messages pass in `relay.rs`.
 
+mod message;
 mod mischief;
 mod relay;
 
@@ -12,6 +13,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, kill};
 
 use crate::binaries;
 use crate::identity::Identities;
@@ -19,10 +21,14 @@ use crate::pair::PORT;
 use crate::process::Process;
 use crate::rig::Rig;
 
+pub use message::Message;
 pub use relay::main;
 
 /// The program starts within this.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The signal upon which a held message goes on.
+const LET_GO: Signal = Signal::SIGUSR1;
 
 /// What is done wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,10 +57,19 @@ pub enum Scenario {
     Vanishes,
     /// A destination that counts other pages than came.
     CountsWrong,
+    /// Nothing: everything passes.
+    Passes,
+    /// The first message of this kind stays here until [`FaultyPeer::let_go`].
+    Holds(Message),
+    /// The path is lost before the first message of this kind passes, and comes back.
+    LosesBefore(Message),
+    /// The path is lost when the first message of this kind has passed, and comes back.
+    LosesAfter(Message),
 }
 
 impl Scenario {
-    const ALL: [(Self, &str); 12] = [
+    const ALL: [(Self, &str); 13] = [
+        (Self::Passes, "passes"),
         (Self::Stalls, "stalls"),
         (Self::Replays, "replays"),
         (Self::SendsUnaskedPages, "sends-unasked-pages"),
@@ -70,15 +85,31 @@ impl Scenario {
     ];
 
     /// Its name on the command line.
-    pub fn name(self) -> &'static str {
-        let found = Self::ALL.iter().find(|(scenario, _)| *scenario == self);
-        found.map_or("", |(_, name)| name)
+    pub fn name(self) -> String {
+        match self {
+            Self::Holds(message) => format!("holds:{message}"),
+            Self::LosesBefore(message) => format!("loses-before:{message}"),
+            Self::LosesAfter(message) => format!("loses-after:{message}"),
+            plain => {
+                let found = Self::ALL.iter().find(|(scenario, _)| *scenario == plain);
+                found.map_or_else(String::new, |(_, name)| (*name).to_owned())
+            }
+        }
     }
 
     /// The scenario of that name.
     pub fn named(name: &str) -> Option<Self> {
-        let found = Self::ALL.iter().find(|(_, its_name)| *its_name == name);
-        found.map(|(scenario, _)| *scenario)
+        let Some((wrong, message)) = name.split_once(':') else {
+            let found = Self::ALL.iter().find(|(_, its_name)| *its_name == name);
+            return found.map(|(scenario, _)| *scenario);
+        };
+        let message = Message::named(message)?;
+        match wrong {
+            "holds" => Some(Self::Holds(message)),
+            "loses-before" => Some(Self::LosesBefore(message)),
+            "loses-after" => Some(Self::LosesAfter(message)),
+            _ => None,
+        }
     }
 }
 
@@ -114,6 +145,11 @@ impl FaultyPeer {
     pub fn is_guilty(&self) -> bool {
         self.process.stdout().contains("guilty")
     }
+
+    /// Lets the message go that is held.
+    pub fn let_go(&self) -> Result<()> {
+        kill(self.process.pid(), LET_GO).context("the peer is gone")
+    }
 }
 
 /// What the program is told.
@@ -133,7 +169,8 @@ impl Orders {
         };
         let identity = |dir: &str| common::identity::Identity::load(Path::new(dir));
         Ok(Self {
-            scenario: Scenario::named(scenario).context("no such scenario")?,
+            scenario: Scenario::named(scenario)
+                .with_context(|| format!("no scenario {scenario:?}"))?,
             listen: listen.parse().context("no address")?,
             source: source.parse().context("no address")?,
             as_source: identity(as_source)?,

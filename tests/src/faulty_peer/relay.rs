@@ -1,10 +1,12 @@
 //! How messages pass from one real end to the other: each stream by a task for either direction.
 
 use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use common::identity::Trust;
 use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader};
 use common::proto::control::BulkHello;
@@ -14,18 +16,25 @@ use common::quic::{self, FaultGauge, Listener, PathProfile, Role};
 use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 use tokio::task::{JoinSet, spawn};
 use tokio::time::{sleep, timeout};
 
-use super::Orders;
 use super::mischief::{BulkFrame, Mischief, Passage};
+use super::{LET_GO, Orders, Scenario};
 
 /// Time the receiver of a stream's end has to acknowledge it.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Time a connection's last packets have to leave.
 const CLOSING: Duration = Duration::from_millis(200);
 
-type Shared = Arc<Mutex<Mischief>>;
+/// The scenario, and what tells it to let a message go.
+#[derive(Debug, Clone)]
+struct Shared {
+    mischief: Arc<Mutex<Mischief>>,
+    let_go: Arc<Notify>,
+}
 
 /// The program: `faulty-peer SCENARIO LISTEN SOURCE IDENTITY IDENTITY`.
 pub fn main(arguments: &[String]) -> Result<()> {
@@ -37,7 +46,17 @@ pub fn main(arguments: &[String]) -> Result<()> {
 }
 
 async fn run(orders: Arc<Orders>) -> Result<()> {
-    let mischief = Arc::new(Mutex::new(Mischief::new(orders.scenario)));
+    let mischief = Shared {
+        mischief: Arc::new(Mutex::new(Mischief::new(orders.scenario))),
+        let_go: Arc::new(Notify::new()),
+    };
+    let mut told = signal(SignalKind::from_raw(LET_GO as i32))?;
+    let let_go = mischief.let_go.clone();
+    spawn(async move {
+        while told.recv().await.is_some() {
+            let_go.notify_one();
+        }
+    });
     let bulk_port = SocketAddr::new(orders.listen.ip(), orders.listen.port() + 1);
     let fault = bind(&orders, orders.listen, Role::Fault)?;
     let bulk = bind(&orders, bulk_port, Role::Bulk)?;
@@ -50,12 +69,18 @@ async fn run(orders: Arc<Orders>) -> Result<()> {
             }
         }
     });
-    let handshake = fault.next().await.context("the listener ended")?;
-    let below = handshake.finish().await?;
-    let above = connect(&orders, orders.source, Role::Fault).await?;
-    pass_fault(below, above, mischief).await?;
-    sleep(CLOSING).await;
-    Ok(())
+    while let Some(handshake) = fault.next().await {
+        let Ok(below) = handshake.finish().await else {
+            continue;
+        };
+        let (orders, mischief) = (orders.clone(), mischief.clone());
+        spawn(async move {
+            // A source that cannot be reached is one that this peer's own destination cannot reach either.
+            let above = connect(&orders, orders.source, Role::Fault).await?;
+            pass_fault(below, above, mischief).await
+        });
+    }
+    anyhow::bail!("the listener ended")
 }
 
 fn bind(orders: &Orders, address: SocketAddr, role: Role) -> Result<Listener> {
@@ -130,9 +155,14 @@ async fn messages<M: Serialize + DeserializeOwned>(
     pass: fn(&mut Mischief, M) -> Passage<M>,
 ) -> Result<()> {
     while let Ok(message) = stream::receive(&mut from).await {
-        let passage = pass(&mut lock(&mischief), message);
-        for message in allowed(passage).await {
+        let passage = pass(&mut lock(&mischief.mischief), message);
+        let is_last = matches!(passage, Passage::Lose(_));
+        for message in allowed(passage, &mischief.let_go).await {
             stream::send(&mut to, &message).await?;
+        }
+        if is_last {
+            sleep(CLOSING).await;
+            lose_everything();
         }
     }
     end(to).await
@@ -142,8 +172,8 @@ async fn requests(mut from: RecvStream, mut to: SendStream, mischief: Shared) ->
     let mut frame = [0; DEMAND_FRAME_BYTES];
     while from.read_exact(&mut frame).await.is_ok() {
         let frame = DemandFrame::decode(&frame)?;
-        let passage = lock(&mischief).request(frame);
-        for frame in allowed(passage).await {
+        let passage = lock(&mischief.mischief).request(frame);
+        for frame in allowed(passage, &mischief.let_go).await {
             to.write_all(&frame.encode()).await?;
         }
     }
@@ -174,8 +204,8 @@ async fn frames(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> R
         let header = BulkHeader::decode(&header)?;
         let mut body = vec![0; body_bytes(&header)];
         from.read_exact(&mut body).await?;
-        let passage = lock(&mischief).bulk(BulkFrame { header, body });
-        for frame in allowed(passage).await {
+        let passage = lock(&mischief.mischief).bulk(BulkFrame { header, body });
+        for frame in allowed(passage, &mischief.let_go).await {
             to.write_all(&frame.header.encode()).await?;
             to.write_all(&frame.body).await?;
         }
@@ -207,14 +237,30 @@ async fn end(mut to: SendStream) -> Result<()> {
 }
 
 /// What may go on; never returns when nothing may.
-async fn allowed<T>(passage: Passage<T>) -> Vec<T> {
+async fn allowed<T>(passage: Passage<T>, let_go: &Notify) -> Vec<T> {
     match passage {
         Passage::Send(messages) => messages,
+        Passage::Hold(message) => {
+            let_go.notified().await;
+            vec![message]
+        }
+        Passage::Lose(None) => lose_everything(),
+        Passage::Lose(Some(message)) => vec![message],
         Passage::Stall => std::future::pending().await,
         Passage::Vanish => std::process::exit(1),
     }
 }
 
-fn lock(mischief: &Shared) -> std::sync::MutexGuard<'_, Mischief> {
+/// All connections are gone without a word, and another one of us that lets everything pass takes our place.
+fn lose_everything() -> ! {
+    let arguments = std::env::args().skip(2);
+    let own = std::env::current_exe().unwrap_or_default();
+    let mut command = Command::new(own);
+    let error = command.arg(Scenario::Passes.name()).args(arguments).exec();
+    eprintln!("cannot go on: {error}");
+    std::process::exit(1)
+}
+
+fn lock(mischief: &Mutex<Mischief>) -> std::sync::MutexGuard<'_, Mischief> {
     mischief.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,0 +1,80 @@
+//! Prefetch against recorded orders of first touches (`bench record`, see `lazy-restorer/tests/traces/README.md`).
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+use common::images::ImagePid;
+
+use super::*;
+use crate::touches::Touches;
+
+/// What following a trace comes to, in pages.
+#[derive(Debug, Default)]
+struct Followed {
+    touched: usize,
+    /// Touched before they had been asked for.
+    faults: usize,
+    /// Asked for as neighbours.
+    neighbours: usize,
+    /// Of these, touched later.
+    used: usize,
+}
+
+impl Followed {
+    fn faults_percent(&self) -> usize {
+        self.faults * 100 / self.touched
+    }
+
+    fn used_percent(&self) -> usize {
+        self.used * 100 / self.neighbours.max(1)
+    }
+}
+
+/// Touches all pages of a trace in its order, with nothing but faults and their neighbours to bring them.
+fn follow(name: &str) -> Followed {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/traces")
+        .join(name);
+    let trace = Touches::read(&path).expect("a record of touches");
+    let mut families: HashMap<ImagePid, (Prefetch, HashSet<u64>)> = HashMap::new();
+    let mut followed = Followed::default();
+    for run in trace.runs() {
+        let (prefetch, asked) = families.entry(run.pid).or_default();
+        for page in run.start.0..run.start.0 + u64::from(run.count) {
+            followed.touched += 1;
+            if asked.remove(&page) {
+                followed.used += 1;
+                continue;
+            }
+            followed.faults += 1;
+            let slot = usize::try_from(page).expect("64 bits");
+            let window = prefetch.window(slot, usize::MAX);
+            let new = window.filter(|slot| asked.insert(*slot as u64)).count();
+            followed.neighbours += new;
+        }
+    }
+    eprintln!("{name}: {followed:?}");
+    followed
+}
+
+#[test]
+fn a_scan_faults_once_for_each_frame() {
+    let scan = follow("scan.touches");
+    assert!(scan.faults_percent() <= 8, "{scan:?}");
+    assert!(scan.used_percent() >= 95, "{scan:?}");
+}
+
+#[test]
+fn a_random_walk_is_left_alone() {
+    let random = follow("touch.touches");
+    assert!(random.neighbours * 20 < random.touched, "{random:?}");
+}
+
+#[test]
+fn a_redis_gets_what_it_uses() {
+    for name in ["redis.touches", "redis-zipf.touches"] {
+        let redis = follow(name);
+        assert!(redis.faults_percent() <= 75, "{redis:?}");
+        assert!(redis.used_percent() >= 50, "{redis:?}");
+    }
+}

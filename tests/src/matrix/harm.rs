@@ -1,0 +1,122 @@
+//! What is done to a migration at its moment.
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::scene::{Scene, set_link};
+use super::{Harm, Moment};
+use crate::pair::{PATIENCE, Side};
+use crate::rig::Rig;
+use crate::wait::wait_until;
+use crate::{namespace, task};
+
+/// Does it.
+pub fn inflict(rig: &Rig, scene: &mut Scene, harm: Harm) -> Result<()> {
+    match harm {
+        Harm::LinkCut => cut(rig, scene),
+        Harm::RestorerKilled => kill_program(&mut scene.restorer),
+        Harm::ServerKilled => {
+            kill_program(&mut scene.server)?;
+            match scene.moment {
+                // What is held must not go on before this was noticed: it would be another moment by then.
+                Moment::Skeleton | Moment::Listen => scene.restorer.end().map(drop),
+                _ => Ok(()),
+            }
+        }
+        Harm::DumpKilled => end(scene.dump().context("no CRIU holds the original")?),
+        Harm::RestoreKilled => {
+            let found = restores(rig);
+            let criu = found.first().context("no CRIU restores")?;
+            end(*criu)
+        }
+    }
+}
+
+/// There is nothing that could be harmed so.
+pub fn assert_absent(rig: &Rig, scene: &mut Scene, harm: Harm) -> Result<()> {
+    match harm {
+        Harm::LinkCut => anyhow::bail!("there is always a link"),
+        Harm::RestorerKilled => assert_ended(&mut scene.restorer),
+        Harm::ServerKilled => assert_ended(&mut scene.server),
+        Harm::DumpKilled => ensure_none(&criu_on(rig.source.namespace())),
+        Harm::RestoreKilled => ensure_none(&restores(rig)),
+    }
+}
+
+fn assert_ended(side: &mut Side) -> Result<()> {
+    ensure!(!side.process.is_running(), "it runs");
+    Ok(())
+}
+
+fn ensure_none(found: &[Pid]) -> Result<()> {
+    ensure!(found.is_empty(), "CRIU runs: {found:?}");
+    Ok(())
+}
+
+/// The destination's CRIU, parents before children.
+fn restores(rig: &Rig) -> Vec<Pid> {
+    criu_on(rig.destination.namespace())
+}
+
+fn criu_on(namespace: &str) -> Vec<Pid> {
+    let there = task::in_network_namespace(&namespace::path(namespace));
+    let mut found: Vec<Pid> = there
+        .into_iter()
+        .filter(|pid| task::name(*pid) == "criu" && task::is_alive(*pid))
+        .collect();
+    let is_below =
+        |pid: Pid, found: &[Pid]| task::parent(pid).is_some_and(|up| found.contains(&up));
+    let all = found.clone();
+    found.sort_by_key(|pid| is_below(*pid, &all));
+    found
+}
+
+/// Takes the link away until it was noticed, and gives it back.
+fn cut(rig: &Rig, scene: &mut Scene) -> Result<()> {
+    match scene.moment {
+        // It is cut already, and was noticed: it comes back for a moment.
+        Moment::Paused => {
+            set_link(rig, true)?;
+            return set_link(rig, false);
+        }
+        // Nobody needs it any more.
+        Moment::Complete => {
+            set_link(rig, false)?;
+            return set_link(rig, true);
+        }
+        _ => {}
+    }
+    let attempts = losses(&scene.restorer);
+    set_link(rig, false)?;
+    let restorer = &mut scene.restorer;
+    wait_until(PATIENCE, "the destination to notice", || {
+        !restorer.process.is_running() || losses(restorer) > attempts
+    })?;
+    // What was held goes on over a link that is not there.
+    scene.let_go(rig)?;
+    if scene.moment != Moment::Hello {
+        let server = &mut scene.server;
+        wait_until(PATIENCE, "the source to notice", || {
+            !server.process.is_running() || losses(server) > 0
+        })?;
+    }
+    set_link(rig, true)
+}
+
+/// How often a program has said that its link is lost.
+fn losses(side: &Side) -> usize {
+    let stderr = side.process.stderr();
+    stderr.matches("trying to reconnect").count() + stderr.matches("link lost").count()
+}
+
+fn kill_program(side: &mut Side) -> Result<()> {
+    kill(side.process.pid(), Signal::SIGKILL).context("it has ended already")?;
+    side.end()?;
+    Ok(())
+}
+
+fn end(pid: Pid) -> Result<()> {
+    kill(pid, Signal::SIGKILL).context("it has ended already")?;
+    wait_until(PATIENCE, "it to end", || !task::is_alive(pid))
+}
