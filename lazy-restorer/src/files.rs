@@ -15,7 +15,7 @@ use std::process::{ExitCode, Stdio};
 use std::thread;
 
 use common::proto::ProtoError;
-use common::proto::files::{FilesRequest, MappedFiles};
+use common::proto::files::{Changes, FilesRequest, MappedFiles};
 use common::proto::stream;
 use quinn::{Connection, RecvStream, SendStream};
 use tempfile::TempDir;
@@ -118,12 +118,65 @@ impl Files {
     pub async fn pass(&self, bulk: &Connection, pass: Pass) -> Result<(), FilesError> {
         for path in &self.paths {
             fs::create_dir_all(path)?;
-            rsync(bulk, path, &["--delete".into()]).await?;
-            if pass == Pass::Last {
-                compare_mapped(bulk, path).await?;
+            match pass {
+                Pass::First => rsync(bulk, path, &["--delete".into()]).await?,
+                Pass::Last => {
+                    bring_changes(bulk, path).await?;
+                    compare_mapped(bulk, path).await?;
+                }
             }
         }
         Ok(())
+    }
+}
+
+/// Compares what changed since the first pass, so that the freeze does not grow with the number of all files.
+async fn bring_changes(bulk: &Connection, path: &Path) -> Result<(), FilesError> {
+    match changes(bulk, path).await {
+        Changes::Everything => rsync(bulk, path, &["--delete".into()]).await,
+        Changes::Only(paths) if paths.is_empty() => Ok(()),
+        Changes::Only(paths) => {
+            let list = PathList::write(&paths)?;
+            let [from0, from] = list.options();
+            rsync(bulk, path, &["--delete".into(), from0, from]).await
+        }
+    }
+}
+
+/// A source that cannot say what changed has everything compared.
+async fn changes(bulk: &Connection, path: &Path) -> Changes {
+    let path = path.display().to_string();
+    let asked = async {
+        let (mut send, mut receive) = bulk.open_bi().await.map_err(io::Error::from)?;
+        stream::send(&mut send, &FilesRequest::Changed { path }).await?;
+        stream::receive(&mut receive).await
+    };
+    let answer: Result<Changes, ProtoError> = asked.await;
+    answer.unwrap_or_else(|error| {
+        tracing::debug!(%error, "all files are compared");
+        Changes::Everything
+    })
+}
+
+/// A list of paths for rsync.
+struct PathList(tempfile::NamedTempFile);
+
+impl PathList {
+    fn write(paths: &[impl AsRef<[u8]>]) -> io::Result<Self> {
+        let mut list = tempfile::NamedTempFile::new()?;
+        let mut bytes = Vec::new();
+        for path in paths {
+            bytes.extend(path.as_ref());
+            bytes.push(0);
+        }
+        list.write_all(&bytes)?;
+        Ok(PathList(list))
+    }
+
+    fn options(&self) -> [OsString; 2] {
+        let mut from = OsString::from("--files-from=");
+        from.push(self.0.path());
+        ["--from0".into(), from]
     }
 }
 
@@ -143,19 +196,9 @@ async fn compare_mapped(bulk: &Connection, path: &Path) -> Result<(), FilesError
     if mapped.is_empty() {
         return Ok(());
     }
-    let mut list = tempfile::NamedTempFile::new()?;
-    for file in mapped {
-        list.write_all(file.as_bytes())?;
-        list.write_all(&[0])?;
-    }
-    let mut from = OsString::from("--files-from=");
-    from.push(list.path());
-    rsync(
-        bulk,
-        path,
-        &["--ignore-times".into(), "--from0".into(), from],
-    )
-    .await
+    let list = PathList::write(&mapped)?;
+    let [from0, from] = list.options();
+    rsync(bulk, path, &["--ignore-times".into(), from0, from]).await
 }
 
 async fn rsync(bulk: &Connection, path: &Path, more: &[OsString]) -> Result<(), FilesError> {

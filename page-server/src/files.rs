@@ -3,27 +3,31 @@
 //! The destination's rsync says with which arguments ours has to run. They are data of a peer: only a closed set is
 //! passed on, without a shell, and only the trees that the operator named are sent.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use common::proto::files::{FilesRequest, MappedFiles};
+use common::limits::MAX_CONTROL_BYTES;
+use common::proto::files::{Changes, FilesRequest, MappedFiles};
 use common::proto::stream;
 use nix::unistd::{Pid, syncfs};
 use procfs::process::{MMPermissions, MMapPath, Process};
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
+use tokio::time::sleep;
 
+use crate::survey::Survey;
 use crate::workload::tree_pids;
 
 /// Letters that may be among the short options of a sending rsync. Missing is `s`, which reads more options from the
 /// stream.
-const SHORT_OPTIONS: &str = "lHogDtpAXrRSIWqvz";
+const SHORT_OPTIONS: &str = "lHogDtpAXrRSIWqvzd";
 /// Long options of a sending rsync that may be passed on.
 const LONG_OPTIONS: &[&str] = &[
     "--server",
@@ -32,6 +36,10 @@ const LONG_OPTIONS: &[&str] = &[
     "--files-from=-",
     "--from0",
 ];
+/// Longer than a tick of the clock that the kernel takes times of files from (10 ms at 100 Hz).
+const TICK: Duration = Duration::from_millis(20);
+/// Bytes of a length in a message, at most.
+const LENGTH_BYTES: usize = 8;
 /// Bytes of an argument: all of ours are shorter.
 const MAX_ARGUMENT_BYTES: usize = 64;
 
@@ -61,6 +69,8 @@ pub struct Files {
     root: Option<Pid>,
     paths: Vec<PathBuf>,
     sent: Mutex<BTreeSet<PathBuf>>,
+    /// Trees as they were before they were sent first.
+    surveys: Mutex<HashMap<PathBuf, Arc<Survey>>>,
 }
 
 /// Serves requests for files until it is dropped.
@@ -88,6 +98,7 @@ impl Files {
             root: Some(root),
             paths: paths.to_vec(),
             sent: Mutex::default(),
+            surveys: Mutex::default(),
         }))
     }
 
@@ -128,17 +139,57 @@ impl Files {
                 let mapped = self.root.map(|root| mapped_files(root, path));
                 stream::send(&mut send, &mapped.unwrap_or_default()).await?;
             }
+            FilesRequest::Changed { path } => {
+                let path = self.offered(&path)?;
+                syncfs(File::open(path)?).map_err(io::Error::from)?;
+                stream::send(&mut send, &self.changes(path).await).await?;
+            }
             FilesRequest::Rsync { path, arguments } => {
                 let path = self.offered(&path)?;
                 let command = command(path, &arguments)?;
                 // What was stored through a mapping and is not written back is not marked as changed either.
                 syncfs(File::open(path)?).map_err(io::Error::from)?;
+                self.survey(path).await;
                 relay(command, send, receive).await?;
                 let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
                 sent.insert(path.to_owned());
             }
         }
         Ok(())
+    }
+
+    /// Notes what the tree looks like before it is sent for the first time.
+    async fn survey(&self, path: &Path) {
+        if self.surveyed(path).is_some() {
+            return;
+        }
+        let tree = path.to_owned();
+        match spawn_blocking(move || Survey::make(&tree)).await {
+            Ok(Ok(survey)) => {
+                let mut surveys = self.surveys.lock().unwrap_or_else(PoisonError::into_inner);
+                surveys.insert(path.to_owned(), Arc::new(survey));
+            }
+            Ok(Err(error)) => tracing::warn!(%error, "the last pass will compare all files"),
+            Err(error) => tracing::warn!(%error, "the last pass will compare all files"),
+        }
+        // A change in the same tick of the kernel's clock as a look at the file would not show. It comes before rsync then.
+        sleep(TICK).await;
+    }
+
+    fn surveyed(&self, path: &Path) -> Option<Arc<Survey>> {
+        let surveys = self.surveys.lock().unwrap_or_else(PoisonError::into_inner);
+        surveys.get(path).cloned()
+    }
+
+    async fn changes(&self, path: &Path) -> Changes {
+        let Some(survey) = self.surveyed(path) else {
+            return Changes::Everything;
+        };
+        let tree = path.to_owned();
+        match spawn_blocking(move || survey.changes(&tree)).await {
+            Ok(Ok(changes)) if fits(&changes) => Changes::Only(changes),
+            _ => Changes::Everything,
+        }
     }
 
     fn offered(&self, path: &str) -> Result<&Path, FilesError> {
@@ -150,6 +201,12 @@ impl Files {
             .map(PathBuf::as_path)
             .ok_or_else(|| FilesError::NotOffered(path.to_owned()))
     }
+}
+
+/// Whether a list is short enough for one message; each path has its length before it.
+fn fits(changes: &[Vec<u8>]) -> bool {
+    let bytes: usize = changes.iter().map(|path| path.len() + LENGTH_BYTES).sum();
+    bytes + LENGTH_BYTES < MAX_CONTROL_BYTES
 }
 
 /// The sending rsync, when `arguments` are all of the closed set.

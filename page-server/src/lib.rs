@@ -56,6 +56,7 @@ pub mod session;
 pub mod session_command;
 pub mod skeleton;
 mod sockets;
+pub mod survey;
 pub mod thin;
 pub mod transfer;
 pub mod visit;

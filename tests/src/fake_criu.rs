@@ -40,6 +40,18 @@ exit 1
     make_program(path, &script)
 }
 
+/// Makes a CRIU that runs `line` before it does what `word` on its command line says.
+pub fn running_before(rig: &Rig, word: &str, line: &str) -> Result<PathBuf> {
+    let script = format!(
+        r#"#!/bin/sh
+case " $* " in *" {word} "*) ({line}) ;; esac
+exec {criu} "$@"
+"#,
+        criu = binaries::criu()?.display(),
+    );
+    make_program(rig.folder().join(format!("criu-before-{word}")), &script)
+}
+
 /// Makes a CRIU that waits at `gate` before it does what `word` on its command line says.
 pub fn waiting_at(rig: &Rig, word: &str, gate: &Gate) -> Result<PathBuf> {
     let script = format!(

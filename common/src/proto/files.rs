@@ -18,6 +18,21 @@ pub enum FilesRequest {
         /// The tree.
         path: String,
     },
+    /// What changed below `path` since rsync was asked for it first: [`Changes`] is the answer. A source of an earlier
+    /// release does not know this and ends the stream; then everything has to be compared.
+    Changed {
+        /// The tree.
+        path: String,
+    },
+}
+
+/// What has to be compared again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Changes {
+    /// The whole tree.
+    Everything,
+    /// These paths relative to the tree; of those that end with a slash all entries, but not what is below them.
+    Only(Vec<Vec<u8>>),
 }
 
 /// Paths relative to the tree, which the kernel need not have marked as changed.
