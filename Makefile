@@ -1,5 +1,5 @@
 # On a fresh Debian 12 with root and Rust: `make demo` and `make test` install what is missing and do the rest.
-.PHONY: help setup build demo compare test lint doc fuzz zdtm soak fault-matrix
+.PHONY: help setup build demo compare targets test lint doc fuzz zdtm soak fault-matrix
 
 export POSTCOPY_CRIU := $(CURDIR)/.deps/criu/bin/criu
 CARGO ?= cargo
@@ -10,6 +10,7 @@ SECONDS ?= 60
 help:
 	@echo 'make demo     a running redis moves to another host and its client never disconnects (MEMORY=$(MEMORY) MiB)'
 	@echo 'make compare  the same beside CRIU'"'"'s own lazy-pages (MEMORY=$(MEMORY) REPEAT=$(REPEAT))'
+	@echo 'make targets  every target in one table, met or not; half an hour (REPEAT=$(REPEAT))'
 	@echo 'make test     every check and every test'
 	@echo 'make fuzz     every decoder under libFuzzer (SECONDS=$(SECONDS) each; needs cargo-fuzz)'
 	@echo 'make zdtm     CRIU'"'"'s own tests through the pair and through CRIU'"'"'s daemons (ZDTM_MODE, ZDTM_TESTS; an hour)'
@@ -31,6 +32,9 @@ demo: setup build
 
 compare: setup build
 	target/release/bench compare --memory $(MEMORY) --repeat $(REPEAT) $(if $(JSON),--json $(JSON))
+
+targets: setup build
+	target/release/bench targets --repeat $(REPEAT) $(if $(JSON),--json $(JSON))
 
 lint:
 	$(CARGO) fmt --all --check

@@ -147,7 +147,15 @@ fn a_destination_that_vanishes(rig: &Rig) -> Result<()> {
     let mut trio = Trio::start(rig, Scenario::Vanishes)?;
     expect_failure(&mut trio.server, CONNECTION, &["lost the destination"])?;
     trio.bystander.redis.assert_alive()?;
-    // The destination cannot know whether its request arrived; it gives up in the end, and its copy never ran.
+    // The destination cannot know whether its request arrived. In the end it kills its copy, which never ran, and tries to
+    // tell the source so, which is gone.
+    wait_until(PATIENCE, "the copy to be given up", || {
+        trio.restorer
+            .process
+            .stderr()
+            .contains("never ran and is dead")
+    })?;
+    kill(trio.restorer.process.pid(), Signal::SIGTERM)?;
     let status = trio.restorer.end()?;
     ensure!(!status.success(), "{status}");
     trio.assert_unharmed(rig)

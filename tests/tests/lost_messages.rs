@@ -119,7 +119,7 @@ fn lose(rig: &Rig, message: Message, scenario: Scenario) -> Result<Host> {
         go_on_with_push(rig, &plan, &mut restorer)?;
     }
     wait_until(PATIENCE, "the message", || peer.is_guilty())?;
-    until_over(&mut server, &mut restorer)?;
+    let told_to_end = until_over(&mut server, &mut restorer)?;
     let host = host_of(rig, torture.pid())?;
     let before = !of_recovery && is_before_the_grant(message, scenario);
     let right = if before {
@@ -135,7 +135,11 @@ fn lose(rig: &Rig, message: Message, scenario: Scenario) -> Result<Host> {
             assert_moved(rig, restorer.restored_pid()?)?;
         }
     }
-    for role in ["source", "destination"] {
+    let roles: &[&str] = match told_to_end {
+        true => &["source"],
+        false => &["source", "destination"],
+    };
+    for role in roles {
         let left = sessions(rig, role)?;
         ensure!(left.is_empty(), "a session of the {role} is left: {left:?}");
     }
@@ -162,8 +166,20 @@ fn go_on_with_push(rig: &Rig, plan: &PairPlan, restorer: &mut Side) -> Result<()
     set_link(rig, true)
 }
 
-/// Both programs end; a source that nobody reached yet goes on waiting until it is told to end.
-fn until_over(server: &mut Side, restorer: &mut Side) -> Result<()> {
+/// Both programs end; a source that nobody reached yet goes on waiting until it is told to end. So does a destination whose
+/// copy never ran, and that cannot tell so to a source which has ended: true when it was told to end, and keeps its
+/// session for `resume`.
+fn until_over(server: &mut Side, restorer: &mut Side) -> Result<bool> {
+    let gave_up = |restorer: &Side| restorer.process.stderr().contains("never ran and is dead");
+    wait_until(
+        PATIENCE,
+        "lazy-restorer to end or to give its copy up",
+        || !restorer.process.is_running() || (gave_up(restorer) && !server.process.is_running()),
+    )?;
+    let told = restorer.process.is_running();
+    if told {
+        restorer.terminate()?;
+    }
     restorer.end().context("lazy-restorer")?;
     if server.process.is_running() && !server.process.stderr().contains("link lost") {
         let ended = server.process.wait(std::time::Duration::from_secs(6));
@@ -172,7 +188,7 @@ fn until_over(server: &mut Side, restorer: &mut Side) -> Result<()> {
         }
     }
     server.end().context("page-server")?;
-    Ok(())
+    Ok(told)
 }
 
 /// Whether the source cannot have given the tree away when the path is lost.

@@ -67,14 +67,14 @@ fn a_scan_faults_once_for_each_frame() {
 #[test]
 fn a_random_walk_is_left_alone() {
     let random = follow("touch.touches");
-    assert!(random.neighbours * 20 < random.touched, "{random:?}");
+    assert!(random.neighbours * 10 < random.touched, "{random:?}");
 }
 
 #[test]
 fn a_redis_gets_what_it_uses() {
     for name in ["redis.touches", "redis-zipf.touches"] {
         let redis = follow(name);
-        assert!(redis.faults_percent() <= 75, "{redis:?}");
-        assert!(redis.used_percent() >= 50, "{redis:?}");
+        assert!(redis.faults_percent() <= 65, "{redis:?}");
+        assert!(redis.used_percent() >= 20, "{redis:?}");
     }
 }
