@@ -269,11 +269,18 @@ pub struct Abandoned {
     pub pid: Pid,
 }
 
-/// Moves the tree under `pid` as [`migrate`] does, and kills `criu lazy-pages` as soon as the tree runs.
-pub fn lose_the_daemon(rig: &Rig, home: &BaselineHome, criu: &Path, pid: Pid) -> Result<Abandoned> {
+/// Moves the tree under `pid` as [`migrate`] does; the tree runs, `until` returns, and `criu lazy-pages` is killed.
+pub fn lose_the_daemon(
+    rig: &Rig,
+    home: &BaselineHome,
+    pid: Pid,
+    until: impl FnOnce() -> Result<()>,
+) -> Result<Abandoned> {
+    let criu = &crate::binaries::criu()?;
     let _pipes = Sysctl::raise("fs/pipe-max-size", PIPE_BYTES)?;
     let run = Run::new(rig, home, criu, None)?;
     let restored = run.until_restored(pid).with_context(|| run.errors())?;
+    until()?;
     let mut daemon = restored.daemon;
     daemon.child.kill().context("the daemon has ended")?;
     daemon.child.wait().context("the daemon does not end")?;

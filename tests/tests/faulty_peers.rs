@@ -10,7 +10,7 @@ use tests::failure::{Bystander, expect_failure};
 use tests::faulty_peer::{FaultyPeer, Scenario};
 use tests::harness::{self, Body, MIGRATION, REDIS_MIGRATION, Test};
 use tests::leftovers::assert_moved;
-use tests::pair::{PATIENCE, PairPlan, Side};
+use tests::pair::{PATIENCE, PairPlan, Side, sessions};
 use tests::random::seed_of_this_run;
 use tests::rig::Rig;
 use tests::task;
@@ -158,6 +158,13 @@ fn a_destination_that_vanishes(rig: &Rig) -> Result<()> {
     kill(trio.restorer.process.pid(), Signal::SIGTERM)?;
     let status = trio.restorer.end()?;
     ensure!(!status.success(), "{status}");
+    // `resume` could go on with telling; this operator knows better.
+    let kept = sessions(rig, "destination")?;
+    ensure!(
+        kept.len() == 1 && kept[0]["standing"] == "orphaned",
+        "{kept:?}"
+    );
+    std::fs::remove_dir_all("/run/postcopy").context("the destination's session files")?;
     trio.assert_unharmed(rig)
 }
 
