@@ -31,6 +31,8 @@ pub struct TorturePlan {
     pub seed: u64,
     /// Whether a zombie is part of the tree.
     pub zombie: bool,
+    /// Whether each process forks while it runs.
+    pub forks: bool,
 }
 
 impl Default for TorturePlan {
@@ -42,6 +44,7 @@ impl Default for TorturePlan {
             pieces: 100,
             seed: 1,
             zombie: false,
+            forks: true,
         }
     }
 }
@@ -80,6 +83,7 @@ impl Torture {
             command.arg(name).arg(number.to_string());
         }
         command.args(plan.zombie.then_some("--zombie"));
+        command.args((!plan.forks).then_some("--no-forks"));
         let process = Process::start_detached("torture", &mut command)?;
         let board: &Board = shared_file::map(&board)?;
         let workers = plan.threads * (plan.children + 1);
