@@ -409,7 +409,8 @@ impl External<'_> {
         let keeper = Task::find(filling.keeper.pid().as_raw()).ok_or_else(gone)?;
         let file = SessionFile {
             id: welcome.session,
-            state: self.state(),
+            // Before it is asked for: who was killed having asked may have been granted it.
+            state: State::Cutover,
             boot: boot_id().unwrap_or_default(),
             program: Task::ourselves().ok_or_else(gone)?,
             directory: filling.directory.path().display().to_string(),

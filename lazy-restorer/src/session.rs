@@ -565,7 +565,8 @@ impl Migration<'_> {
         let connect = &self.plan.connect;
         let file = SessionFile {
             id: welcome.session,
-            state: self.state(),
+            // Before it is asked for: who was killed having asked may have been granted it.
+            state: State::Cutover,
             boot: boot_id().unwrap_or_default(),
             program,
             directory: resident.directory().display().to_string(),

@@ -13,6 +13,9 @@ use crate::rig::Rig;
 use crate::wait::{wait_for, wait_until};
 use crate::{binaries, shared_file};
 
+/// After each step: leaves the CPU to the programs, where several migrations are under way at a time.
+pub const REST: Duration = Duration::from_millis(1);
+
 /// Debug builds on a busy machine are slow; a workload that hangs is slower.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -29,10 +32,10 @@ pub struct TorturePlan {
     pub pieces: usize,
     /// Determines what is done and written.
     pub seed: u64,
+    /// What a worker does nothing for after each step, so that others get the CPU.
+    pub rest: Duration,
     /// Whether a zombie is part of the tree.
     pub zombie: bool,
-    /// Whether each process forks while it runs.
-    pub forks: bool,
 }
 
 impl Default for TorturePlan {
@@ -43,8 +46,8 @@ impl Default for TorturePlan {
             children: 0,
             pieces: 100,
             seed: 1,
+            rest: Duration::ZERO,
             zombie: false,
-            forks: true,
         }
     }
 }
@@ -78,12 +81,12 @@ impl Torture {
             ("--children", plan.children as u64),
             ("--pieces", plan.pieces as u64),
             ("--seed", plan.seed),
+            ("--rest-us", plan.rest.as_micros() as u64),
         ];
         for (name, number) in numbers {
             command.arg(name).arg(number.to_string());
         }
         command.args(plan.zombie.then_some("--zombie"));
-        command.args((!plan.forks).then_some("--no-forks"));
         let process = Process::start_detached("torture", &mut command)?;
         let board: &Board = shared_file::map(&board)?;
         let workers = plan.threads * (plan.children + 1);

@@ -16,7 +16,7 @@ use tests::matrix::{Host, host_of, set_link};
 use tests::pair::{PATIENCE, PairPlan, Side, sessions};
 use tests::random::seed_of_this_run;
 use tests::rig::Rig;
-use tests::torture::{Torture, TorturePlan};
+use tests::torture::{REST, Torture, TorturePlan};
 use tests::wait::wait_until;
 
 /// Most of the time they wait for a link to be given up.
@@ -100,6 +100,7 @@ fn lose(rig: &Rig, message: Message, scenario: Scenario) -> Result<Host> {
             children: 1,
             pieces: 20,
             seed: seed_of_this_run(),
+            rest: REST,
             ..TorturePlan::default()
         },
     )?;

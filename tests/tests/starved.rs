@@ -20,6 +20,7 @@ use tests::rig::Rig;
 use tests::small_disk;
 use tests::task;
 use tests::torture::{Torture, TorturePlan};
+use tests::touch::{Pattern, TouchPlan, Toucher};
 use tests::wait::wait_until;
 
 /// Memory the copy may have at first: less than it needs.
@@ -215,22 +216,21 @@ impl Drop for Cgroup {
 
 /// Pages that find no memory are tried again, and said to be; the workload waits, and loses nothing.
 fn the_host_has_no_memory(rig: &Rig) -> Result<()> {
-    let torture = Torture::start(
+    // It makes no system call that could fail for want of memory.
+    let toucher = Toucher::start(
         rig,
-        TorturePlan {
+        TouchPlan {
             mib: 64,
-            threads: 1,
             seed: seed_of_this_run(),
-            // Without memory for it, fork fails, which is no page lost.
-            forks: false,
-            ..TorturePlan::default()
+            pattern: Pattern::Random,
+            rate: 4000,
         },
     )?;
     let mut plan = PairPlan::new(rig)?;
     plan.before_restore = format!("{}; {}", tests::matrix::slow_link(rig), plan.before_restore);
     // Else too much would be there before the memory is taken away.
     plan.server.extend(["--compress", "never"].map(Into::into));
-    let mut server = plan.start_server(rig, torture.pid())?;
+    let mut server = plan.start_server(rig, toucher.pid())?;
     let mut restorer = plan.start_restorer(rig)?;
     let copy = restorer.wait_for_copy()?;
     let cgroup = Cgroup::around(copy, TOO_LITTLE)?;
@@ -243,7 +243,6 @@ fn the_host_has_no_memory(rig: &Rig) -> Result<()> {
     cgroup.write("memory.limit_in_bytes", "-1")?;
     restorer.expect_success()?;
     server.expect_success()?;
-    torture.wait_for_rounds(20)?;
     assert_moved(rig, copy)?;
-    torture.finish()
+    toucher.finish()
 }

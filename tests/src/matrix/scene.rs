@@ -14,7 +14,7 @@ use crate::pair::{PATIENCE, PairPlan, Side, sessions};
 use crate::random::seed_of_this_run;
 use crate::rig::Rig;
 use crate::task;
-use crate::torture::{Torture, TorturePlan};
+use crate::torture::{REST, Torture, TorturePlan};
 use crate::wait::wait_until;
 
 /// The source's interface sends this slowly, so that pages are still on the way for as long as a test needs.
@@ -59,6 +59,7 @@ impl Scene {
                 children: 1,
                 pieces: 20,
                 seed: seed_of_this_run(),
+                rest: REST,
                 ..TorturePlan::default()
             },
         )?;

@@ -111,10 +111,9 @@ fn process(options: &Options, board: &'static Board, number: usize) -> ExitCode 
     let first = number * options.threads;
     let mut threads = Vec::new();
     for worker in first..first + options.threads {
-        let size = options.size_of_worker();
-        threads.push(spawn(board, move || {
-            work(size, mix(seed ^ worker as u64), board, worker)
-        }));
+        let (size, rest) = (options.size_of_worker(), options.rest);
+        let estate = move || Estate::new(size, mix(seed ^ worker as u64), &board.pages_checked);
+        threads.push(spawn(board, move || work(estate()?, rest, board, worker)));
     }
     if options.forks {
         threads.push(spawn(board, move || forker::run(board, !seed)));
@@ -156,11 +155,18 @@ fn settle(board: &Board, result: Result<(), Failure>) -> bool {
     false
 }
 
-fn work(size: worker::Size, seed: u64, board: &Board, number: usize) -> Result<(), Failure> {
-    let mut estate = Estate::new(size, seed, &board.pages_checked)?;
+fn work(
+    mut estate: Estate<'_>,
+    rest: Duration,
+    board: &Board,
+    number: usize,
+) -> Result<(), Failure> {
     board.ready.fetch_add(1, Ordering::Relaxed);
     while !board.is_stopped() {
         estate.step(&board.workers[number])?;
+        if !rest.is_zero() {
+            thread::sleep(rest);
+        }
     }
     Ok(estate.check_all()?)
 }

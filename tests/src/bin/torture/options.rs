@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -9,7 +10,7 @@ use crate::mapping::PAGE_BYTES;
 use crate::worker::Size;
 
 const USAGE: &str = "usage: torture --board FILE --verdict FILE [--mib N] [--threads N] [--children N] [--pieces N] \
-                     [--seed N] [--no-forks] [--zombie]";
+                     [--seed N] [--rest-us N] [--no-forks] [--zombie]";
 
 /// What to do.
 #[derive(Debug)]
@@ -28,6 +29,8 @@ pub struct Options {
     pub pieces: usize,
     /// Determines every number.
     pub seed: u64,
+    /// What a worker does nothing for after each step.
+    pub rest: Duration,
     /// Whether each process forks while it runs.
     pub forks: bool,
     /// Whether the root keeps a zombie.
@@ -49,6 +52,7 @@ impl Options {
             children: 0,
             pieces: 100,
             seed: 1,
+            rest: Duration::ZERO,
             forks: true,
             zombie: false,
         };
@@ -66,6 +70,7 @@ impl Options {
                 "--children" => options.children = number(&value()?)?,
                 "--pieces" => options.pieces = number(&value()?)?,
                 "--seed" => options.seed = number(&value()?)?,
+                "--rest-us" => options.rest = Duration::from_micros(number(&value()?)?),
                 "--no-forks" => options.forks = false,
                 "--zombie" => options.zombie = true,
                 _ => bail!("{name} is unknown"),
