@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use crate::privileges::{self, Capabilities};
 
 /// The shortest slice the kernel gives.
-const BULK_SLICE: Duration = Duration::from_micros(100);
+const BULK_SLICE: Duration = Duration::from_millis(100);
 
 /// How the kernel schedules the thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,7 +15,7 @@
 //! | [`address`] | service addresses that move with a workload |
 //! | [`container`], [`program_file`] | OCI containers and bundles; the programs both hosts must have |
 //! | [`lost`] | what is done about a link that stays lost |
-//! | [`io_thread`], [`privileges`] | threads with a network runtime of their own; what threads may still do after set-up |
+//! | [`io_thread`], [`priority_lock`], [`privileges`] | threads with a network runtime of their own, the lock between them, and what they may still do after set-up |
 //! | [`exit`], [`logging`], [`stop`] | how a program fails, what it logs, and how it is asked to stop |
 //! | [`identity`] | who a host is: keys, certificates, and whom it trusts |
 //! | [`quic`] | the two QUIC connections: sockets, settings, and what their errors mean |
@@ -43,6 +43,7 @@ pub mod operator;
 pub mod pacing;
 pub mod page;
 pub mod page_set;
+pub mod priority_lock;
 pub mod privileges;
 pub mod program_file;
 pub mod proto;

@@ -26,10 +26,22 @@ pub fn watch(pid: Pid, key: MemberKey, memory: Arc<Memory>) {
 }
 
 async fn ended(pid: Pid) -> io::Result<()> {
-    let fd = match pidfd_open(pid) {
-        Err(Errno::ESRCH) => return Ok(()),
-        opened => opened?,
-    };
+    match pidfd_open(pid) {
+        Err(Errno::ESRCH) => Ok(()),
+        opened => end_of(opened?).await,
+    }
+}
+
+/// Waits for the end of killed processes, each named by a pidfd. The first process of a PID namespace ends after all others.
+pub async fn bury(dying: Vec<OwnedFd>) {
+    for process in dying {
+        if let Err(error) = end_of(process).await {
+            tracing::warn!(%error, "waiting for the end of a killed process");
+        }
+    }
+}
+
+async fn end_of(fd: OwnedFd) -> io::Result<()> {
     // SAFETY: the descriptor is owned and goes into the `AsyncFd`.
     let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }
         .map_err(|error| io::Error::other(error.to_string()))?;

@@ -16,6 +16,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::connect::{Source, Threads};
 use crate::exits;
+use crate::exits::bury;
 use crate::fetch::{self, Orders, TransferError};
 use crate::gate::{Call, Gate, Held};
 use crate::handover::{self, Handover, HandoverError};
@@ -374,7 +375,7 @@ impl Resident {
     pub async fn abort(self) {
         match (self.restore, self.anchor) {
             (Some(restore), _) => restore.abort().await,
-            (None, Some(anchor)) => kill_copy(anchor),
+            (None, Some(anchor)) => bury(kill_copy(anchor)).await,
             (None, None) => {}
         }
         release(self.keeper);

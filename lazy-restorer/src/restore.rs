@@ -4,6 +4,7 @@
 
 use std::env;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::time::timeout;
 
 use crate::engine::{Container, Engine};
+use crate::exits::{bury, pidfd_open};
 use crate::gate::SOCKET_VARIABLE;
 use crate::nursery::{EXIT_LINE, INIT_LINE};
 
@@ -76,8 +78,8 @@ pub struct Anchor {
     pub puts_away: bool,
 }
 
-/// Kills a copy that must not run any more.
-pub(crate) fn kill_copy(anchor: Anchor) {
+/// Kills a copy that must not run any more. Returns a pidfd of each process.
+pub(crate) fn kill_copy(anchor: Anchor) -> Vec<OwnedFd> {
     match anchor.puts_away {
         true => kill_below(anchor.pid),
         false => kill_tree(anchor.pid),
@@ -247,34 +249,38 @@ impl Restore {
 
     /// Kills CRIU and everything it restored, and waits for the end of it.
     pub async fn abort(mut self) {
-        if let Some(nursery) = &self.nursery {
+        let dying = if let Some(nursery) = &self.nursery {
+            // The others are killed by the kernel before it ends.
+            let init = pidfd_open(nursery.init);
             kill_quietly(nursery.init);
+            init.into_iter().collect()
         } else if let Engine::Runc(container) = self.plan.engine.clone() {
-            self.abort_container(&container).await;
+            self.abort_container(&container).await
         } else if let Some(criu) = self.child.id() {
-            kill_tree(Pid::from_raw(criu as i32));
-        }
+            kill_tree(Pid::from_raw(criu as i32))
+        } else {
+            Vec::new()
+        };
         if let Err(error) = self.child.wait().await {
             tracing::warn!(%error, "waiting for CRIU");
         }
+        bury(dying).await;
         mounts::detach_below(&self.plan.directory);
-        if let Some(mut nursery) = self.nursery {
-            // The pipe ends when init and with it the whole namespace is gone.
-            while let Ok(Some(_)) = nursery.reports.next_line().await {}
-        }
     }
 }
 
 impl Restore {
-    async fn abort_container(&mut self, container: &Container) {
+    /// Returns what is dying.
+    async fn abort_container(&mut self, container: &Container) -> Vec<OwnedFd> {
         let Some(runtime) = self.child.id() else {
-            return;
+            return Vec::new();
         };
-        kill_below(Pid::from_raw(runtime as i32));
+        let mut dying = kill_below(Pid::from_raw(runtime as i32));
         if timeout(PUTTING_AWAY, self.child.wait()).await.is_err() {
-            kill_tree(Pid::from_raw(runtime as i32));
+            dying.extend(kill_tree(Pid::from_raw(runtime as i32)));
             container.remove_remains();
         }
+        dying
     }
 }
 
@@ -284,8 +290,8 @@ fn kill_quietly(pid: Pid) {
     }
 }
 
-/// Kills a process and its descendants, parents first so that none is born unseen.
-pub(crate) fn kill_tree(root: Pid) {
+/// Kills a process and its descendants, parents first so that none is born unseen. Returns a pidfd of each.
+pub(crate) fn kill_tree(root: Pid) -> Vec<OwnedFd> {
     let mut family = vec![root];
     let mut next = 0;
     while let Some(pid) = family.get(next).copied() {
@@ -294,12 +300,15 @@ pub(crate) fn kill_tree(root: Pid) {
         family.extend(children(pid));
         next += 1;
     }
+    let dying = family.iter().filter_map(|pid| pidfd_open(*pid).ok());
+    let dying = dying.collect();
     family.into_iter().for_each(kill_quietly);
+    dying
 }
 
-/// Kills all descendants of a process that has no reason to start another.
-pub(crate) fn kill_below(root: Pid) {
-    children(root).into_iter().for_each(kill_tree);
+/// Kills all descendants of a process that has no reason to start another. Returns a pidfd of each.
+pub(crate) fn kill_below(root: Pid) -> Vec<OwnedFd> {
+    children(root).into_iter().flat_map(kill_tree).collect()
 }
 
 fn children(parent: Pid) -> Vec<Pid> {

@@ -1,11 +1,11 @@
 //! What demand and push share: the pages owed, the order of push, and what was sent.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::images::{DumpedProcess, ImagePid};
 use common::limits::MAX_EAGER_PAGES;
 use common::page::{PageIndex, PageRange};
+use common::priority_lock::{PriorityGuard, PriorityLock};
 use common::proto::control::Tally;
 
 use crate::framer::PushedFrame;
@@ -16,7 +16,7 @@ use crate::skeleton::{eager_runs, hot_runs};
 /// The one lock between the fault thread and the bulk thread. It is never held while memory is read.
 #[derive(Debug)]
 pub struct Book {
-    pages: Mutex<Pages>,
+    pages: PriorityLock<Pages>,
 }
 
 #[derive(Debug)]
@@ -108,7 +108,7 @@ impl Book {
             ..SentCounts::default()
         };
         Book {
-            pages: Mutex::new(Pages {
+            pages: PriorityLock::new(Pages {
                 order: PushOrder::new(eager, hot, &pending),
                 pending,
                 counts,
@@ -117,8 +117,8 @@ impl Book {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Pages> {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> PriorityGuard<'_, Pages> {
+        self.pages.lock()
     }
 
     /// A fault wants `pages`; returns which of them are sent for the first time, and steers the push behind them.

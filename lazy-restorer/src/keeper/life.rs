@@ -164,9 +164,9 @@ impl Known {
     }
 
     /// Nothing has run here yet, and the source lets the workload run on: nothing may be left of the copy.
-    fn abort(self) {
+    fn abort(mut self) {
         if let Some(anchor) = self.anchor {
-            kill_copy(anchor);
+            self.processes.extend(kill_copy(anchor));
         }
         // A task in a page fault that nobody answers dies all the same, but what reads its memory would wait.
         for (fd, link) in descriptors() {

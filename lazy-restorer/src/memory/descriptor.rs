@@ -1,17 +1,17 @@
 //! What the memory needs of a process's userfault descriptor and of a lock.
 //!
-//! The real ones are [`UserFault`] and [`Mutex`]. Models of the kernel and of the scheduler stand in for them in
+//! The real ones are [`UserFault`] and [`PriorityLock`]. Models of the kernel and of the scheduler stand in for them in
 //! `tests/simulation`, so that what is simulated and model checked is this very code.
 
 use std::fmt::Debug;
 use std::io;
 use std::ops::DerefMut;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use common::page::PageRange;
+use common::priority_lock::{PriorityGuard, PriorityLock};
 
 use crate::journal::{Inbox, Note};
 use crate::resolver::MemberId;
@@ -78,25 +78,25 @@ pub trait Lock<T>: Send + Sync {
     fn lock(&self) -> Self::Guard<'_>;
 }
 
-impl<T: Send> Lock<T> for Mutex<T> {
+impl<T: Send> Lock<T> for PriorityLock<T> {
     type Guard<'a>
-        = MutexGuard<'a, T>
+        = PriorityGuard<'a, T>
     where
         T: 'a;
 
     fn new(value: T) -> Self {
-        Mutex::new(value)
+        PriorityLock::new(value)
     }
 
-    fn lock(&self) -> MutexGuard<'_, T> {
+    fn lock(&self) -> PriorityGuard<'_, T> {
         // A panic while the lock was held is a bug of ours; the map is still the best there is to go on with.
-        Mutex::lock(self).unwrap_or_else(PoisonError::into_inner)
+        PriorityLock::lock(self)
     }
 }
 
 impl Descriptor for UserFault {
     type Buffer = Inbox;
-    type Lock<T: Send> = Mutex<T>;
+    type Lock<T: Send> = PriorityLock<T>;
 
     fn buffer() -> Inbox {
         Inbox::default()

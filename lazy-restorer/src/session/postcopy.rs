@@ -17,6 +17,7 @@ use tokio::time::{interval, sleep, timeout};
 
 use super::{EXPLANATION, Migration, gave_up, lost, understood, unexpected};
 use crate::connect::{Source, reconnect};
+use crate::exits::bury;
 use crate::fetch::TransferError;
 use crate::huge::Huge;
 use crate::progress::Progress;
@@ -164,12 +165,12 @@ impl Migration<'_> {
             );
             return Ok(());
         }
-        if let Some(anchor) = resident.anchor() {
-            kill_copy(anchor);
-        }
+        let mut dying = resident.anchor().map(kill_copy).unwrap_or_default();
         for task in resident.tasks().iter().filter(|task| task.is_alive()) {
-            kill_tree(Pid::from_raw(task.pid));
+            dying.extend(kill_tree(Pid::from_raw(task.pid)));
         }
+        // The source may let the original run as soon as it is told.
+        bury(dying).await;
         self.copy_may_run = false;
         self.withdraw();
         let noted = self.kept.change(|file| {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use common::images::ImagePid;
 use common::page::{PageIndex, PageRange, page_in_buffer};
+use common::priority_lock::PriorityLock;
 use lazy_restorer::memory::descriptor::Descriptor;
 use lazy_restorer::uffd::{MemoryEvent, Progress, ReadError, Stop};
 use model_kernel::{Change, Content, Event, Kernel, Stop as KernelStop};
@@ -96,7 +97,7 @@ impl Machine {
 
 impl Descriptor for Uffd {
     type Buffer = ();
-    type Lock<T: Send> = Mutex<T>;
+    type Lock<T: Send> = PriorityLock<T>;
 
     fn buffer() {}
 
