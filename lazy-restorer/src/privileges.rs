@@ -18,6 +18,8 @@ const MAIN: Capabilities = Capabilities::KILL
     .union(Capabilities::SYS_ADMIN)
     // Large socket buffers, when it connects again.
     .union(Capabilities::NET_ADMIN)
+    // Telling the neighbours where a service address is now.
+    .union(Capabilities::NET_RAW)
     // The operator's directories, whoever owns them.
     .union(Capabilities::DAC_READ_SEARCH)
     .union(Capabilities::DAC_OVERRIDE);

@@ -17,7 +17,9 @@ const MAIN: Capabilities = Capabilities::SYS_PTRACE
     // Stopping, waking and killing tasks of other users.
     .union(Capabilities::KILL)
     // Ending the repair mode of connections whose CRIU was killed.
-    .union(Capabilities::NET_ADMIN);
+    .union(Capabilities::NET_ADMIN)
+    // Telling the neighbours that a service address is here again.
+    .union(Capabilities::NET_RAW);
 
 /// The ports are bound and the threads run: gives up what the main thread does not need any more.
 pub fn give_up() -> io::Result<()> {

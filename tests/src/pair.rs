@@ -337,9 +337,12 @@ impl Side {
         })
     }
 
-    /// Waits for the end and returns how it ended.
+    /// Waits for the end and returns how it ended. Clients would find a service that was not announced, a minute later.
     pub fn end(&mut self) -> Result<ExitStatus> {
-        self.process.wait(PATIENCE)
+        let status = self.process.wait(PATIENCE)?;
+        let stderr = self.process.stderr();
+        ensure!(!stderr.contains("neighbours will learn late"), "{stderr}");
+        Ok(status)
     }
 
     /// Waits for the end, which must be a success.

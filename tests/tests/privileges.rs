@@ -17,6 +17,7 @@ const DAC_OVERRIDE: u64 = 1 << 1;
 const DAC_READ_SEARCH: u64 = 1 << 2;
 const KILL: u64 = 1 << 5;
 const NET_ADMIN: u64 = 1 << 12;
+const NET_RAW: u64 = 1 << 13;
 const SYS_PTRACE: u64 = 1 << 19;
 const SYS_ADMIN: u64 = 1 << 21;
 const SYS_NICE: u64 = 1 << 23;
@@ -24,10 +25,10 @@ const CHECKPOINT_RESTORE: u64 = 1 << 40;
 
 /// Of the source's main thread, its guard and CRIU's script.
 const SOURCE: u64 =
-    SYS_PTRACE | DAC_READ_SEARCH | DAC_OVERRIDE | CHECKPOINT_RESTORE | KILL | NET_ADMIN;
+    SYS_PTRACE | DAC_READ_SEARCH | DAC_OVERRIDE | CHECKPOINT_RESTORE | KILL | NET_ADMIN | NET_RAW;
 /// Of the destination's main thread and its keeper.
 const DESTINATION: u64 =
-    KILL | SYS_PTRACE | SYS_ADMIN | SYS_NICE | NET_ADMIN | DAC_READ_SEARCH | DAC_OVERRIDE;
+    KILL | SYS_PTRACE | SYS_ADMIN | SYS_NICE | NET_ADMIN | NET_RAW | DAC_READ_SEARCH | DAC_OVERRIDE;
 /// Of threads that handle bytes of the other host.
 const SOURCE_DATA: u64 = SYS_PTRACE | DAC_READ_SEARCH;
 const DESTINATION_DATA: u64 = 0;
