@@ -9,13 +9,15 @@
 
 mod congestion;
 mod error;
+mod knocks;
 mod socket;
 #[cfg(test)]
 mod tests;
 mod transport;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, Incoming, ServerConfig};
@@ -26,6 +28,7 @@ use crate::identity::{Fingerprint, Identity, SERVER_NAME, Trust, common_name};
 use crate::limits::HANDSHAKE_TIMEOUT;
 pub use congestion::FaultGauge;
 pub use error::{Cause, QuicError, Refusal, refusal};
+use knocks::{Answer, Knocker, Knocks};
 use transport::Mtu;
 pub use transport::{MAX_MTU, MIN_MTU, PathProfile};
 
@@ -60,6 +63,7 @@ const MAX_PENDING_BYTES: u64 = 64 * 1024;
 pub struct Listener {
     endpoint: Endpoint,
     loopback: Arc<ServerConfig>,
+    knocks: Arc<Mutex<Knocks>>,
 }
 
 /// Binds a server for `role` to `addr`. It accepts peers whom `trust` names, never anybody without a certificate. The
@@ -90,6 +94,7 @@ pub fn bind_server(
     Ok(Listener {
         endpoint: socket::bind(addr, Some(elsewhere))?,
         loopback: Arc::new(loopback),
+        knocks: Arc::default(),
     })
 }
 
@@ -108,10 +113,28 @@ impl Listener {
     /// The next peer that wants to connect, or `None` once the endpoint is closed. Cheap and cancel-safe; the
     /// handshake happens in [`Handshake::finish`], so that a slow peer keeps nobody waiting.
     pub async fn next(&self) -> Option<Handshake> {
-        let incoming = self.endpoint.accept().await?;
-        let peer = incoming.remote_address();
-        let connecting = self.accept(incoming, peer);
-        Some(Handshake { peer, connecting })
+        loop {
+            let incoming = self.endpoint.accept().await?;
+            let peer = incoming.remote_address();
+            let who = Knocker {
+                host: peer.ip(),
+                is_there: incoming.remote_address_validated(),
+            };
+            let answer = lock(&self.knocks).answer(who, Instant::now());
+            match answer {
+                Answer::Hear => {
+                    return Some(Handshake {
+                        peer,
+                        who,
+                        connecting: self.accept(incoming, peer),
+                        knocks: self.knocks.clone(),
+                    });
+                }
+                // One that cannot be asked is not heard.
+                Answer::Ask => drop(incoming.retry()),
+                Answer::Ignore => incoming.ignore(),
+            }
+        }
     }
 
     fn accept(
@@ -131,7 +154,13 @@ impl Listener {
 #[derive(Debug)]
 pub struct Handshake {
     peer: SocketAddr,
+    who: Knocker,
     connecting: Result<quinn::Connecting, ConnectionError>,
+    knocks: Arc<Mutex<Knocks>>,
+}
+
+fn lock(knocks: &Mutex<Knocks>) -> std::sync::MutexGuard<'_, Knocks> {
+    knocks.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Handshake {
@@ -142,6 +171,15 @@ impl Handshake {
 
     /// Finishes the handshake, within [`HANDSHAKE_TIMEOUT`]; afterwards the peer's identity is certain.
     pub async fn finish(self) -> Result<Connection, QuicError> {
+        let (knocks, who) = (self.knocks.clone(), self.who);
+        let finished = self.connect().await;
+        if finished.is_err() {
+            lock(&knocks).failed(who, Instant::now());
+        }
+        finished
+    }
+
+    async fn connect(self) -> Result<Connection, QuicError> {
         let connecting = self
             .connecting
             .map_err(|error| QuicError::from_connection(self.peer, &error))?;

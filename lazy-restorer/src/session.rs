@@ -30,6 +30,7 @@ use common::stop::StopSignal;
 use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
+use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 use crate::advise::{self, Leniency};
@@ -123,6 +124,9 @@ struct Migration<'a> {
     /// Keeps packets for the service addresses out as long as no socket is there to take them.
     door: Option<Door>,
 }
+
+/// Writes the skeleton as it comes.
+type Staging = JoinHandle<Result<RecvStream, skeleton::SkeletonError>>;
 
 /// What the skeleton's phase ends with.
 struct Staged {
@@ -342,13 +346,36 @@ impl Migration<'_> {
             .bulk
             .handle()
             .spawn(skeleton::stage(pages, images));
+        match self.until_staged(source, &mut staging).await {
+            Ok((pages, frozen)) => Ok(Staged {
+                directory,
+                bulk: (credits, pages),
+                frozen,
+            }),
+            Err(error) => {
+                // A file it still makes would keep the directory, which goes away now.
+                staging.abort();
+                if !staging.is_finished() {
+                    let _ = staging.await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// The rest of the bulk stream, and whether the source has said that nothing runs there any more.
+    async fn until_staged(
+        &mut self,
+        source: &mut Source,
+        staging: &mut Staging,
+    ) -> Result<(RecvStream, bool), SessionError> {
         let mut frozen = false;
-        let pages = loop {
+        loop {
             tokio::select! {
-                staged = &mut staging => match staged {
-                    Ok(Ok(pages)) => break pages,
-                    Ok(Err(error)) => return Err(self.staging_failed(source, error).await),
-                    Err(error) => return Err(self.fail(Failure::Internal, error)),
+                staged = &mut *staging => return match staged {
+                    Ok(Ok(pages)) => Ok((pages, frozen)),
+                    Ok(Err(error)) => Err(self.staging_failed(source, error).await),
+                    Err(error) => Err(self.fail(Failure::Internal, error)),
                 },
                 // Also when nothing is expected: the source, or the operator, may give up.
                 message = self.next(source) => match message? {
@@ -356,12 +383,7 @@ impl Migration<'_> {
                     message => return Err(unexpected(self.state(), &message)),
                 },
             }
-        };
-        Ok(Staged {
-            directory,
-            bulk: (credits, pages),
-            frozen,
-        })
+        }
     }
 
     /// Makes the operator's directories equal to the source's. What the source says meanwhile waits.
