@@ -22,7 +22,7 @@ use anyhow::{Result, anyhow, ensure};
 use crate::rig::Rig;
 
 pub use aftermath::host_of;
-pub use scene::{fast_link, set_link, slow_link};
+pub use scene::{fast_link, set_link, shaped_link, slow_link};
 
 /// Where a migration is. The names are those of the states in which both ends then are, if they agree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

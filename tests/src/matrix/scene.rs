@@ -223,8 +223,13 @@ fn prepare(rig: &Rig, plan: &mut PairPlan, moment: Moment) -> Result<Hold> {
 
 /// A line of shell that makes the source's link slow.
 pub fn slow_link(rig: &Rig) -> String {
+    shaped_link(rig, SLOW)
+}
+
+/// A line of shell that gives the source's link a token bucket (tc-tbf(8)).
+pub fn shaped_link(rig: &Rig, bucket: &str) -> String {
     format!(
-        "nsenter --net=/run/netns/{} tc qdisc replace dev {INTERFACE} root tbf {SLOW}",
+        "nsenter --net=/run/netns/{} tc qdisc replace dev {INTERFACE} root tbf {bucket}",
         rig.source.namespace()
     )
 }

@@ -41,6 +41,8 @@ pub struct TouchBoard {
     pub touches_at_last_fault: AtomicU64,
     /// Pages that did not hold what was written.
     pub damaged: AtomicU64,
+    /// Of these, pages of zeros.
+    pub zeroed: AtomicU64,
     /// Times of touches that waited.
     pub waits: SharedHistogram,
 }

@@ -88,6 +88,8 @@ fn touch_all(
         }
         if !memory.is_intact(page) {
             board.damaged.fetch_add(1, Ordering::Relaxed);
+            let zeroed = u64::from(memory.is_zero(page));
+            board.zeroed.fetch_add(zeroed, Ordering::Relaxed);
         }
         if board.is_stopped() {
             break;

@@ -51,10 +51,17 @@ impl Memory {
 
     /// Whether `page` holds what was written.
     pub fn is_intact(&self, page: u64) -> bool {
-        (page * WORDS..(page + 1) * WORDS).all(|word| {
-            // SAFETY: the word lies in the mapping, which nobody writes any more.
-            unsafe { self.word(word).read_volatile() == self.expected(word) }
-        })
+        (page * WORDS..(page + 1) * WORDS).all(|word| self.read(word) == self.expected(word))
+    }
+
+    /// Whether `page` reads as if nothing had ever been written.
+    pub fn is_zero(&self, page: u64) -> bool {
+        (page * WORDS..(page + 1) * WORDS).all(|word| self.read(word) == 0)
+    }
+
+    fn read(&self, word: u64) -> u64 {
+        // SAFETY: the word lies in the mapping, which nobody writes any more.
+        unsafe { self.word(word).read_volatile() }
     }
 
     fn word(&self, word: u64) -> *mut u64 {
