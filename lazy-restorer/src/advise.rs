@@ -1,7 +1,9 @@
 //! "This cannot work", said before anything is frozen.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use common::address::MovingAddress;
 use common::container::ContainerFacts;
 use common::host::{self, CAP_SYS_ADMIN};
 use common::page::{PAGE_SIZE, pages_to_bytes};
@@ -125,6 +127,16 @@ pub enum Objection {
         /// Only the source has these.
         missing: String,
         /// Only the bundle has these.
+        extra: String,
+    },
+    /// Other service addresses.
+    #[error(
+        "--move-address names other addresses on the source: only there [{missing}], only here [{extra}]; give both programs the same"
+    )]
+    Addresses {
+        /// Only the source has these.
+        missing: String,
+        /// Only we have these.
         extra: String,
     },
     /// Other files.
@@ -252,15 +264,27 @@ fn check_same(what: &'static str, source: &[String], here: &[String]) -> Result<
     if source == here {
         return Ok(());
     }
-    let beyond = |these: &[String], those: &[String]| {
-        let only = these.iter().filter(|one| !those.contains(one));
-        only.cloned().collect::<Vec<_>>().join(" ")
-    };
     Err(Objection::Bundle {
         what,
         missing: beyond(source, here),
         extra: beyond(here, source),
     })
+}
+
+/// What is only among the first, as a line.
+fn beyond<T: PartialEq + ToString>(these: &[T], those: &[T]) -> String {
+    let only = these.iter().filter(|one| !those.contains(one));
+    only.map(T::to_string).collect::<Vec<_>>().join(" ")
+}
+
+/// Whether the addresses that the source takes off are those that we add: one that only it knows would be lost.
+pub fn check_addresses(source: &[IpAddr], here: &[MovingAddress]) -> Result<(), Objection> {
+    let here: Vec<IpAddr> = here.iter().map(|address| address.ip).collect();
+    let (missing, extra) = (beyond(source, &here), beyond(&here, source));
+    match missing.is_empty() && extra.is_empty() {
+        true => Ok(()),
+        false => Err(Objection::Addresses { missing, extra }),
+    }
 }
 
 /// Whether the programs of the workload are here, at the places `locate` names.

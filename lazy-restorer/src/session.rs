@@ -294,7 +294,8 @@ impl Migration<'_> {
         }
         // Programs are looked at when they are here.
         self.bring_files(source, Pass::First).await?;
-        let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency);
+        let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency)
+            .and_then(|()| advise::check_addresses(&facts.more.addresses, &self.plan.addresses));
         checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
         self.shut_door(source)?;
         Ok(facts)

@@ -260,6 +260,13 @@ impl Migration<'_> {
             }
             facts.more.container = Some(Box::new(container.facts().clone()));
         }
+        let addresses = self.plan.addresses.iter().map(|address| address.ip);
+        facts.more.addresses = addresses.collect();
+        if !facts.more.addresses.is_empty() && destination.version < V3 {
+            let text =
+                "the destination's release moves no addresses; use the same release on both hosts";
+            return Err(self.fail(Failure::Refused, text));
+        }
         destination.advise(self.state(), facts).await?;
         self.expect(destination, ToSource::Ready).await
     }

@@ -107,6 +107,7 @@ impl Workload {
             more: MoreFacts {
                 container: None,
                 programs: self.programs(),
+                addresses: Vec::new(),
             },
         }
     }

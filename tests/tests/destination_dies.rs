@@ -104,9 +104,14 @@ fn dies_in_restore(rig: &Rig, until: fn(&Rig) -> Result<()>) -> Result<()> {
     let gate = Gate::new(rig, "restore")?;
     let mut held = plan.clone();
     held.destination_criu = fake_criu::waiting_at(rig, "restore", &gate)?;
+    held.restorer.push("-v".into());
     let mut server = held.start_server(rig, bystander.redis.pid())?;
     let mut restorer = held.start_restorer(rig)?;
     gate.wait(PATIENCE)?;
+    // CRIU starts before the source has said everything without which no task is made.
+    wait_until(PATIENCE, "the last word of the source", || {
+        restorer.process.stderr().contains("phase=listen")
+    })?;
     kill(server.process.pid(), Signal::SIGSTOP)?;
     gate.open()?;
     until(rig)?;

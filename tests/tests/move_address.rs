@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tests::echo::{self, EchoClient, Habit};
-use tests::exit_code::{BAD_INPUT, CONNECTION, RESTORE};
+use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, RESTORE};
 use tests::failure::{Bystander, expect_failure};
 use tests::gate::Gate;
 use tests::harness::{self, Body, REDIS_MIGRATION, Test};
@@ -21,7 +21,7 @@ use tests::wait::wait_until;
 use tests::{fake_criu, task};
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 9] = [
+    let tests: [(&'static str, Body); 10] = [
         ("a_redis_under_its_client", a_redis_under_its_client),
         ("both_families_and_newcomers", both_families_and_newcomers),
         ("the_restore_fails", the_restore_fails),
@@ -33,6 +33,10 @@ fn main() -> ExitCode {
             the_restorer_is_killed_after_the_cutover,
         ),
         ("what_cannot_move_is_refused", what_cannot_move_is_refused),
+        (
+            "what_only_one_end_moves_is_refused",
+            what_only_one_end_moves_is_refused,
+        ),
         ("who_asks_early_is_not_told", who_asks_early_is_not_told),
     ];
     harness::main(tests.map(|(name, body)| Test {
@@ -258,6 +262,32 @@ fn what_cannot_move_is_refused(rig: &Rig) -> Result<()> {
         expect_failure(&mut restorer, BAD_INPUT, &[word])?;
     }
     rig.destination.shell("ip link del quiet")?;
+    bystander.assert_unharmed(rig)
+}
+
+/// Else the address would be nobody's, or of two hosts.
+fn what_only_one_end_moves_is_refused(rig: &Rig) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let neither = PairPlan::new(rig)?;
+    let both = plan(rig)?;
+    let only_source = PairPlan {
+        restorer: neither.restorer.clone(),
+        ..both.clone()
+    };
+    let only_destination = PairPlan {
+        server: neither.server.clone(),
+        ..both
+    };
+    let ip = rig.service.0;
+    for (plan, whose) in [
+        (only_source, format!("only there [{ip}]")),
+        (only_destination, format!("only here [{ip}]")),
+    ] {
+        let mut server = plan.start_server(rig, bystander.redis.pid())?;
+        let mut restorer = plan.start_restorer(rig)?;
+        expect_failure(&mut restorer, RESTORE, &["--move-address", &whose])?;
+        expect_failure(&mut server, ABORTED_BY_PEER, &["--move-address"])?;
+    }
     bystander.assert_unharmed(rig)
 }
 

@@ -1,6 +1,7 @@
 //! The session's steps. Strictly one after the other; see [`crate::session`] for what may follow what.
 
 use std::fmt;
+use std::net::IpAddr;
 
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
@@ -243,6 +244,8 @@ pub struct MoreFacts {
     pub container: Option<Box<ContainerFacts>>,
     /// What the workload has mapped executable.
     pub programs: Vec<ProgramFile>,
+    /// Service addresses that the source takes off, and the destination must add.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// What one end counted, for the comparison at the end.
@@ -303,6 +306,7 @@ mod tests {
                     bytes: 1,
                     digest: 2,
                 }],
+                addresses: Vec::new(),
             },
         };
         let bytes = postcard::to_extend(&ToDestination::Advise(facts), Vec::new());
