@@ -47,7 +47,7 @@ impl<T> PriorityLock<T> {
 
     /// Waits for the lock and takes it. A thread that has it already waits for ever.
     pub fn lock(&self) -> PriorityGuard<'_, T> {
-        let holder = nix::unistd::gettid().as_raw().cast_unsigned();
+        let holder = own_id();
         while !self.take(holder) && !self.wait() {}
         PriorityGuard {
             lock: self,
@@ -96,6 +96,15 @@ impl<T> PriorityLock<T> {
             _ => Err(io::Error::last_os_error()),
         }
     }
+}
+
+/// The calling thread's TID, asked of the kernel once: a lock is taken several times for each fault. (No thread of these
+/// programs forks and goes on with locks in the child.)
+fn own_id() -> u32 {
+    thread_local! {
+        static OWN: u32 = nix::unistd::gettid().as_raw().cast_unsigned();
+    }
+    OWN.with(|id| *id)
 }
 
 impl<T> Deref for PriorityGuard<'_, T> {
