@@ -7,6 +7,7 @@
 //! 1.3). So a client that is refused sees [`connect`] succeed and the first read or write fail;
 //! [`QuicError::from_connection`] and [`refusal`] explain that error as well.
 
+mod bursts;
 mod congestion;
 mod error;
 mod knocks;
@@ -92,7 +93,7 @@ pub fn bind_server(
     let elsewhere = config(path.resolve(false)?);
     let loopback = config(path.resolve(true)?);
     Ok(Listener {
-        endpoint: socket::bind(addr, Some(elsewhere))?,
+        endpoint: socket::bind(addr, Some(elsewhere), role)?,
         loopback: Arc::new(loopback),
         knocks: Arc::default(),
     })
@@ -218,7 +219,7 @@ fn bind_client_with(
     let mut config = ClientConfig::new(Arc::new(crypto));
     config.transport_config(Arc::new(transport::config(role, mtu, None)));
     let local = local.unwrap_or_else(|| SocketAddr::new(any_address(peer), 0));
-    let mut endpoint = socket::bind(local, None)?;
+    let mut endpoint = socket::bind(local, None, role)?;
     endpoint.set_default_client_config(config);
     Ok(endpoint)
 }

@@ -9,17 +9,22 @@ use quinn::{Endpoint, EndpointConfig, ServerConfig, TokioRuntime};
 use socket2::{Domain, Protocol, Socket, Type};
 use tracing::{debug, warn};
 
-use super::{MAX_MTU, QuicError};
+use super::bursts::Bursts;
+use super::{MAX_MTU, QuicError, Role};
 
 /// Bytes a socket buffers in each direction. The default of 208 KiB loses thousands of packets per GiB (measured,
 /// 3f); this loses none with 512 KiB outstanding.
 const BUFFER_BYTES: usize = 4 << 20;
 
-/// Makes an endpoint on a socket of its own, bound to `addr`; a server's if `server` is given.
+/// Makes an endpoint for `role` on a socket of its own, bound to `addr`; a server's if `server` is given.
 ///
 /// Every endpoint accepts packets of [`MAX_MTU`], so that the sender's setting alone decides; quinn sets 13 MB of address
 /// space aside for that.
-pub(super) fn bind(addr: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoint, QuicError> {
+pub(super) fn bind(
+    addr: SocketAddr,
+    server: Option<ServerConfig>,
+    role: Role,
+) -> Result<Endpoint, QuicError> {
     if tokio::runtime::Handle::try_current().is_err() {
         return Err(QuicError::NoRuntime);
     }
@@ -28,7 +33,9 @@ pub(super) fn bind(addr: SocketAddr, server: Option<ServerConfig>) -> Result<End
     config
         .max_udp_payload_size(MAX_MTU)
         .map_err(|_| QuicError::BadMtu { mtu: MAX_MTU })?;
-    Endpoint::new(config, server, socket, Arc::new(TokioRuntime)).map_err(QuicError::Socket)
+    let socket = Bursts::new(socket, role == Role::Bulk).map_err(QuicError::Socket)?;
+    Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))
+        .map_err(QuicError::Socket)
 }
 
 fn open(addr: SocketAddr) -> io::Result<UdpSocket> {
