@@ -87,6 +87,13 @@ pub fn owed(dumped: &[DumpedProcess]) -> (Pending, FirstPages) {
     (Pending::new(lazy), FirstPages { eager, hot })
 }
 
+impl Pages {
+    fn sent(&mut self, digest: u64, zero_pages: u64) {
+        self.pending.add_digest(digest);
+        self.counts.zero += zero_pages;
+    }
+}
+
 impl Book {
     /// Opens the book on the lazy pages of `dumped`; what their threads touch first is pushed first.
     pub fn of(dumped: &[DumpedProcess]) -> Self {
@@ -208,15 +215,14 @@ impl Book {
 
     /// Pages were read for sending.
     pub fn sent(&self, digest: u64, zero_pages: u64) {
-        let mut book = self.lock();
-        book.pending.add_digest(digest);
-        book.counts.zero += zero_pages;
+        self.lock().sent(digest, zero_pages);
     }
 
     /// Pages were framed for the push.
     pub fn pushed(&self, pushed: &PushedFrame) {
-        self.sent(pushed.frame.digest, pushed.frame.zero_pages);
-        let saved = &mut self.lock().saved;
+        let mut book = self.lock();
+        book.sent(pushed.frame.digest, pushed.frame.zero_pages);
+        let saved = &mut book.saved;
         saved.page_bytes += pushed.page_bytes;
         saved.frame_bytes += pushed.frame.bytes.len() as u64;
         saved.compressed_runs += u64::from(pushed.compressed);

@@ -70,8 +70,11 @@ impl Push {
         let mut allowed = 0;
         let mut sent = 0;
         let mut wanted_runs = 0;
-        while self.book.owed() > 0 {
+        loop {
             while sent >= allowed {
+                if self.book.owed() == 0 {
+                    return Ok(());
+                }
                 match next_credit(&mut credits).await? {
                     Some(CreditFrame::Total(credit)) => allowed = credit,
                     Some(CreditFrame::Wanted(count)) => {
@@ -84,10 +87,14 @@ impl Push {
                     None => return Ok(()),
                 }
             }
-            let Some(run) = self.book.next() else { break };
+            let Some(run) = self.book.next() else {
+                return Ok(());
+            };
             sent += self.send(run).await?;
+            // The connection's own task has its turn, which sends what is there and hears what has arrived: else all the
+            // credit there is would be read and compressed first, and the path be idle meanwhile.
+            tokio::task::yield_now().await;
         }
-        Ok(())
     }
 
     async fn send(&mut self, run: Run) -> Result<u64, TransferError> {
