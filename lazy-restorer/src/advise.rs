@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use common::address::MovingAddress;
 use common::container::ContainerFacts;
-use common::host::{self, CAP_SYS_ADMIN};
+use common::criu;
+use common::host::{self, CAP_SYS_ADMIN, OldKernel};
 use common::page::{PAGE_SIZE, pages_to_bytes};
 use common::program_file::{Difference, ProgramFile};
 use common::proto::control::WorkloadFacts;
@@ -153,10 +154,17 @@ pub enum Objection {
     #[error("CAP_SYS_ADMIN missing: run lazy-restorer as root")]
     NotRoot,
     /// The kernel lacks what we need.
-    #[error("this host's kernel is {release}; Linux {major}.{minor} or later is needed", major = OLDEST_KERNEL.0, minor = OLDEST_KERNEL.1)]
-    Kernel {
-        /// What it is.
-        release: String,
+    #[error(transparent)]
+    Kernel(#[from] OldKernel),
+    /// Images that cannot be read.
+    #[error(
+        "the source's CRIU is {source_version}, this host's {here}: it may not understand the images; install the same version or a later one here"
+    )]
+    Criu {
+        /// The source's.
+        source_version: String,
+        /// Ours.
+        here: String,
     },
     /// No room for the skeleton.
     #[error("cannot use the work directory: {0}")]
@@ -168,7 +176,7 @@ pub fn check_host() -> Result<(), Objection> {
     if !host::has_capability(CAP_SYS_ADMIN) {
         return Err(Objection::NotRoot);
     }
-    check_kernel(&host::kernel())?;
+    host::check_kernel(&host::kernel(), OLDEST_KERNEL, "")?;
     let events = FeatureFlags::EVENT_FORK
         | FeatureFlags::EVENT_REMAP
         | FeatureFlags::EVENT_REMOVE
@@ -182,16 +190,25 @@ pub fn check_host() -> Result<(), Objection> {
         .map_err(|error| Objection::Userfaultfd(error.to_string()))
 }
 
-/// A release whose name says no version is let pass: what is missing will say so itself.
-fn check_kernel(release: &str) -> Result<(), Objection> {
-    let mut parts = release.split(|c: char| !c.is_ascii_digit());
-    let mut number = || parts.next()?.parse().ok();
-    match (number(), number()) {
-        (Some(major), Some(minor)) if (major, minor) < OLDEST_KERNEL => {
-            let release = release.to_owned();
-            Err(Objection::Kernel { release })
-        }
-        _ => Ok(()),
+/// Whether our CRIU, of version `here`, understands what the source's writes.
+pub fn check_criu(source: &str, here: &str) -> Result<(), Objection> {
+    if criu::is_newer(source, here) {
+        return Err(Objection::Criu {
+            source_version: source.to_owned(),
+            here: here.to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// An older kernel is no reason to refuse: most workloads use nothing that is new, and what theirs lacks only they know.
+pub fn compare_kernels(source: &str, here: &str) {
+    if host::kernel_numbers(here) < host::kernel_numbers(source) {
+        tracing::warn!(
+            source,
+            here,
+            "this host's kernel is older; what the workload uses of the newer one CRIU cannot restore"
+        );
     }
 }
 
@@ -385,13 +402,11 @@ mod tests {
     }
 
     #[test]
-    fn an_old_kernel_is_refused() {
-        let error = check_kernel("4.19.0-27-amd64").expect_err("too old");
-        assert!(error.to_string().contains("5.3 or later"), "{error}");
-        assert!(check_kernel("5.2.21").is_err());
-        for release in ["5.3.0", "6.1.0-43-amd64", "10.0", "unknown"] {
-            assert_eq!(check_kernel(release), Ok(()), "{release}");
-        }
+    fn images_of_a_newer_criu_are_refused() {
+        let error = check_criu("9.9.0", "4.2").expect_err("from the future");
+        assert!(error.to_string().contains("9.9.0"), "{error}");
+        assert_eq!(check_criu("4.2", "4.2.1"), Ok(()));
+        assert_eq!(check_criu("of the images", "4.2"), Ok(()));
     }
 
     #[test]

@@ -502,7 +502,9 @@ impl Restore {
         let addresses = address::pair(&self.move_address, &self.dev)
             .and_then(|addresses| address::check_destination(&addresses).map(|()| addresses))
             .map_err(|error| match &error {
-                AddressError::Capability(_) => fail(Failure::NotPermitted, &error),
+                AddressError::Capability(_) | AddressError::Kernel(_) => {
+                    fail(Failure::NotPermitted, &error)
+                }
                 _ => fail(Failure::BadInput, &error),
             })?;
         let connect = ConnectOptions {
