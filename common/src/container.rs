@@ -86,6 +86,11 @@ pub enum ContainerError {
         /// Its state.
         status: String,
     },
+    /// Another container has the name by now.
+    #[error(
+        "container {0} is another one than page-server was started for; start page-server again"
+    )]
+    Replaced(String),
     /// The name is in use.
     #[error("there is already a container called {0} here; choose another name with --runc")]
     NameTaken(String),
