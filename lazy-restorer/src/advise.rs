@@ -7,6 +7,7 @@ use common::address::MovingAddress;
 use common::container::ContainerFacts;
 use common::criu;
 use common::host::{self, CAP_SYS_ADMIN, OldKernel};
+use common::open_file::OpenFile;
 use common::page::{PAGE_SIZE, pages_to_bytes};
 use common::program_file::{Difference, ProgramFile};
 use common::proto::control::WorkloadFacts;
@@ -145,6 +146,11 @@ pub enum Objection {
         "a program or library of the workload differs: {0}; make the files the same, or --ignore-programs if you know that it does not matter"
     )]
     Programs(String),
+    /// Files that CRIU would not open.
+    #[error(
+        "a file that the workload has open differs: {0}; make the files the same (--sync brings directories along), or --ignore-open-files if you know that it does not matter"
+    )]
+    OpenFiles(String),
     /// No permission.
     #[error(
         "userfaultfd is not permitted here ({0}); run as root with CAP_SYS_PTRACE, or set vm.unprivileged_userfaultfd=1"
@@ -219,6 +225,8 @@ pub struct Leniency {
     pub cpu_features: bool,
     /// Programs and libraries.
     pub programs: bool,
+    /// Open files.
+    pub open_files: bool,
 }
 
 /// Whether the workload can run here.
@@ -257,6 +265,19 @@ pub fn check_workload(
         }
         Engine::Criu | Engine::Nursery => check_programs(&facts.more.programs, Path::to_owned),
     }
+}
+
+/// Whether CRIU will be able to open what the workload has open; `brought` along is what will be here when it matters.
+pub fn check_files(
+    facts: &WorkloadFacts,
+    engine: &Engine,
+    brought: impl Fn(&Path) -> bool,
+) -> Result<(), Objection> {
+    let locate = |path: &Path| match engine {
+        Engine::Runc(container) => container.bundle().locate(path),
+        Engine::Criu | Engine::Nursery => path.to_owned(),
+    };
+    check_open_files(&facts.more.open_files, locate, brought)
 }
 
 /// Whether what moves and what shall become of it are both a container of the same kind, or both none.
@@ -317,15 +338,37 @@ fn check_programs(
         };
         Some(format!("{} {how}", here.display()))
     };
-    let mut differences = programs.iter().filter_map(differs);
-    let Some(first) = differences.next() else {
-        return Ok(());
+    match summary(programs.iter().filter_map(differs)) {
+        Some(differences) => Err(Objection::Programs(differences)),
+        None => Ok(()),
+    }
+}
+
+/// Whether the files that the workload has open are here, at the places `locate` names and as they are there. What is
+/// `brought` along will be when it matters.
+fn check_open_files(
+    files: &[OpenFile],
+    locate: impl Fn(&Path) -> PathBuf,
+    brought: impl Fn(&Path) -> bool,
+) -> Result<(), Objection> {
+    let differs = |file: &OpenFile| {
+        let here = locate(Path::new(&file.path));
+        let how = (!brought(&here)).then(|| file.mismatch(&here))?;
+        how.map(|how| format!("{} {how}", here.display()))
     };
-    let others = match differences.count() {
-        0 => String::new(),
-        count => format!(" (and {count} more)"),
-    };
-    Err(Objection::Programs(first + &others))
+    match summary(files.iter().filter_map(differs)) {
+        Some(differences) => Err(Objection::OpenFiles(differences)),
+        None => Ok(()),
+    }
+}
+
+/// The first of them, and how many more there are.
+fn summary(mut differences: impl Iterator<Item = String>) -> Option<String> {
+    let first = differences.next()?;
+    Some(match differences.count() {
+        0 => first,
+        count => format!("{first} (and {count} more)"),
+    })
 }
 
 fn check_cpu(source: &[String], here: &[String]) -> Result<(), Objection> {
@@ -432,6 +475,25 @@ mod tests {
         std::fs::write(dir.path().join("redis"), "v2").expect("written");
         let error = check_programs(&[before], locate).expect_err("changed");
         assert!(error.to_string().contains("redis is another build here"));
+    }
+
+    #[test]
+    fn open_files_that_are_missing_are_refused_by_name() {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(dir.path().join("data"), "1234").expect("written");
+        let metadata = dir.path().join("data").metadata().expect("there");
+        let there =
+            |name: &str| OpenFile::of(&format!("/srv/{name}"), &metadata, false).expect("a file");
+        let locate = |path: &Path| dir.path().join(path.file_name().unwrap_or_default());
+        let check = |names: &[&str], brought: bool| {
+            let files: Vec<OpenFile> = names.iter().map(|name| there(name)).collect();
+            check_open_files(&files, locate, |_| brought)
+        };
+        assert_eq!(check(&["data"], false), Ok(()));
+        let error = check(&["data", "log", "lock"], false).expect_err("two are missing");
+        let text = error.to_string();
+        assert!(text.contains("log is not here (and 1 more)"), "{text}");
+        assert_eq!(check(&["log"], true), Ok(()));
     }
 
     #[test]

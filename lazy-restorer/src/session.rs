@@ -307,6 +307,9 @@ impl Migration<'_> {
         }
         advise::compare_kernels(&facts.kernel, &host::kernel());
         advise::check_workload(facts, &plan.engine, plan.leniency)?;
+        if !plan.leniency.open_files {
+            advise::check_files(facts, &plan.engine, |path| plan.files.bring(path))?;
+        }
         advise::check_addresses(&facts.more.addresses, &plan.addresses)
     }
 

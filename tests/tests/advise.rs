@@ -2,25 +2,32 @@
 //!
 //! Other bundles are refused in `migrate_container.rs`, addresses in `move_address.rs`, PIDs in `rollback.rs`.
 
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Result, ensure};
 use tests::binaries;
-use tests::exit_code::NOT_PERMITTED;
+use tests::exit_code::{NOT_PERMITTED, RESTORE};
 use tests::failure::{Bystander, expect_failure, expect_refused_in_advise};
 use tests::faulty_peer::{Claim, FaultyPeer, Scenario};
 use tests::harness::{self, Body, REDIS_MIGRATION, Test};
 use tests::host::Host;
+use tests::leftovers::assert_moved;
 use tests::pair::{PORT, PairPlan, Side};
 use tests::rig::Rig;
+use tests::sleeper::Sleeper;
+use tests::task;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 2] = [
+    let tests: [(&'static str, Body); 3] = [
         (
             "what_this_host_is_not_is_refused",
             what_this_host_is_not_is_refused,
         ),
         ("an_old_kernel_is_refused", an_old_kernel_is_refused),
+        ("what_is_open_must_be_there", what_is_open_must_be_there),
     ];
     harness::main(tests.map(|(name, body)| Test {
         name,
@@ -94,4 +101,52 @@ fn on_an_old_kernel(host: &Host, program: &str) -> Result<Command> {
     let mut command = host.command("setarch");
     command.arg("--uname-2.6").arg(binaries::program(program)?);
     Ok(command)
+}
+
+/// A file that is read, one that grows, and the directory of both: the destination's are others in every way that CRIU
+/// would not restore, one after the other. What grows may be shorter there.
+fn what_is_open_must_be_there(rig: &Rig) -> Result<()> {
+    let (here, there) = (rig.make_folder("srv")?, rig.make_folder("srv-there")?);
+    fs::write(here.join("data"), "12345")?;
+    let folder = here.display();
+    let redirections = format!("3<{folder}/data 4>>{folder}/log 5<{folder}");
+    let sleeper = Sleeper::start(rig, &redirections)?;
+    let mut plan = PairPlan::new(rig)?;
+    plan.destination_mounts = vec![(there.clone(), here.clone())];
+    let data = there.join("data");
+    is_refused(rig, &plan, &sleeper, "srv/data is not here (and 1 more)")?;
+    fs::write(there.join("log"), "longer already")?;
+    is_refused(rig, &plan, &sleeper, "srv/data is not here;")?;
+    fs::create_dir(&data)?;
+    is_refused(rig, &plan, &sleeper, "srv/data is something else here")?;
+    fs::remove_dir(&data)?;
+    fs::write(&data, "123456")?;
+    is_refused(rig, &plan, &sleeper, "srv/data has 6 bytes here, not 5")?;
+    fs::write(&data, "54321")?;
+    allow(&data, 0o600)?;
+    is_refused(rig, &plan, &sleeper, "has permissions 600 here, not 644")?;
+    allow(&data, 0o644)?;
+    allow(&there, 0o700)?;
+    is_refused(rig, &plan, &sleeper, "srv has permissions 700 here")?;
+    let mut careless = plan.clone();
+    careless.restorer.push("--ignore-open-files".into());
+    let mut server = careless.start_server(rig, sleeper.pid())?;
+    let mut restorer = careless.start_restorer(rig)?;
+    expect_failure(&mut restorer, RESTORE, &["CRIU", "bad mode"])?;
+    ensure!(!server.end()?.success(), "it was moved");
+    allow(&there, 0o755)?;
+    let migration = plan.migrate(rig, sleeper.pid())?;
+    assert_moved(rig, migration.pid)
+}
+
+fn allow(path: &Path, mode: u32) -> Result<()> {
+    Ok(fs::set_permissions(path, Permissions::from_mode(mode))?)
+}
+
+fn is_refused(rig: &Rig, plan: &PairPlan, sleeper: &Sleeper, words: &str) -> Result<()> {
+    let mut server = plan.start_server(rig, sleeper.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    expect_refused_in_advise(&mut server, &mut restorer, &[words, "--ignore-open-files"])?;
+    ensure!(!task::is_frozen(sleeper.pid()), "it stands still");
+    Ok(())
 }

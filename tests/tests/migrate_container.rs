@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 use tests::binaries;
-use tests::container::{Container, NAME};
+use tests::container::{Container, NAME, Place};
 use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, REFUSED, RESTORE};
 use tests::failure::{assert_never_frozen, expect_failure, expect_refused_in_advise};
 use tests::gate::Gate;
@@ -26,7 +26,7 @@ use tests::task;
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 17] = [
+    let tests: [(&'static str, Body); 18] = [
         ("a_container_moves", a_container_moves),
         ("a_container_comes_back", a_container_comes_back),
         (
@@ -54,6 +54,10 @@ fn main() -> ExitCode {
         ("a_taken_name_is_refused", a_taken_name_is_refused),
         ("another_bundle_is_refused", another_bundle_is_refused),
         ("a_missing_bundle_is_refused", a_missing_bundle_is_refused),
+        (
+            "what_a_container_has_open_must_be_there",
+            what_a_container_has_open_must_be_there,
+        ),
         (
             "what_ended_or_never_began_is_refused",
             what_ended_or_never_began_is_refused,
@@ -298,6 +302,17 @@ fn another_bundle_is_refused(rig: &Rig) -> Result<()> {
     let mounts = other["mounts"].as_array_mut().context("mounts")?;
     mounts.push(json!({"destination": "/srv", "type": "tmpfs", "source": "tmpfs"}));
     is_refused(rig, &boxed, &other, "/srv")?;
+    // At the same place, but something else.
+    let mut other = mine.clone();
+    let mounts = other["mounts"].as_array_mut().context("mounts")?;
+    let etc = mounts.iter_mut().find(|m| m["destination"] == "/etc");
+    *etc.context("no /etc")? = json!({"destination": "/etc", "type": "tmpfs", "source": "tmpfs"});
+    is_refused(
+        rig,
+        &boxed,
+        &other,
+        "lack [/etc:bind] and have [/etc:tmpfs]",
+    )?;
     // The same mounts, with another build of the program below.
     let programs = rig.make_folder("other-usr")?;
     for folder in ["bin", "lib"] {
@@ -318,6 +333,31 @@ fn is_refused(rig: &Rig, boxed: &Boxed, config: &serde_json::Value, word: &str) 
     let plan = boxed.plan.clone();
     let (mut server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
     expect_refused_in_advise(&mut server, &mut restorer, &[word])
+}
+
+/// A file of its root file system; what it has on a tmpfs of its own comes along.
+fn what_a_container_has_open_must_be_there(rig: &Rig) -> Result<()> {
+    let line = "exec /usr/bin/sleep 1000 3</root/data 4>/tmp/scratch";
+    let container = Container::prepare(rig, &["/usr/bin/sh", "-c", line])?;
+    let data = |place: &Place| place.bundle.join("rootfs/root/data");
+    fs::write(data(&container.source), "12345")?;
+    container.run()?;
+    let (pid, plan) = (container.source.running()?, container.plan(rig)?);
+    wait_until(PATIENCE, "it to sleep", || task::name(pid) == "sleep")?;
+    for (content, words) in [
+        (None, "rootfs/root/data is not here"),
+        (Some("123456"), "data has 6 bytes here, not 5"),
+    ] {
+        if let Some(content) = content {
+            fs::write(data(&container.destination), content)?;
+        }
+        let (mut server, mut restorer) = start(rig, &plan, pid)?;
+        expect_refused_in_advise(&mut server, &mut restorer, &[words])?;
+    }
+    fs::write(data(&container.destination), "54321")?;
+    let migration = plan.migrate(rig, pid)?;
+    ensure!(container.destination.running()? == migration.pid, "another");
+    Ok(())
 }
 
 /// runc restores nothing into a container that was created only, and there is nothing of one that has ended.
