@@ -141,6 +141,11 @@ pub enum Objection {
         /// Only we have these.
         extra: String,
     },
+    /// No service addresses.
+    #[error(
+        "the source moves no addresses, but --move-address names {0} here; give page-server serve the same, or leave it out here: attach and serve --images cannot move addresses"
+    )]
+    NoAddresses(String),
     /// Other files.
     #[error(
         "a program or library of the workload differs: {0}; make the files the same, or --ignore-programs if you know that it does not matter"
@@ -319,6 +324,9 @@ fn beyond<T: PartialEq + ToString>(these: &[T], those: &[T]) -> String {
 pub fn check_addresses(source: &[IpAddr], here: &[MovingAddress]) -> Result<(), Objection> {
     let here: Vec<IpAddr> = here.iter().map(|address| address.ip).collect();
     let (missing, extra) = (beyond(source, &here), beyond(&here, source));
+    if source.is_empty() && !here.is_empty() {
+        return Err(Objection::NoAddresses(extra));
+    }
     match missing.is_empty() && extra.is_empty() {
         true => Ok(()),
         false => Err(Objection::Addresses { missing, extra }),
