@@ -104,6 +104,7 @@ impl Mischief {
             Scenario::Passes
                 | Scenario::Claims(_)
                 | Scenario::SpeaksAnotherVersion
+                | Scenario::ForgesTheSecret
                 | Scenario::Holds(_)
                 | Scenario::LosesBefore(_)
                 | Scenario::LosesAfter(_)
@@ -122,6 +123,9 @@ impl Mischief {
             }
             ToSource::CutoverRequest if self.strikes(Scenario::Vanishes) => {
                 return Passage::Vanish;
+            }
+            ToSource::Resume(resume) if self.strikes(Scenario::ForgesTheSecret) => {
+                resume.secret.0[0] ^= 1;
             }
             ToSource::Drained(tally) if self.strikes(Scenario::CountsWrong) => tally.digest ^= 1,
             _ => {}

@@ -59,6 +59,8 @@ pub enum Scenario {
     Vanishes,
     /// A destination that counts other pages than came.
     CountsWrong,
+    /// A destination that comes again with another secret, the first time.
+    ForgesTheSecret,
     /// A source that answers in a version nobody offered.
     SpeaksAnotherVersion,
     /// A source that says this of its workload or itself.
@@ -74,7 +76,8 @@ pub enum Scenario {
 }
 
 impl Scenario {
-    const ALL: [(Self, &str); 14] = [
+    const ALL: [(Self, &str); 15] = [
+        (Self::ForgesTheSecret, "forges-the-secret"),
         (Self::SpeaksAnotherVersion, "speaks-another-version"),
         (Self::Passes, "passes"),
         (Self::Stalls, "stalls"),
