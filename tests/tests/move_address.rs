@@ -269,7 +269,7 @@ fn what_cannot_move_is_refused(rig: &Rig) -> Result<()> {
 fn what_only_one_end_moves_is_refused(rig: &Rig) -> Result<()> {
     let bystander = Bystander::start(rig)?;
     let neither = PairPlan::new(rig)?;
-    let both = plan(rig)?;
+    let both = neither.clone().move_address(rig);
     let only_source = PairPlan {
         restorer: neither.restorer.clone(),
         ..both.clone()
