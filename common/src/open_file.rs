@@ -54,7 +54,7 @@ impl OpenFile {
         Some(OpenFile {
             path: path.to_owned(),
             mode: metadata.mode(),
-            bytes: (metadata.is_file() && !is_written).then(|| metadata.len()),
+            bytes: (metadata.is_file() && !is_written).then_some(metadata.len()),
         })
     }
 
