@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::door::{Door, Shut};
 use self::netlink::{ACK, CREATE, Message, Netlink, REPLACE, REQUEST, attribute, find_attribute};
-use crate::host::{CAP_NET_ADMIN, CAP_NET_RAW, has_capability};
+use crate::host::{self, CAP_NET_ADMIN, CAP_NET_RAW, OldKernel, has_capability};
 
 /// `RTM_NEWADDR`, `RTM_DELADDR` and `RTM_GETADDR`.
 const NEW: u16 = 20;
@@ -40,6 +40,9 @@ const FLAGS: u16 = 8;
 const SECONDARY: u32 = 0x01;
 /// `IFA_F_NODAD`: usable at once. Nobody else has the address; it comes from the source.
 const NO_DAD: u32 = 0x02;
+/// The first kernel whose nf_tables know an owner (`NFT_TABLE_F_OWNER`), without which the door would stay shut for ever
+/// when its program is killed.
+const OLDEST_KERNEL: (u32, u32) = (5, 12);
 /// In the migration's directory: what was taken.
 const NOTE: &str = "addresses";
 /// Addresses of one migration, at most.
@@ -88,6 +91,9 @@ pub enum AddressError {
     /// No permission.
     #[error("{0} is missing, without which --move-address cannot work: run as root")]
     Capability(&'static str),
+    /// No tables with an owner.
+    #[error(transparent)]
+    Kernel(#[from] OldKernel),
     /// Not on this host.
     #[error("there is no network device {0} on this host")]
     NoDevice(String),
@@ -230,7 +236,8 @@ fn change(message: Message, what: impl Into<String>) -> Result<(), AddressError>
     route()?.ask(&[message]).map_err(system(what))
 }
 
-fn check_privileges() -> Result<(), AddressError> {
+fn check_host() -> Result<(), AddressError> {
+    host::check_kernel(&host::kernel(), OLDEST_KERNEL, " for --move-address")?;
     for (number, name) in [
         (CAP_NET_ADMIN, "CAP_NET_ADMIN"),
         (CAP_NET_RAW, "CAP_NET_RAW"),
@@ -247,7 +254,7 @@ pub fn check_source(addresses: &[MovingAddress]) -> Result<(), AddressError> {
     if addresses.is_empty() {
         return Ok(());
     }
-    check_privileges()?;
+    check_host()?;
     let configured = configured()?;
     for address in addresses {
         let found = address.find(&configured)?;
@@ -275,7 +282,7 @@ pub fn check_destination(addresses: &[MovingAddress]) -> Result<(), AddressError
     if addresses.is_empty() {
         return Ok(());
     }
-    check_privileges()?;
+    check_host()?;
     let configured = configured()?;
     for address in addresses {
         index_of(&address.device)?;

@@ -40,7 +40,7 @@ pub struct ContainerState {
 pub struct ContainerFacts {
     /// Namespaces of its own, sorted; one that is joined by path has `=path` behind its name.
     pub namespaces: Vec<String>,
-    /// Where something is mounted in it, sorted.
+    /// Where something is mounted in it, and after a colon what (`bind`, or a type of file system), sorted.
     pub mounts: Vec<String>,
     /// It has a terminal.
     pub terminal: bool,
@@ -86,6 +86,11 @@ pub enum ContainerError {
         /// Its state.
         status: String,
     },
+    /// Another container has the name by now.
+    #[error(
+        "container {0} is another one than page-server was started for; start page-server again"
+    )]
+    Replaced(String),
     /// The name is in use.
     #[error("there is already a container called {0} here; choose another name with --runc")]
     NameTaken(String),
@@ -356,6 +361,11 @@ impl Bundle {
 }
 
 impl Mount {
+    /// However the bundle spells it.
+    fn kind(&self) -> &str {
+        if self.is_bind() { "bind" } else { &self.kind }
+    }
+
     fn is_bind(&self) -> bool {
         self.kind == "bind" || self.options.iter().any(|o| o == "bind" || o == "rbind")
     }
@@ -377,7 +387,7 @@ fn facts(config: &Config) -> ContainerFacts {
     let mut mounts: Vec<String> = config
         .mounts
         .iter()
-        .map(|mount| mount.destination.display().to_string())
+        .map(|mount| format!("{}:{}", mount.destination.display(), mount.kind()))
         .collect();
     namespaces.sort();
     mounts.sort();
@@ -412,7 +422,8 @@ mod tests {
         let (_dir, bundle) = bundle(CONFIG);
         let bundle = bundle.expect("a bundle");
         assert_eq!(bundle.facts().namespaces, ["network=path", "pid"]);
-        assert_eq!(bundle.facts().mounts, ["/proc", "/usr", "/usr/share"]);
+        let mounts = ["/proc:proc", "/usr/share:bind", "/usr:bind"];
+        assert_eq!(bundle.facts().mounts, mounts);
     }
 
     #[test]

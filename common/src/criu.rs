@@ -135,6 +135,12 @@ fn numbers(version: &str) -> (u32, u32) {
     )
 }
 
+/// Whether images of the CRIU of `version` may hold what one of version `than` does not know. It reads those of older
+/// ones, and nothing is known of a version that is no number.
+pub fn is_newer(version: &str, than: &str) -> bool {
+    numbers(version) > numbers(than)
+}
+
 /// The error lines of a CRIU log in one line, for an operator's error message.
 pub fn quote_errors(log: &Path) -> String {
     let text = fs::read(log).unwrap_or_default();
@@ -185,6 +191,9 @@ mod tests {
         assert!(numbers("4.10") >= OLDEST);
         assert!(numbers("4.1.1") < OLDEST);
         assert!(numbers("3.17.1") < OLDEST);
+        assert!(is_newer("4.3", "4.2.1"));
+        assert!(!is_newer("4.2.1", "4.2"));
+        assert!(!is_newer("of the images", "4.2"));
     }
 
     #[test]

@@ -27,6 +27,42 @@ pub fn architecture() -> String {
     uname_field(|uts| uts.machine().to_string_lossy().into_owned())
 }
 
+/// A kernel that lacks what is needed.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("this host's kernel is {release}; Linux {}.{} or later is needed{reason}", .needed.0, .needed.1)]
+pub struct OldKernel {
+    /// What it is.
+    pub release: String,
+    /// What it should be at least.
+    pub needed: (u32, u32),
+    /// What for, as the end of the sentence; may be empty.
+    pub reason: &'static str,
+}
+
+/// Refuses a kernel before `needed`.
+pub fn check_kernel(
+    release: &str,
+    needed: (u32, u32),
+    reason: &'static str,
+) -> Result<(), OldKernel> {
+    match kernel_numbers(release) {
+        Some(numbers) if numbers < needed => Err(OldKernel {
+            release: release.to_owned(),
+            needed,
+            reason,
+        }),
+        // A release whose name says no version is let pass: what is missing will say so itself.
+        _ => Ok(()),
+    }
+}
+
+/// The first two numbers of a kernel's release.
+pub fn kernel_numbers(release: &str) -> Option<(u32, u32)> {
+    let mut parts = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || parts.next()?.parse().ok();
+    Some((number()?, number()?))
+}
+
 fn uname_field(field: impl Fn(&nix::sys::utsname::UtsName) -> String) -> String {
     uname().map_or_else(|_| String::from("unknown"), |uts| field(&uts))
 }
@@ -110,6 +146,22 @@ mod tests {
     fn a_missing_parent_is_named() {
         let error = staging_directory(Some(Path::new("/nonexistent"))).expect_err("no parent");
         assert!(error.to_string().contains("/nonexistent"));
+    }
+
+    #[test]
+    fn an_old_kernel_is_refused() {
+        let error = check_kernel("4.19.0-27-amd64", (5, 3), " for this").expect_err("too old");
+        assert!(
+            error
+                .to_string()
+                .contains("5.3 or later is needed for this"),
+            "{error}"
+        );
+        assert!(check_kernel("5.2.21", (5, 3), "").is_err());
+        assert!(check_kernel("5.10.0-28-amd64", (5, 12), "").is_err());
+        for release in ["5.3.0", "6.1.0-43-amd64", "10.0", "unknown"] {
+            assert_eq!(check_kernel(release, (5, 3), ""), Ok(()), "{release}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@
 //! | [`session_file`] | what a restarted program must know to go on with a session |
 //! | [`criu`], [`host`], [`mounts`], [`operator`] | the CRIU program, this host, the operator's commands |
 //! | [`address`] | service addresses that move with a workload |
-//! | [`container`], [`program_file`] | OCI containers and bundles; the programs both hosts must have |
+//! | [`container`], [`program_file`], [`open_file`] | OCI containers and bundles; the programs and files both hosts must have |
 //! | [`lost`] | what is done about a link that stays lost |
 //! | [`io_thread`], [`priority_lock`], [`privileges`] | threads with a network runtime of their own, the lock between them, and what they may still do after set-up |
 //! | [`exit`], [`logging`], [`stop`] | how a program fails, what it logs, and how it is asked to stop |
@@ -39,6 +39,7 @@ pub mod limits;
 pub mod logging;
 pub mod lost;
 pub mod mounts;
+pub mod open_file;
 pub mod operator;
 pub mod pacing;
 pub mod page;

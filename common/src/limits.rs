@@ -25,6 +25,13 @@ pub const MAX_CONTROL_BYTES: usize = 1 << 20;
 /// [`MAX_CONTROL_BYTES`]. The rest is not compared.
 pub const MAX_PROGRAM_FILES: usize = 1024;
 
+/// Open files compared before the freeze. The rest is not compared.
+pub const MAX_OPEN_FILES: usize = 4096;
+
+/// Bytes of all their paths together: with what belongs to each path, and with the programs, well below
+/// [`MAX_CONTROL_BYTES`].
+pub const MAX_OPEN_FILES_PATH_BYTES: usize = 256 * 1024;
+
 /// Areas of huge pages in all: a process of 2 TiB in which every other huge page is one.
 pub const MAX_HUGE_AREAS: usize = 1 << 19;
 

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use common::address::MovingAddress;
 use common::container::ContainerFacts;
-use common::host::{self, CAP_SYS_ADMIN};
+use common::criu;
+use common::host::{self, CAP_SYS_ADMIN, OldKernel};
+use common::open_file::OpenFile;
 use common::page::{PAGE_SIZE, pages_to_bytes};
 use common::program_file::{Difference, ProgramFile};
 use common::proto::control::WorkloadFacts;
@@ -139,11 +141,21 @@ pub enum Objection {
         /// Only we have these.
         extra: String,
     },
+    /// No service addresses.
+    #[error(
+        "the source moves no addresses, but --move-address names {0} here; give page-server serve the same, or leave it out here: attach and serve --images cannot move addresses"
+    )]
+    NoAddresses(String),
     /// Other files.
     #[error(
         "a program or library of the workload differs: {0}; make the files the same, or --ignore-programs if you know that it does not matter"
     )]
     Programs(String),
+    /// Files that CRIU would not open.
+    #[error(
+        "a file that the workload has open differs: {0}; make the files the same (--sync brings directories along), or --ignore-open-files if you know that it does not matter"
+    )]
+    OpenFiles(String),
     /// No permission.
     #[error(
         "userfaultfd is not permitted here ({0}); run as root with CAP_SYS_PTRACE, or set vm.unprivileged_userfaultfd=1"
@@ -153,10 +165,17 @@ pub enum Objection {
     #[error("CAP_SYS_ADMIN missing: run lazy-restorer as root")]
     NotRoot,
     /// The kernel lacks what we need.
-    #[error("this host's kernel is {release}; Linux {major}.{minor} or later is needed", major = OLDEST_KERNEL.0, minor = OLDEST_KERNEL.1)]
-    Kernel {
-        /// What it is.
-        release: String,
+    #[error(transparent)]
+    Kernel(#[from] OldKernel),
+    /// Images that cannot be read.
+    #[error(
+        "the source's CRIU is {source_version}, this host's {here}: it may not understand the images; install the same version or a later one here"
+    )]
+    Criu {
+        /// The source's.
+        source_version: String,
+        /// Ours.
+        here: String,
     },
     /// No room for the skeleton.
     #[error("cannot use the work directory: {0}")]
@@ -168,7 +187,7 @@ pub fn check_host() -> Result<(), Objection> {
     if !host::has_capability(CAP_SYS_ADMIN) {
         return Err(Objection::NotRoot);
     }
-    check_kernel(&host::kernel())?;
+    host::check_kernel(&host::kernel(), OLDEST_KERNEL, "")?;
     let events = FeatureFlags::EVENT_FORK
         | FeatureFlags::EVENT_REMAP
         | FeatureFlags::EVENT_REMOVE
@@ -182,16 +201,25 @@ pub fn check_host() -> Result<(), Objection> {
         .map_err(|error| Objection::Userfaultfd(error.to_string()))
 }
 
-/// A release whose name says no version is let pass: what is missing will say so itself.
-fn check_kernel(release: &str) -> Result<(), Objection> {
-    let mut parts = release.split(|c: char| !c.is_ascii_digit());
-    let mut number = || parts.next()?.parse().ok();
-    match (number(), number()) {
-        (Some(major), Some(minor)) if (major, minor) < OLDEST_KERNEL => {
-            let release = release.to_owned();
-            Err(Objection::Kernel { release })
-        }
-        _ => Ok(()),
+/// Whether our CRIU, of version `here`, understands what the source's writes.
+pub fn check_criu(source: &str, here: &str) -> Result<(), Objection> {
+    if criu::is_newer(source, here) {
+        return Err(Objection::Criu {
+            source_version: source.to_owned(),
+            here: here.to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// An older kernel is no reason to refuse: most workloads use nothing that is new, and what theirs lacks only they know.
+pub fn compare_kernels(source: &str, here: &str) {
+    if host::kernel_numbers(here) < host::kernel_numbers(source) {
+        tracing::warn!(
+            source,
+            here,
+            "this host's kernel is older; what the workload uses of the newer one CRIU cannot restore"
+        );
     }
 }
 
@@ -202,6 +230,8 @@ pub struct Leniency {
     pub cpu_features: bool,
     /// Programs and libraries.
     pub programs: bool,
+    /// Open files.
+    pub open_files: bool,
 }
 
 /// Whether the workload can run here.
@@ -240,6 +270,19 @@ pub fn check_workload(
         }
         Engine::Criu | Engine::Nursery => check_programs(&facts.more.programs, Path::to_owned),
     }
+}
+
+/// Whether CRIU will be able to open what the workload has open; `brought` along is what will be here when it matters.
+pub fn check_files(
+    facts: &WorkloadFacts,
+    engine: &Engine,
+    brought: impl Fn(&Path) -> bool,
+) -> Result<(), Objection> {
+    let locate = |path: &Path| match engine {
+        Engine::Runc(container) => container.bundle().locate(path),
+        Engine::Criu | Engine::Nursery => path.to_owned(),
+    };
+    check_open_files(&facts.more.open_files, locate, brought)
 }
 
 /// Whether what moves and what shall become of it are both a container of the same kind, or both none.
@@ -281,6 +324,9 @@ fn beyond<T: PartialEq + ToString>(these: &[T], those: &[T]) -> String {
 pub fn check_addresses(source: &[IpAddr], here: &[MovingAddress]) -> Result<(), Objection> {
     let here: Vec<IpAddr> = here.iter().map(|address| address.ip).collect();
     let (missing, extra) = (beyond(source, &here), beyond(&here, source));
+    if source.is_empty() && !here.is_empty() {
+        return Err(Objection::NoAddresses(extra));
+    }
     match missing.is_empty() && extra.is_empty() {
         true => Ok(()),
         false => Err(Objection::Addresses { missing, extra }),
@@ -300,15 +346,37 @@ fn check_programs(
         };
         Some(format!("{} {how}", here.display()))
     };
-    let mut differences = programs.iter().filter_map(differs);
-    let Some(first) = differences.next() else {
-        return Ok(());
+    match summary(programs.iter().filter_map(differs)) {
+        Some(differences) => Err(Objection::Programs(differences)),
+        None => Ok(()),
+    }
+}
+
+/// Whether the files that the workload has open are here, at the places `locate` names and as they are there. What is
+/// `brought` along will be when it matters.
+fn check_open_files(
+    files: &[OpenFile],
+    locate: impl Fn(&Path) -> PathBuf,
+    brought: impl Fn(&Path) -> bool,
+) -> Result<(), Objection> {
+    let differs = |file: &OpenFile| {
+        let here = locate(Path::new(&file.path));
+        let how = (!brought(&here)).then(|| file.mismatch(&here))?;
+        how.map(|how| format!("{} {how}", here.display()))
     };
-    let others = match differences.count() {
-        0 => String::new(),
-        count => format!(" (and {count} more)"),
-    };
-    Err(Objection::Programs(first + &others))
+    match summary(files.iter().filter_map(differs)) {
+        Some(differences) => Err(Objection::OpenFiles(differences)),
+        None => Ok(()),
+    }
+}
+
+/// The first of them, and how many more there are.
+fn summary(mut differences: impl Iterator<Item = String>) -> Option<String> {
+    let first = differences.next()?;
+    Some(match differences.count() {
+        0 => first,
+        count => format!("{first} (and {count} more)"),
+    })
 }
 
 fn check_cpu(source: &[String], here: &[String]) -> Result<(), Objection> {
@@ -385,13 +453,11 @@ mod tests {
     }
 
     #[test]
-    fn an_old_kernel_is_refused() {
-        let error = check_kernel("4.19.0-27-amd64").expect_err("too old");
-        assert!(error.to_string().contains("5.3 or later"), "{error}");
-        assert!(check_kernel("5.2.21").is_err());
-        for release in ["5.3.0", "6.1.0-43-amd64", "10.0", "unknown"] {
-            assert_eq!(check_kernel(release), Ok(()), "{release}");
-        }
+    fn images_of_a_newer_criu_are_refused() {
+        let error = check_criu("9.9.0", "4.2").expect_err("from the future");
+        assert!(error.to_string().contains("9.9.0"), "{error}");
+        assert_eq!(check_criu("4.2", "4.2.1"), Ok(()));
+        assert_eq!(check_criu("of the images", "4.2"), Ok(()));
     }
 
     #[test]
@@ -417,6 +483,25 @@ mod tests {
         std::fs::write(dir.path().join("redis"), "v2").expect("written");
         let error = check_programs(&[before], locate).expect_err("changed");
         assert!(error.to_string().contains("redis is another build here"));
+    }
+
+    #[test]
+    fn open_files_that_are_missing_are_refused_by_name() {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(dir.path().join("data"), "1234").expect("written");
+        let metadata = dir.path().join("data").metadata().expect("there");
+        let there =
+            |name: &str| OpenFile::of(&format!("/srv/{name}"), &metadata, false).expect("a file");
+        let locate = |path: &Path| dir.path().join(path.file_name().unwrap_or_default());
+        let check = |names: &[&str], brought: bool| {
+            let files: Vec<OpenFile> = names.iter().map(|name| there(name)).collect();
+            check_open_files(&files, locate, |_| brought)
+        };
+        assert_eq!(check(&["data"], false), Ok(()));
+        let error = check(&["data", "log", "lock"], false).expect_err("two are missing");
+        let text = error.to_string();
+        assert!(text.contains("log is not here (and 1 more)"), "{text}");
+        assert_eq!(check(&["log"], true), Ok(()));
     }
 
     #[test]

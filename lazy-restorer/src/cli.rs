@@ -276,6 +276,9 @@ pub struct Restore {
     /// Do not compare the programs and libraries the workload has mapped with this host's
     #[arg(long)]
     ignore_programs: bool,
+    /// Do not look for the files the workload has open on this host
+    #[arg(long)]
+    ignore_open_files: bool,
     /// The CRIU to use [default: criu from the search path]
     #[arg(long, value_name = "PATH", env = CRIU_VARIABLE)]
     criu: Option<PathBuf>,
@@ -502,7 +505,9 @@ impl Restore {
         let addresses = address::pair(&self.move_address, &self.dev)
             .and_then(|addresses| address::check_destination(&addresses).map(|()| addresses))
             .map_err(|error| match &error {
-                AddressError::Capability(_) => fail(Failure::NotPermitted, &error),
+                AddressError::Capability(_) | AddressError::Kernel(_) => {
+                    fail(Failure::NotPermitted, &error)
+                }
                 _ => fail(Failure::BadInput, &error),
             })?;
         let connect = ConnectOptions {
@@ -522,6 +527,7 @@ impl Restore {
             leniency: Leniency {
                 cpu_features: self.ignore_cpu_features,
                 programs: self.ignore_programs,
+                open_files: self.ignore_open_files,
             },
             push: !self.no_push,
             huge_pages: !self.small_pages,

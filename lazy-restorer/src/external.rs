@@ -277,8 +277,12 @@ impl External<'_> {
             ToDestination::AdviseMore(more) => more,
             message => return Err(self.unexpected(&message)),
         };
-        // Who restores looks after PIDs.
-        advise::check_workload(&facts, &Engine::Nursery, Leniency::default())
+        // Who restores looks after PIDs, and after files: only they know where they will be.
+        let leniency = Leniency {
+            programs: true,
+            ..Leniency::default()
+        };
+        advise::check_workload(&facts, &Engine::Nursery, leniency)
             .map_err(|objection| self.fail(Failure::Restore, objection))?;
         self.send(ToSource::ReadyWithImages(dump.digest)).await?;
         self.advance(Event::Ready)?;

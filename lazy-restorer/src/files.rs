@@ -96,6 +96,11 @@ impl Files {
         self.paths.is_empty()
     }
 
+    /// Whether what is at `path` comes along.
+    pub fn bring(&self, path: &Path) -> bool {
+        self.paths.iter().any(|brought| path.starts_with(brought))
+    }
+
     /// The directories at `paths`.
     pub fn new(paths: &[PathBuf]) -> Result<Self, FilesError> {
         for path in paths {

@@ -33,7 +33,7 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::advise::{self, Leniency};
+use crate::advise::{self, Leniency, Objection};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
 use crate::engine::Engine;
 use crate::files::{Files, Pass};
@@ -294,11 +294,23 @@ impl Migration<'_> {
         }
         // Programs are looked at when they are here.
         self.bring_files(source, Pass::First).await?;
-        let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency)
-            .and_then(|()| advise::check_addresses(&facts.more.addresses, &self.plan.addresses));
-        checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
+        self.check(&facts)
+            .map_err(|objection| self.fail(Failure::Restore, objection))?;
         self.shut_door(source)?;
         Ok(facts)
+    }
+
+    fn check(&self, facts: &WorkloadFacts) -> Result<(), Objection> {
+        let plan = self.plan;
+        if let Some(criu) = &plan.criu {
+            advise::check_criu(&facts.criu, criu.version())?;
+        }
+        advise::compare_kernels(&facts.kernel, &host::kernel());
+        advise::check_workload(facts, &plan.engine, plan.leniency)?;
+        if !plan.leniency.open_files {
+            advise::check_files(facts, &plan.engine, |path| plan.files.bring(path))?;
+        }
+        advise::check_addresses(&facts.more.addresses, &plan.addresses)
     }
 
     /// The service addresses are not here yet, so this harms nobody.

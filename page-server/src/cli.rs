@@ -10,7 +10,6 @@ use common::address::{self, AddressError, Prefixed};
 use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
-use common::host::{self, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
 use common::identity::{Fingerprint, Identity, Trust};
 use common::lost::{LostPlan, OnLost, parse_duration};
 use common::proto::control::Secret;
@@ -30,6 +29,7 @@ use crate::files::Files;
 use crate::identity_command::IdentityCommand;
 use crate::listen::ListenPlan;
 use crate::offer::Dumped;
+use crate::privileges::check_host;
 use crate::session::ServePlan;
 use crate::workload::Workload;
 
@@ -281,7 +281,7 @@ impl Resume {
         let fail = |failure, error: &dyn std::fmt::Display| {
             SessionError::new(failure, State::Paused, error)
         };
-        check_privileges()?;
+        check_host()?;
         let store = self.state.store();
         let file = store.find(&self.session);
         let file = file.map_err(|error| fail(Failure::BadInput, &error))?;
@@ -474,7 +474,7 @@ impl Serve {
         let fail = |failure, error: &dyn std::fmt::Display| {
             SessionError::new(failure, State::Hello, error)
         };
-        check_privileges()?;
+        check_host()?;
         let listen = ListenOptions {
             listen: self.listen,
             bulk_port: self.bulk_port,
@@ -496,7 +496,9 @@ impl Serve {
         let addresses = address::pair(&self.move_address, &self.dev)
             .and_then(|addresses| address::check_source(&addresses).map(|()| addresses))
             .map_err(|error| match &error {
-                AddressError::Capability(_) => fail(Failure::NotPermitted, &error),
+                AddressError::Capability(_) | AddressError::Kernel(_) => {
+                    fail(Failure::NotPermitted, &error)
+                }
                 _ => fail(Failure::BadInput, &error),
             })?;
         let token = self.token_file.as_deref().map(new_token).transpose()?;
@@ -588,7 +590,7 @@ pub struct Attach {
 impl Attach {
     /// Checks everything that can be checked before anyone connects.
     pub fn plan(&self) -> Result<ExternalPlan, SessionError> {
-        check_privileges()?;
+        check_host()?;
         if self.tcp_established && (self.fan_out > 1 || self.keep_original) {
             return Err(SessionError::new(
                 Failure::BadInput,
@@ -678,21 +680,4 @@ fn trust(fingerprints: &[Fingerprint]) -> Trust {
 
 fn new_token(path: &Path) -> Result<Secret, SessionError> {
     token::create(path).map_err(|error| SessionError::new(Failure::BadInput, State::Hello, error))
-}
-
-/// Freezing needs what CRIU needs; better said before anyone connects.
-fn check_privileges() -> Result<(), SessionError> {
-    let missing: Vec<&str> = [
-        (CAP_SYS_ADMIN, "CAP_SYS_ADMIN"),
-        (CAP_SYS_PTRACE, "CAP_SYS_PTRACE"),
-    ]
-    .into_iter()
-    .filter(|(number, _)| !host::has_capability(*number))
-    .map(|(_, name)| name)
-    .collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let text = format!("{} missing: run page-server as root", missing.join(" and "));
-    Err(SessionError::new(Failure::NotPermitted, State::Hello, text))
 }

@@ -43,6 +43,7 @@ pub mod listen;
 pub mod memory;
 pub mod network_lock;
 pub mod offer;
+mod open_files;
 pub mod packer;
 pub mod pending;
 pub mod privileges;

@@ -93,10 +93,12 @@ impl Offer {
             error,
         };
         let processes = read_processes(images).map_err(failed)?;
-        let pids: HashMap<ImagePid, Pid> = Workload::frozen(root).by_image_pid();
+        let workload = Workload::frozen(root);
+        let pids: HashMap<ImagePid, Pid> = workload.by_image_pid();
         let located = located(&processes, &pids)?;
         let source = FrozenProcesses::open(located).map_err(TakeError::from)?;
-        let offer = Self::new(images, processes, Arc::new(source), dumped, work_dir)?;
+        let mut offer = Self::new(images, processes, Arc::new(source), dumped, work_dir)?;
+        offer.facts.more = workload.more_facts();
         skeleton_of_lazy_dump(images, &offer.skeleton()).map_err(failed)?;
         Ok(offer)
     }
@@ -170,7 +172,7 @@ fn facts(
         resident_pages: lazy.sum(),
         tcp_established: dumped.tcp_established,
         shell_job: dumped.shell_job,
-        // Whoever made the dump looks after these, and CRIU compares the files it restores.
+        // Whoever made the dump looks after these, and CRIU compares the files it restores. Frozen tasks tell more.
         more: MoreFacts::default(),
     })
 }

@@ -1,8 +1,15 @@
-//! What `page-server`'s threads may still do after set-up; what each capability is for.
+//! What `page-server` must be permitted to do, and what its threads may still do after set-up; what each capability is
+//! for.
 
 use std::io;
 
+use common::exit::{Failure, SessionError};
+use common::host::{self, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
 use common::privileges::{self, Capabilities};
+use common::session::State;
+
+/// The first kernel with `pidfd_getfd(2)`, without which a tree whose CRIU was killed cannot be rescued.
+const OLDEST_KERNEL: (u32, u32) = (5, 6);
 
 /// Threads that drive connections: `process_vm_readv` of frozen tasks of whatever user, and images of whatever owner.
 pub const DATA: Capabilities = Capabilities::SYS_PTRACE.union(Capabilities::DAC_READ_SEARCH);
@@ -27,4 +34,23 @@ pub fn give_up() -> io::Result<()> {
         tracing::info!("not root: the main thread keeps the capabilities that CRIU needs");
     }
     Ok(())
+}
+
+/// Freezing needs what CRIU needs, and undoing it a kernel that can; better said before anyone connects.
+pub fn check_host() -> Result<(), SessionError> {
+    host::check_kernel(&host::kernel(), OLDEST_KERNEL, "")
+        .map_err(|error| SessionError::new(Failure::NotPermitted, State::Hello, error))?;
+    let missing: Vec<&str> = [
+        (CAP_SYS_ADMIN, "CAP_SYS_ADMIN"),
+        (CAP_SYS_PTRACE, "CAP_SYS_PTRACE"),
+    ]
+    .into_iter()
+    .filter(|(number, _)| !host::has_capability(*number))
+    .map(|(_, name)| name)
+    .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let text = format!("{} missing: run page-server as root", missing.join(" and "));
+    Err(SessionError::new(Failure::NotPermitted, State::Hello, text))
 }

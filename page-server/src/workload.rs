@@ -14,6 +14,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
 
+use crate::open_files;
+
 /// Kernel flag of a thread that belongs to the kernel (`PF_KTHREAD`, `include/linux/sched.h`).
 const PF_KTHREAD: u32 = 0x0020_0000;
 
@@ -104,11 +106,17 @@ impl Workload {
             resident_pages: resident.sum(),
             tcp_established,
             shell_job,
-            more: MoreFacts {
-                container: None,
-                programs: self.programs(),
-                addresses: Vec::new(),
-            },
+            more: self.more_facts(),
+        }
+    }
+
+    /// The files that the destination must have too, be the tree running or frozen.
+    pub fn more_facts(&self) -> MoreFacts {
+        MoreFacts {
+            container: None,
+            programs: self.programs(),
+            addresses: Vec::new(),
+            open_files: open_files::of(&self.processes()),
         }
     }
 

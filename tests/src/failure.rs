@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 
 use crate::beating_redis::BeatingRedis;
+use crate::exit_code::{ABORTED_BY_PEER, RESTORE};
 use crate::leftovers::Snapshot;
 use crate::pair::{PairPlan, Side};
 use crate::redis_client::ClientPlan;
@@ -89,5 +90,28 @@ pub fn expect_failure(side: &mut Side, code: i32, words: &[&str]) -> Result<()> 
             "{word:?} is missing in: {line}"
         );
     }
+    Ok(())
+}
+
+/// The destination says that it cannot work, both ends' operators read why in `words`, and nothing was frozen for it.
+pub fn expect_refused_in_advise(
+    server: &mut Side,
+    restorer: &mut Side,
+    words: &[&str],
+) -> Result<()> {
+    let words = [&["phase advise"], words].concat();
+    expect_failure(restorer, RESTORE, &words)?;
+    expect_failure(server, ABORTED_BY_PEER, &words)?;
+    assert_never_frozen(server)
+}
+
+/// The source has not even begun to freeze.
+pub fn assert_never_frozen(server: &Side) -> Result<()> {
+    let record = server.record()?;
+    let is_early = |phase: &crate::record::Phase| ["hello", "advise"].contains(&&*phase.name);
+    ensure!(
+        record.frozen_at_unix_us == 0 && record.phases.iter().all(is_early),
+        "it was frozen: {record:?}"
+    );
     Ok(())
 }

@@ -23,11 +23,7 @@ impl Identities {
         let source = folder.join("source");
         let destination = folder.join("destination");
         init(&source, &[])?;
-        let mut command = Command::new(binaries::program("page-server")?);
-        command
-            .args(["identity", "issue", "--name", "destination", "--ca"])
-            .arg(&source);
-        run(command.arg("--dir").arg(&destination))?;
+        issue(&source, &destination, &["--name", "destination"])?;
         Ok(Self {
             source,
             destination,
@@ -42,5 +38,13 @@ pub fn init(folder: &Path, options: &[&str]) -> Result<()> {
         .args(["identity", "init", "--dir"])
         .arg(folder)
         .args(options))?;
+    Ok(())
+}
+
+/// Makes a host certificate of the authority in `authority`; `options` are passed on.
+pub fn issue(authority: &Path, folder: &Path, options: &[&str]) -> Result<()> {
+    let mut command = Command::new(binaries::program("page-server")?);
+    command.args(["identity", "issue", "--ca"]).arg(authority);
+    run(command.arg("--dir").arg(folder).args(options))?;
     Ok(())
 }

@@ -48,6 +48,7 @@ pub mod shared_file;
 pub mod shell;
 pub mod shuttle;
 pub mod siblings;
+pub mod sleeper;
 pub mod small_disk;
 pub mod sockets;
 pub mod stop_and_copy;

@@ -8,13 +8,17 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tests::binaries;
 use tests::criu_baseline::BaselineHome;
+use tests::exit_code::{ABORTED_BY_PEER, RESTORE};
 use tests::external::Orchestrator;
+use tests::failure::expect_failure;
 use tests::harness::{self, MIGRATION, Need, Test};
+use tests::host::INTERFACE;
 use tests::pair::{PATIENCE, Side, resume_restorer, resume_server, session_of, sessions};
 use tests::process::Process;
 use tests::random::seed_of_this_run;
 use tests::rig::Rig;
 use tests::shell;
+use tests::sleeper::Sleeper;
 use tests::task;
 use tests::torture::{Torture, TorturePlan};
 use tests::wait::wait_until;
@@ -68,6 +72,16 @@ fn main() -> ExitCode {
             name: "an_older_source_is_refused",
             needs: MIGRATION,
             body: an_older_source_is_refused,
+        },
+        Test {
+            name: "what_frozen_tasks_have_open_is_compared",
+            needs: MIGRATION,
+            body: what_frozen_tasks_have_open_is_compared,
+        },
+        Test {
+            name: "addresses_do_not_move_with_images",
+            needs: MIGRATION,
+            body: addresses_do_not_move_with_images,
         },
         Test {
             name: "one_frozen_process_becomes_three",
@@ -191,6 +205,39 @@ fn images_of_another_dump_are_refused(rig: &Rig) -> Result<()> {
     ensure!(line.contains("another dump"), "{line}");
     ensure!(!server.end()?.success(), "page-server served them");
     Ok(())
+}
+
+/// The tasks are there to be asked, and a destination that lacks what they have open is told so before it restores.
+fn what_frozen_tasks_have_open_is_compared(rig: &Rig) -> Result<()> {
+    let data = rig.make_folder("srv")?.join("data");
+    std::fs::write(&data, "12345")?;
+    let workload = Sleeper::start(rig, &format!("3<{}", data.display()))?;
+    let orchestrator = Orchestrator::new(rig)?;
+    let mut dump = orchestrator.start_lazy_dump(workload.pid())?;
+    let pid = workload.pid().to_string();
+    let mut server = orchestrator.start_server(&["attach", "--pid", &pid])?;
+    // As if it were another one on the destination.
+    std::fs::write(&data, "123456")?;
+    let mut restorer = orchestrator.start_restorer(1, &[])?;
+    let words = ["phase advise", "srv/data has 6 bytes here, not 5"];
+    expect_failure(&mut restorer, RESTORE, &words)?;
+    expect_failure(&mut server, ABORTED_BY_PEER, &words)?;
+    dump.wait(PATIENCE)?;
+    wait_until(PATIENCE, "the workload to run on", || {
+        !task::is_frozen(workload.pid())
+    })
+}
+
+fn addresses_do_not_move_with_images(rig: &Rig) -> Result<()> {
+    let workload = Sleeper::start(rig, "")?;
+    let orchestrator = Orchestrator::new(rig)?;
+    orchestrator.dump(workload.pid())?;
+    let mut server = orchestrator.start_server(&["serve"])?;
+    let options = ["--move-address", "10.77.0.99/32", "--dev", INTERFACE];
+    let mut restorer = orchestrator.start_restorer(1, &options)?;
+    let words = ["phase advise", "10.77.0.99", "serve --images cannot move"];
+    expect_failure(&mut restorer, RESTORE, &words)?;
+    expect_failure(&mut server, ABORTED_BY_PEER, &words)
 }
 
 fn one_dump_becomes_three_processes(rig: &Rig) -> Result<()> {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use tests::exit_code::{ABORTED_BY_PEER, CONNECTION, FREEZE, INTERRUPTED, RESTORE};
-use tests::failure::{Bystander, expect_failure};
+use tests::failure::{Bystander, assert_never_frozen, expect_failure};
 use tests::faulty_peer::{FaultyPeer, Scenario};
 use tests::harness::{self, Body, MIGRATION, REDIS_MIGRATION, Test};
 use tests::leftovers::assert_moved;
@@ -18,7 +18,11 @@ use tests::torture::{Torture, TorturePlan};
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let refused: [(&'static str, Body); 8] = [
+    let refused: [(&'static str, Body); 9] = [
+        (
+            "a_source_that_speaks_another_version",
+            a_source_that_speaks_another_version,
+        ),
         ("a_source_that_stalls", a_source_that_stalls),
         ("a_source_that_sends_unasked_pages", |rig| {
             source_is_refused(
@@ -130,6 +134,17 @@ fn destination_is_refused(rig: &Rig, scenario: Scenario, code: i32, words: &[&st
     let mut trio = Trio::start(rig, scenario)?;
     expect_failure(&mut trio.server, code, words)?;
     expect_failure(&mut trio.restorer, ABORTED_BY_PEER, words)?;
+    trio.assert_unharmed(rig)
+}
+
+/// A destination speaks no version that it did not offer. The source, which knows nothing of it, goes on waiting.
+fn a_source_that_speaks_another_version(rig: &Rig) -> Result<()> {
+    let mut trio = Trio::start(rig, Scenario::SpeaksAnotherVersion)?;
+    let words = ["phase hello", "version 0, which was not offered"];
+    expect_failure(&mut trio.restorer, ABORTED_BY_PEER, &words)?;
+    ensure!(trio.server.process.is_running(), "the source ended");
+    trio.server.terminate()?;
+    assert_never_frozen(&trio.server)?;
     trio.assert_unharmed(rig)
 }
 

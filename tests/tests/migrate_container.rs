@@ -8,9 +8,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 use tests::binaries;
-use tests::container::{Container, NAME};
+use tests::container::{Container, NAME, Place};
 use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, REFUSED, RESTORE};
-use tests::failure::expect_failure;
+use tests::failure::{assert_never_frozen, expect_failure, expect_refused_in_advise};
 use tests::gate::Gate;
 use tests::harness::{self, Body, CONTAINER_MIGRATION, Need, Test};
 use tests::host::Host;
@@ -26,7 +26,7 @@ use tests::task;
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 15] = [
+    let tests: [(&'static str, Body); 18] = [
         ("a_container_moves", a_container_moves),
         ("a_container_comes_back", a_container_comes_back),
         (
@@ -54,6 +54,18 @@ fn main() -> ExitCode {
         ("a_taken_name_is_refused", a_taken_name_is_refused),
         ("another_bundle_is_refused", another_bundle_is_refused),
         ("a_missing_bundle_is_refused", a_missing_bundle_is_refused),
+        (
+            "what_a_container_has_open_must_be_there",
+            what_a_container_has_open_must_be_there,
+        ),
+        (
+            "what_ended_or_never_began_is_refused",
+            what_ended_or_never_began_is_refused,
+        ),
+        (
+            "a_container_that_was_replaced_is_refused",
+            a_container_that_was_replaced_is_refused,
+        ),
         ("a_network_of_its_own_by_path", a_network_of_its_own_by_path),
         (
             "a_network_of_its_own_comes_back",
@@ -290,6 +302,17 @@ fn another_bundle_is_refused(rig: &Rig) -> Result<()> {
     let mounts = other["mounts"].as_array_mut().context("mounts")?;
     mounts.push(json!({"destination": "/srv", "type": "tmpfs", "source": "tmpfs"}));
     is_refused(rig, &boxed, &other, "/srv")?;
+    // At the same place, but something else.
+    let mut other = mine.clone();
+    let mounts = other["mounts"].as_array_mut().context("mounts")?;
+    let etc = mounts.iter_mut().find(|m| m["destination"] == "/etc");
+    *etc.context("no /etc")? = json!({"destination": "/etc", "type": "tmpfs", "source": "tmpfs"});
+    is_refused(
+        rig,
+        &boxed,
+        &other,
+        "lack [/etc:bind] and have [/etc:tmpfs]",
+    )?;
     // The same mounts, with another build of the program below.
     let programs = rig.make_folder("other-usr")?;
     for folder in ["bin", "lib"] {
@@ -309,10 +332,83 @@ fn is_refused(rig: &Rig, boxed: &Boxed, config: &serde_json::Value, word: &str) 
     boxed.container.destination.write_config(config)?;
     let plan = boxed.plan.clone();
     let (mut server, mut restorer) = start(rig, &plan, boxed.pid()?)?;
-    expect_failure(&mut restorer, RESTORE, &["advise", word])?;
-    expect_failure(&mut server, ABORTED_BY_PEER, &["advise", word])?;
-    let record = server.record()?;
-    ensure!(record.frozen_at_unix_us == 0, "it was frozen: {record:?}");
+    expect_refused_in_advise(&mut server, &mut restorer, &[word])
+}
+
+/// A file of its root file system; what it has on a tmpfs of its own comes along.
+fn what_a_container_has_open_must_be_there(rig: &Rig) -> Result<()> {
+    let line = "exec /usr/bin/sleep 1000 3</root/data 4>/tmp/scratch";
+    let container = Container::prepare(rig, &["/usr/bin/sh", "-c", line])?;
+    let data = |place: &Place| place.bundle.join("rootfs/root/data");
+    fs::write(data(&container.source), "12345")?;
+    container.run()?;
+    let (pid, plan) = (container.source.running()?, container.plan(rig)?);
+    wait_until(PATIENCE, "it to sleep", || task::name(pid) == "sleep")?;
+    for (content, words) in [
+        (None, "rootfs/root/data is not here"),
+        (Some("123456"), "data has 6 bytes here, not 5"),
+    ] {
+        if let Some(content) = content {
+            fs::write(data(&container.destination), content)?;
+        }
+        let (mut server, mut restorer) = start(rig, &plan, pid)?;
+        expect_refused_in_advise(&mut server, &mut restorer, &[words])?;
+    }
+    fs::write(data(&container.destination), "54321")?;
+    let migration = plan.migrate(rig, pid)?;
+    ensure!(container.destination.running()? == migration.pid, "another");
+    Ok(())
+}
+
+/// runc restores nothing into a container that was created only, and there is nothing of one that has ended.
+fn what_ended_or_never_began_is_refused(rig: &Rig) -> Result<()> {
+    let container = Container::prepare(rig, &["/usr/bin/sleep", "1000"])?;
+    let plan = container.plan(rig)?;
+    let place = &container.source;
+    place.runc(&["create", "--bundle"], true)?;
+    let (status, created) = place.state().context("no container")?;
+    ensure!(status == "created", "it is {status}");
+    let refuse = |words: &[&str]| {
+        let mut server = plan.spawn_server(rig, created)?;
+        expect_failure(&mut server, BAD_INPUT, words)
+    };
+    refuse(&["page-server", NAME, "is created, not running"])?;
+    place.runc(&["start"], false)?;
+    kill(created, Signal::SIGKILL)?;
+    wait_until(PATIENCE, "it to end", || {
+        place.state().is_some_and(|(status, _)| status == "stopped")
+    })?;
+    refuse(&["page-server", NAME, "is stopped, not running"])?;
+    place.runc(&["delete"], false)?;
+    // A terminal is the shell's that started it; this bundle says that there is one.
+    container.run()?;
+    let mut config = place.config()?;
+    config["process"]["terminal"] = json!(true);
+    place.write_config(&config)?;
+    refuse(&["page-server", NAME, "has a terminal"])?;
+    ensure!(!task::is_frozen(place.running()?), "it stands still");
+    Ok(())
+}
+
+/// While `page-server` waits for its destination, the container is removed and another one gets its name.
+fn a_container_that_was_replaced_is_refused(rig: &Rig) -> Result<()> {
+    let container = Container::start(rig, &["/usr/bin/sleep", "1000"])?;
+    let (plan, place) = (container.plan(rig)?, &container.source);
+    let mut server = plan.start_server(rig, place.running()?)?;
+    place.runc(&["delete", "--force"], false)?;
+    container.run()?;
+    let another = place.running()?;
+    let mut restorer = plan.start_restorer(rig)?;
+    let words = [
+        "phase advise",
+        NAME,
+        "is another one than page-server was started for",
+    ];
+    expect_failure(&mut server, FREEZE, &words)?;
+    expect_failure(&mut restorer, ABORTED_BY_PEER, &words)?;
+    assert_never_frozen(&server)?;
+    ensure!(place.running()? == another, "it was harmed");
+    ensure!(!task::is_frozen(another), "it stands still");
     Ok(())
 }
 

@@ -281,7 +281,7 @@ fn what_only_one_end_moves_is_refused(rig: &Rig) -> Result<()> {
     let ip = rig.service.0;
     for (plan, whose) in [
         (only_source, format!("only there [{ip}]")),
-        (only_destination, format!("only here [{ip}]")),
+        (only_destination, format!("names {ip} here")),
     ] {
         let mut server = plan.start_server(rig, bystander.redis.pid())?;
         let mut restorer = plan.start_restorer(rig)?;

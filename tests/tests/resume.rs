@@ -7,7 +7,8 @@ use common::proto::control::{Secret, SessionId};
 use common::proto::version::V3;
 use common::session::State;
 use common::session_file::{
-    FrozenTasks, Original, SessionFile, Side as End, SourceSide, Store, Task, boot_id,
+    DestinationSide, FrozenTasks, Original, SessionFile, Side as End, SourceSide, Store, Task,
+    boot_id,
 };
 use nix::sys::signal::{Signal, kill};
 use tests::binaries;
@@ -25,7 +26,7 @@ use tests::torture::{Torture, TorturePlan};
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 5] = [
+    let tests: [(&'static str, Body); 6] = [
         (
             "a_killed_restorer_is_succeeded",
             a_killed_restorer_is_succeeded,
@@ -42,6 +43,10 @@ fn main() -> ExitCode {
         (
             "a_stale_session_is_never_acted_on",
             a_stale_session_is_never_acted_on,
+        ),
+        (
+            "a_stale_copy_is_never_acted_on",
+            a_stale_copy_is_never_acted_on,
         ),
     ];
     harness::main(tests.map(|(name, body)| Test {
@@ -211,6 +216,54 @@ fn a_stale_session_is_never_acted_on(rig: &Rig) -> Result<()> {
     }
     let state = task::state(bystander.pid());
     ensure!(state == Some('T'), "the bystander's state is {state:?}");
+    ensure!(store.list()?.len() == 2, "a file is gone");
+    Ok(())
+}
+
+/// The same on the other host: whose keeper is gone has lost its pages, and what was before another boot is gone.
+fn a_stale_copy_is_never_acted_on(rig: &Rig) -> Result<()> {
+    let plan = PairPlan::new(rig)?;
+    let mut command = rig.destination.command("sleep");
+    let bystander = Process::start_detached("bystander", command.arg("1000"))?;
+    let itself = Task::find(bystander.pid().as_raw()).context("it has ended")?;
+    let here = boot_id().context("no boot id")?;
+    let gone = Task { pid: 1, start: 1 };
+    let folder = rig.folder().join("state");
+    let store = Store::of_destination(&folder);
+    let cases = [
+        (1, String::from("another"), itself, "booted since"),
+        (2, here, gone, "its processes have ended"),
+    ];
+    for (id, boot, keeper, _) in &cases {
+        let copy = DestinationSide {
+            source: "127.0.0.1:1".parse().expect("an address"),
+            bulk_port: 2,
+            version: V3,
+            keeper: *keeper,
+            anchor: None,
+            anchor_puts_away: false,
+            may_run: true,
+            root: Some(itself),
+            tasks: vec![itself],
+            addresses: Vec::new(),
+            pidfile: None,
+            on_resumed: None,
+        };
+        store.write(&SessionFile {
+            side: End::Destination(copy),
+            ..session(&plan, *id, boot, itself)
+        })?;
+    }
+    for (id, _, _, words) in &cases {
+        let id = SessionId([*id; 16]).to_string();
+        let mut command = rig.destination.command(binaries::program("lazy-restorer")?);
+        command.args(["resume", "--session", &id]);
+        command.arg("--state-dir").arg(&folder);
+        let mut side = Side::start_program(rig, "stale", &mut command)?;
+        let words = ["lazy-restorer: error:", "stale", words];
+        expect_failure(&mut side, BAD_INPUT, &words)?;
+    }
+    ensure!(task::is_alive(bystander.pid()), "the bystander is gone");
     ensure!(store.list()?.len() == 2, "a file is gone");
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Who must not get a workload: refused and logged, while the workload runs on undisturbed.
 //!
-//! Certificates that are missing, foreign, expired or not accepted are tested on real sockets in
-//! `common/src/quic/tests/trust.rs`; wrong tokens and versions in `bad_input.rs`.
+//! The words of every refusal are tested on real sockets in `common/src/quic/tests/trust.rs`; wrong tokens and versions
+//! in `bad_input.rs`.
 
 use std::process::ExitCode;
 
@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use tests::exit_code::{CONNECTION, REFUSED};
 use tests::failure::{Bystander, expect_failure};
+use tests::faulty_peer::{FaultyPeer, Scenario};
 use tests::gate::Gate;
 use tests::harness::{self, Body, MIGRATION, REDIS_MIGRATION, Test};
 use tests::leftovers::assert_moved;
@@ -21,12 +22,14 @@ use tests::wait::wait_until;
 use tests::{binaries, identity};
 
 fn main() -> ExitCode {
-    let with_redis: [(&'static str, Body); 3] = [
+    let with_redis: [(&'static str, Body); 4] = [
+        ("papers_that_are_no_good", papers_that_are_no_good),
         ("a_destination_of_another_ca", a_destination_of_another_ca),
         ("a_token_of_an_earlier_run", a_token_of_an_earlier_run),
         ("a_second_destination", a_second_destination),
     ];
-    let with_torture: [(&'static str, Body); 3] = [
+    let with_torture: [(&'static str, Body); 4] = [
+        ("a_wrong_secret", a_wrong_secret),
         ("a_flood_of_strangers", a_flood_of_strangers),
         (
             "a_second_destination_after_the_cutover",
@@ -73,6 +76,82 @@ fn a_destination_of_another_ca(rig: &Rig) -> Result<()> {
     );
     server.terminate()?;
     bystander.assert_unharmed(rig)
+}
+
+/// Who shows no certificate, or one of the right authority that has expired, is refused, and the source says so. The
+/// right destination is let in afterwards.
+fn papers_that_are_no_good(rig: &Rig) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let plan = PairPlan::new(rig)?;
+    let (authority, expired) = (&plan.identities.source, rig.folder().join("expired"));
+    identity::issue(
+        authority,
+        &expired,
+        &["--name", "late", "--valid-days", "-1"],
+    )?;
+    let mut server = plan.start_server(rig, bystander.redis.pid())?;
+    for (identity, words) in [(None, "sent none"), (Some(&expired), "expired")] {
+        let mut command = rig.client.command(binaries::program("wrong-papers")?);
+        command.arg(format!("{}:{PORT}", rig.source.address()));
+        command.arg(authority).args(identity);
+        let logs = rig.make_folder("logs")?;
+        let mut stranger = Process::start("wrong-papers", &logs, &mut command)?;
+        ensure!(stranger.wait(PATIENCE)?.success(), "{}", stranger.stderr());
+        let heard = stranger.stdout();
+        ensure!(
+            heard.contains("refused: ") && heard.contains(words),
+            "{heard}"
+        );
+        wait_until(PATIENCE, "the source to log it", || {
+            let said = server.process.stderr();
+            let is_refusal = |line: &str| line.contains("refused a peer") && line.contains(words);
+            said.lines().any(is_refusal)
+        })?;
+        bystander.redis.assert_alive()?;
+    }
+    plan.start_restorer(rig)?.expect_success()?;
+    server.expect_success()?;
+    bystander.redis.assert_alive()?;
+    bystander.redis.client.end().map(drop)
+}
+
+/// Somebody with good papers who knows a session's name and not its secret is not taken for its destination.
+fn a_wrong_secret(rig: &Rig) -> Result<()> {
+    let torture = Torture::start(
+        rig,
+        TorturePlan {
+            mib: 24,
+            threads: 2,
+            seed: seed_of_this_run(),
+            ..TorturePlan::default()
+        },
+    )?;
+    let mut plan = PairPlan::new(rig)?;
+    let peer = FaultyPeer::start(rig, Scenario::ForgesTheSecret, &plan.identities)?;
+    plan.source_seen_at = Some(peer.address());
+    plan.restorer.push("--no-push".into());
+    let mut server = plan.start_server(rig, torture.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    restorer.wait_for_copy()?;
+    torture.wait_for_rounds(1)?;
+    kill(restorer.process.pid(), Signal::SIGKILL)?;
+    restorer.end()?;
+    // Its first words are changed on the way. The pages it holds are safe, so it stays with them.
+    let mut forger = plan.resume_restorer(rig, &[])?;
+    wait_until(PATIENCE, "the source to refuse it", || {
+        let logged = server.process.stderr();
+        let heard = forger.process.stderr();
+        logged.contains("refused a destination") && heard.contains("serves another session")
+    })?;
+    ensure!(peer.is_guilty(), "the peer did nothing wrong");
+    ensure!(server.process.is_running(), "the source ended");
+    kill(forger.process.pid(), Signal::SIGKILL)?;
+    forger.end()?;
+    let mut successor = plan.resume_restorer(rig, &[])?;
+    successor.expect_success()?;
+    server.expect_success()?;
+    torture.wait_for_rounds(50)?;
+    torture.finish()
 }
 
 /// A token is good for one run of `page-server`.

@@ -65,13 +65,10 @@ impl Container {
     /// Makes sure that it still runs as it did when it was found.
     pub fn check(&self) -> Result<(), ContainerError> {
         let state = self.runtime.running(&self.id)?;
-        if state.pid == self.init.as_raw() {
-            return Ok(());
+        match state.pid == self.init.as_raw() {
+            true => Ok(()),
+            false => Err(ContainerError::Replaced(self.id.clone())),
         }
-        Err(ContainerError::NotRunning {
-            id: self.id.clone(),
-            status: String::from("another one since, of the same name"),
-        })
     }
 
     /// How its runtime knows it.

@@ -21,6 +21,9 @@ const FLOOD: usize = 20_000;
 /// The protocol version messages are understood in; ends that can speak a newer one are made to speak this.
 const VERSION: u16 = 1;
 
+/// A version that there never was.
+const UNOFFERED_VERSION: u16 = 0;
+
 /// A frame of the bulk stream.
 #[derive(Debug, Clone)]
 pub struct BulkFrame {
@@ -99,6 +102,9 @@ impl Mischief {
         !matches!(
             self.scenario,
             Scenario::Passes
+                | Scenario::Claims(_)
+                | Scenario::SpeaksAnotherVersion
+                | Scenario::ForgesTheSecret
                 | Scenario::Holds(_)
                 | Scenario::LosesBefore(_)
                 | Scenario::LosesAfter(_)
@@ -118,6 +124,9 @@ impl Mischief {
             ToSource::CutoverRequest if self.strikes(Scenario::Vanishes) => {
                 return Passage::Vanish;
             }
+            ToSource::Resume(resume) if self.strikes(Scenario::ForgesTheSecret) => {
+                resume.secret.0[0] ^= 1;
+            }
             ToSource::Drained(tally) if self.strikes(Scenario::CountsWrong) => tally.digest ^= 1,
             _ => {}
         }
@@ -125,7 +134,20 @@ impl Mischief {
     }
 
     /// A message of the source.
-    pub fn downward(&mut self, message: ToDestination) -> Passage<ToDestination> {
+    pub fn downward(&mut self, mut message: ToDestination) -> Passage<ToDestination> {
+        match &mut message {
+            ToDestination::Welcome(welcome) if self.strikes(Scenario::SpeaksAnotherVersion) => {
+                welcome.version = UNOFFERED_VERSION;
+            }
+            ToDestination::Advise(facts) => {
+                if let Scenario::Claims(claim) = self.scenario
+                    && self.strikes(self.scenario)
+                {
+                    claim.make(facts);
+                }
+            }
+            _ => {}
+        }
         self.by_kind(message)
     }
 

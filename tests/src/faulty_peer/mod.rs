@@ -4,6 +4,7 @@
 //! everything else it says is what the other real end says. Each [`Scenario`] is one wrong; what the wrongs are is in
 //! `mischief.rs`, and how messages pass in `relay.rs`.
 
+mod claim;
 mod message;
 mod mischief;
 mod relay;
@@ -21,6 +22,7 @@ use crate::pair::PORT;
 use crate::process::Process;
 use crate::rig::Rig;
 
+pub use claim::Claim;
 pub use message::Message;
 pub use relay::main;
 
@@ -57,6 +59,12 @@ pub enum Scenario {
     Vanishes,
     /// A destination that counts other pages than came.
     CountsWrong,
+    /// A destination that comes again with another secret, the first time.
+    ForgesTheSecret,
+    /// A source that answers in a version nobody offered.
+    SpeaksAnotherVersion,
+    /// A source that says this of its workload or itself.
+    Claims(Claim),
     /// Nothing: everything passes.
     Passes,
     /// The first message of this kind stays here until [`FaultyPeer::let_go`].
@@ -68,7 +76,9 @@ pub enum Scenario {
 }
 
 impl Scenario {
-    const ALL: [(Self, &str); 13] = [
+    const ALL: [(Self, &str); 15] = [
+        (Self::ForgesTheSecret, "forges-the-secret"),
+        (Self::SpeaksAnotherVersion, "speaks-another-version"),
         (Self::Passes, "passes"),
         (Self::Stalls, "stalls"),
         (Self::Replays, "replays"),
@@ -90,6 +100,7 @@ impl Scenario {
             Self::Holds(message) => format!("holds:{message}"),
             Self::LosesBefore(message) => format!("loses-before:{message}"),
             Self::LosesAfter(message) => format!("loses-after:{message}"),
+            Self::Claims(claim) => format!("claims:{claim}"),
             plain => {
                 let found = Self::ALL.iter().find(|(scenario, _)| *scenario == plain);
                 found.map_or_else(String::new, |(_, name)| (*name).to_owned())
@@ -103,6 +114,9 @@ impl Scenario {
             let found = Self::ALL.iter().find(|(_, its_name)| *its_name == name);
             return found.map(|(scenario, _)| *scenario);
         };
+        if wrong == "claims" {
+            return Claim::named(message).map(Self::Claims);
+        }
         let message = Message::named(message)?;
         match wrong {
             "holds" => Some(Self::Holds(message)),
