@@ -121,8 +121,10 @@ impl Files {
             match pass {
                 Pass::First => rsync(bulk, path, &["--delete".into()]).await?,
                 Pass::Last => {
-                    bring_changes(bulk, path).await?;
-                    compare_mapped(bulk, path).await?;
+                    let changes = changes(bulk, path).await;
+                    // These first: then their times are equal, and the rest does not look at them again.
+                    compare_whole(bulk, path).await?;
+                    bring_changes(bulk, path, changes).await?;
                 }
             }
         }
@@ -131,8 +133,12 @@ impl Files {
 }
 
 /// Compares what changed since the first pass, so that the freeze does not grow with the number of all files.
-async fn bring_changes(bulk: &Connection, path: &Path) -> Result<(), FilesError> {
-    match changes(bulk, path).await {
+async fn bring_changes(
+    bulk: &Connection,
+    path: &Path,
+    changes: Changes,
+) -> Result<(), FilesError> {
+    match changes {
         Changes::Everything => rsync(bulk, path, &["--delete".into()]).await,
         Changes::Only(paths) if paths.is_empty() => Ok(()),
         Changes::Only(paths) => {
@@ -180,9 +186,9 @@ impl PathList {
     }
 }
 
-/// Compares files that may have changed without a mark: what is stored through a mapping changes the time of a file
-/// only now and then.
-async fn compare_mapped(bulk: &Connection, path: &Path) -> Result<(), FilesError> {
+/// Compares files whose times do not tell whether they are equal: what is stored through a mapping changes the time of a
+/// file only now and then.
+async fn compare_whole(bulk: &Connection, path: &Path) -> Result<(), FilesError> {
     let (mut send, mut receive) = bulk.open_bi().await?;
     let wrong = |error| FilesError::Source {
         path: path.to_owned(),
@@ -192,13 +198,15 @@ async fn compare_mapped(bulk: &Connection, path: &Path) -> Result<(), FilesError
         path: path.display().to_string(),
     };
     stream::send(&mut send, &request).await.map_err(wrong)?;
-    let MappedFiles(mapped) = stream::receive(&mut receive).await.map_err(wrong)?;
-    if mapped.is_empty() {
+    let MappedFiles(whole) = stream::receive(&mut receive).await.map_err(wrong)?;
+    if whole.is_empty() {
         return Ok(());
     }
-    let list = PathList::write(&mapped)?;
+    let list = PathList::write(&whole)?;
     let [from0, from] = list.options();
-    rsync(bulk, path, &["--ignore-times".into(), from0, from]).await
+    // Where there is a directory here, a file may be there now.
+    let options = ["--ignore-times", "--force"].map(OsString::from);
+    rsync(bulk, path, &[&options[..], &[from0, from]].concat()).await
 }
 
 async fn rsync(bulk: &Connection, path: &Path, more: &[OsString]) -> Result<(), FilesError> {

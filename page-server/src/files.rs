@@ -4,7 +4,7 @@
 //! passed on, without a shell, and only the trees that the operator named are sent.
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::process::Stdio;
@@ -15,15 +15,14 @@ use common::limits::MAX_CONTROL_BYTES;
 use common::proto::files::{Changes, FilesRequest, MappedFiles};
 use common::proto::stream;
 use nix::unistd::{Pid, syncfs};
-use procfs::process::{MMPermissions, MMapPath, Process};
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::sleep;
 
-use crate::survey::Survey;
-use crate::workload::tree_pids;
+use crate::mapped::mapped_files;
+use crate::survey::{Again, Survey};
 
 /// Letters that may be among the short options of a sending rsync. Missing is `s`, which reads more options from the
 /// stream.
@@ -71,6 +70,8 @@ pub struct Files {
     sent: Mutex<BTreeSet<PathBuf>>,
     /// Trees as they were before they were sent first.
     surveys: Mutex<HashMap<PathBuf, Arc<Survey>>>,
+    /// Files to be compared whatever their times say, when that was found out along with the changes.
+    whole: Mutex<HashMap<PathBuf, Vec<Vec<u8>>>>,
 }
 
 /// Serves requests for files until it is dropped.
@@ -97,8 +98,7 @@ impl Files {
         Ok(Arc::new(Files {
             root: Some(root),
             paths: paths.to_vec(),
-            sent: Mutex::default(),
-            surveys: Mutex::default(),
+            ..Files::default()
         }))
     }
 
@@ -136,20 +136,17 @@ impl Files {
         match stream::receive(&mut receive).await? {
             FilesRequest::Mapped { path } => {
                 let path = self.offered(&path)?;
-                let mapped = self.root.map(|root| mapped_files(root, path));
-                stream::send(&mut send, &mapped.unwrap_or_default()).await?;
+                let whole = self.whole(path).await?;
+                stream::send(&mut send, &MappedFiles(whole)).await?;
             }
             FilesRequest::Changed { path } => {
                 let path = self.offered(&path)?;
-                syncfs(File::open(path)?).map_err(io::Error::from)?;
                 stream::send(&mut send, &self.changes(path).await).await?;
             }
             FilesRequest::Rsync { path, arguments } => {
                 let path = self.offered(&path)?;
                 let command = command(path, &arguments)?;
-                // What was stored through a mapping and is not written back is not marked as changed either.
-                syncfs(File::open(path)?).map_err(io::Error::from)?;
-                self.survey(path).await;
+                self.survey(path).await?;
                 relay(command, send, receive).await?;
                 let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
                 sent.insert(path.to_owned());
@@ -159,21 +156,26 @@ impl Files {
     }
 
     /// Notes what the tree looks like before it is sent for the first time.
-    async fn survey(&self, path: &Path) {
+    async fn survey(&self, path: &Path) -> io::Result<()> {
         if self.surveyed(path).is_some() {
-            return;
+            return Ok(());
         }
-        let tree = path.to_owned();
-        match spawn_blocking(move || Survey::make(&tree)).await {
-            Ok(Ok(survey)) => {
+        let (tree, root) = (path.to_owned(), self.root);
+        // A page that is dirty already takes stores without a mark; the kernel marks the first one after it was written.
+        let made = spawn_blocking(move || {
+            syncfs(File::open(&tree)?)?;
+            Ok::<_, io::Error>(Survey::make(&tree, mapped_files(root)))
+        });
+        match made.await.map_err(io::Error::other)?? {
+            Ok(survey) => {
                 let mut surveys = self.surveys.lock().unwrap_or_else(PoisonError::into_inner);
                 surveys.insert(path.to_owned(), Arc::new(survey));
             }
-            Ok(Err(error)) => tracing::warn!(%error, "the last pass will compare all files"),
             Err(error) => tracing::warn!(%error, "the last pass will compare all files"),
         }
         // A change in the same tick of the kernel's clock as a look at the file would not show. It comes before rsync then.
         sleep(TICK).await;
+        Ok(())
     }
 
     fn surveyed(&self, path: &Path) -> Option<Arc<Survey>> {
@@ -185,11 +187,48 @@ impl Files {
         let Some(survey) = self.surveyed(path) else {
             return Changes::Everything;
         };
-        let tree = path.to_owned();
-        match spawn_blocking(move || survey.changes(&tree)).await {
-            Ok(Ok(changes)) if fits(&changes) => Changes::Only(changes),
-            _ => Changes::Everything,
+        let Ok(again) = self.look_again(path, survey).await else {
+            return Changes::Everything;
+        };
+        let (mut whole, mut changed) = (again.unmarked, again.changed);
+        let mut room = MAX_CONTROL_BYTES.saturating_sub(bytes_of(&whole));
+        for path in again.touched {
+            let list = match room.checked_sub(path.len() + LENGTH_BYTES) {
+                Some(left) => {
+                    room = left;
+                    &mut whole
+                }
+                None => &mut changed,
+            };
+            list.push(path);
         }
+        let mut compared = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+        compared.insert(path.to_owned(), whole);
+        match bytes_of(&changed) < MAX_CONTROL_BYTES {
+            true => Changes::Only(changed),
+            false => Changes::Everything,
+        }
+    }
+
+    /// Files whose times do not tell whether they are equal.
+    async fn whole(&self, path: &Path) -> io::Result<Vec<Vec<u8>>> {
+        let known = {
+            let mut whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+            whole.remove(path)
+        };
+        match known {
+            Some(whole) => Ok(whole),
+            None => {
+                let survey = self.surveyed(path).unwrap_or_default();
+                Ok(self.look_again(path, survey).await?.unmarked)
+            }
+        }
+    }
+
+    async fn look_again(&self, path: &Path, survey: Arc<Survey>) -> io::Result<Again> {
+        let (tree, root) = (path.to_owned(), self.root);
+        let again = spawn_blocking(move || survey.look_again(&tree, &mapped_files(root)));
+        again.await.map_err(io::Error::other)?
     }
 
     fn offered(&self, path: &str) -> Result<&Path, FilesError> {
@@ -203,10 +242,11 @@ impl Files {
     }
 }
 
-/// Whether a list is short enough for one message; each path has its length before it.
-fn fits(changes: &[Vec<u8>]) -> bool {
-    let bytes: usize = changes.iter().map(|path| path.len() + LENGTH_BYTES).sum();
-    bytes + LENGTH_BYTES < MAX_CONTROL_BYTES
+/// Bytes of a list in a message, at most; each path has its length before it.
+fn bytes_of(paths: &[Vec<u8>]) -> usize {
+    let bytes: usize = paths.iter().map(|path| path.len() + LENGTH_BYTES).sum();
+    // The list has a length too, and a kind.
+    bytes + 2 * LENGTH_BYTES
 }
 
 /// The sending rsync, when `arguments` are all of the closed set.
@@ -275,28 +315,6 @@ async fn relay(
         Some(0 | 24) => Ok(()),
         _ => Err(io::Error::other(format!("the sender ended with {status}")).into()),
     }
-}
-
-/// Files below `path` that the tree of `root` has mapped shared and writable.
-fn mapped_files(root: Pid, path: &Path) -> MappedFiles {
-    let processes = tree_pids(root);
-    let mut files = BTreeSet::new();
-    for process in processes {
-        let maps = Process::new(process.as_raw()).and_then(|process| process.maps());
-        for map in maps.into_iter().flatten() {
-            let changes = MMPermissions::SHARED | MMPermissions::WRITE;
-            let MMapPath::Path(file) = map.pathname else {
-                continue;
-            };
-            if map.perms.contains(changes)
-                && fs::metadata(&file).is_ok_and(|file| file.is_file())
-                && let Ok(relative) = file.strip_prefix(path)
-            {
-                files.insert(relative.to_string_lossy().into_owned());
-            }
-        }
-    }
-    MappedFiles(files.into_iter().collect())
 }
 
 #[cfg(test)]

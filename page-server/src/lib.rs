@@ -40,6 +40,7 @@ pub mod identity_command;
 pub mod image_pages;
 mod iptables_lock;
 pub mod listen;
+mod mapped;
 pub mod memory;
 pub mod network_lock;
 pub mod offer;
