@@ -33,6 +33,7 @@ pub mod framer;
 pub mod freeze;
 pub mod freezer;
 pub mod frozen;
+mod ghosts;
 pub mod guard;
 pub mod hook;
 mod huge;

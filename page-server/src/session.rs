@@ -35,6 +35,7 @@ use crate::files::Files;
 use crate::framer::Form;
 use crate::freeze::{FreezeError, FreezePlan};
 use crate::frozen::FrozenWorkload;
+use crate::ghosts::ghost_limit;
 use crate::guard::note_session;
 use crate::listen::{Listen, ListenPlan};
 use crate::push::Push;
@@ -304,6 +305,7 @@ impl Migration<'_> {
             directory: directory.path().to_owned(),
             tcp_established: self.plan.tcp_established,
             shell_job: self.plan.shell_job,
+            ghost_limit: ghost_limit(&self.plan.workload.pids()),
             criu_args: self.plan.criu_args.clone(),
             on_thawed: self.plan.on_thawed.clone(),
         };
