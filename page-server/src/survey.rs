@@ -137,11 +137,15 @@ impl Survey {
                 let before = self.entries.get(&name(&entry.path));
                 let same = before == Some(&Seen::of(&file));
                 let path = entry.path.into_os_string().into_vec();
+                // rsync links names that it is told of at once: also where only the other name is new.
+                if file.nlink() > 1 && !same && !is_changed {
+                    again.changed.push(path.clone());
+                }
                 if unmarked.contains(&FileId::of(&file)) {
                     again.unmarked.push(path);
                 } else if file.is_file() && before.is_some() && !same {
                     again.touched.push(path);
-                } else if !is_changed && !same {
+                } else if !is_changed && !same && file.nlink() == 1 {
                     again.changed.push(path);
                 }
             }
@@ -248,7 +252,8 @@ mod tests {
         fs::write(path("a/file"), "x").expect("written");
         let survey = make(tree.path());
         fs::hard_link(path("a/file"), path("b/file")).expect("linked");
-        assert_eq!(changes(&survey, tree.path()), ["a/file", "b/"]);
+        // It is compared, and then linked.
+        assert_eq!(changes(&survey, tree.path()), ["a/file", "a/file", "b/"]);
     }
 
     #[test]
