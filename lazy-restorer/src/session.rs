@@ -33,7 +33,7 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::advise::{self, Leniency};
+use crate::advise::{self, Checks, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
 use crate::engine::Engine;
 use crate::files::{Files, Pass};
@@ -96,6 +96,7 @@ pub async fn run(
         .map_err(|error| SessionError::new(Failure::Internal, State::Hello, error))?;
     let mut migration = Migration {
         plan,
+        engine: plan.engine.clone(),
         threads: Threads::start()?,
         session: Session::default(),
         phases: Phases::start(State::Hello),
@@ -113,6 +114,7 @@ pub use self::resume::resume;
 
 struct Migration<'a> {
     plan: &'a MigratePlan,
+    engine: Engine,
     threads: Threads,
     session: Session,
     phases: Phases,
@@ -292,10 +294,18 @@ impl Migration<'_> {
             let text = "the source's release sends no files; use the same release on both hosts";
             return Err(self.fail(Failure::Refused, text));
         }
-        // Programs are looked at when they are here.
+        let (plan, more) = (self.plan, &facts.more);
+        let checks = Checks {
+            files: &plan.files,
+            leniency: plan.leniency,
+        };
+        let checked = advise::check_files(&more.files, &plan.files)
+            .and_then(|()| advise::check_addresses(&more.addresses, &plan.addresses))
+            .and_then(|()| checks.before_files(&facts, &self.engine));
+        checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
+        // What is only here is deleted from now on.
         self.bring_files(source, Pass::First).await?;
-        let checked = advise::check_workload(&facts, &self.plan.engine, self.plan.leniency)
-            .and_then(|()| advise::check_addresses(&facts.more.addresses, &self.plan.addresses));
+        let checked = checks.of_files(&facts, &mut self.engine);
         checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
         self.shut_door(source)?;
         Ok(facts)
@@ -327,7 +337,7 @@ impl Migration<'_> {
             criu_args: self.plan.criu_args.clone(),
             tcp_established: facts.tcp_established,
             shell_job: facts.shell_job,
-            engine: self.plan.engine.clone(),
+            engine: self.engine.clone(),
         })
     }
 
@@ -395,7 +405,16 @@ impl Migration<'_> {
             brought = plan.files.pass(&bulk, pass) => brought,
             name = self.stop.wait() => return Err(interrupted(state, name)),
         };
-        let Err(error) = brought else { return Ok(()) };
+        let error = match brought {
+            Ok(counts) => {
+                match pass {
+                    Pass::First => self.record.files.first = counts,
+                    Pass::Last => self.record.files.last = counts,
+                }
+                return Ok(());
+            }
+            Err(error) => error,
+        };
         match timeout(EXPLANATION, self.next(source)).await {
             Ok(Err(reason)) if reason.failure == Failure::Peer => Err(reason),
             _ => Err(self.fail(Failure::Restore, error)),

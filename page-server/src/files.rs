@@ -3,7 +3,7 @@
 //! The destination's rsync says with which arguments ours has to run. They are data of a peer: only a closed set is
 //! passed on, without a shell, and only the trees that the operator named are sent.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use common::limits::MAX_CONTROL_BYTES;
-use common::proto::files::{Changes, FilesRequest, MappedFiles};
+use common::proto::files::{Changes, FilesFacts, FilesRequest, MappedFiles};
 use common::proto::stream;
 use nix::unistd::{Pid, syncfs};
 use quinn::{Connection, RecvStream, SendStream};
@@ -46,7 +46,7 @@ const MAX_ARGUMENT_BYTES: usize = 64;
 #[derive(Debug, thiserror::Error)]
 pub enum FilesError {
     /// The operator's path.
-    #[error("--sync {0}: give the absolute path of a directory below /, without `..`")]
+    #[error("--sync {0}: give the absolute path of a directory below /, without `..`, in UTF-8")]
     Path(PathBuf),
     /// The peer's.
     #[error("the destination asks for {0:?}, which --sync does not name here")]
@@ -62,12 +62,13 @@ pub enum FilesError {
     Io(#[from] io::Error),
 }
 
-/// Trees that may be sent, and which of them were.
+/// Trees that may be sent.
 #[derive(Debug, Default)]
 pub struct Files {
     root: Option<Pid>,
     paths: Vec<PathBuf>,
-    sent: Mutex<BTreeSet<PathBuf>>,
+    /// Both hosts have the same files.
+    shared: bool,
     /// Trees as they were before they were sent first.
     surveys: Mutex<HashMap<PathBuf, Arc<Survey>>>,
     /// Files to be compared whatever their times say, when that was found out along with the changes.
@@ -85,30 +86,32 @@ impl Drop for Serving {
 }
 
 impl Files {
-    /// Offers the trees at `paths`, files of the workload under `root`.
-    pub fn offer(root: Pid, paths: &[PathBuf]) -> Result<Arc<Self>, FilesError> {
+    /// Offers the trees at `paths`, files of the workload under `root`; `shared` ones need no sending.
+    pub fn offer(root: Pid, paths: &[PathBuf], shared: bool) -> Result<Arc<Self>, FilesError> {
         for path in paths {
             let plain = path
                 .components()
                 .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+            let plain = plain && path.to_str().is_some();
             if !plain || !path.is_absolute() || path.parent().is_none() || !path.is_dir() {
                 return Err(FilesError::Path(path.clone()));
             }
         }
         Ok(Arc::new(Files {
             root: Some(root),
-            paths: paths.to_vec(),
+            paths: paths.iter().map(|path| plain(path)).collect(),
+            shared,
             ..Files::default()
         }))
     }
 
-    /// The first tree nobody asked for: a destination that does not know of it would miss its files.
-    pub fn unasked(&self) -> Option<PathBuf> {
-        let sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
-        self.paths
-            .iter()
-            .find(|path| !sent.contains(*path))
-            .cloned()
+    /// What the destination must know: it has to be told the same.
+    pub fn facts(&self) -> FilesFacts {
+        let paths = self.paths.iter().map(|path| path.display().to_string());
+        FilesFacts {
+            sync: paths.collect(),
+            shared: self.shared,
+        }
     }
 
     /// Serves requests on `bulk`, on the current runtime.
@@ -148,8 +151,6 @@ impl Files {
                 let command = command(path, &arguments)?;
                 self.survey(path).await?;
                 relay(command, send, receive).await?;
-                let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
-                sent.insert(path.to_owned());
             }
         }
         Ok(())
@@ -240,6 +241,11 @@ impl Files {
             .map(PathBuf::as_path)
             .ok_or_else(|| FilesError::NotOffered(path.to_owned()))
     }
+}
+
+/// The path as the other end writes it, too: with nothing doubled, and no slash at its end.
+fn plain(path: &Path) -> PathBuf {
+    path.components().collect()
 }
 
 /// Bytes of a list in a message, at most; each path has its length before it.
@@ -360,9 +366,11 @@ mod tests {
     #[test]
     fn only_plain_directories_are_offered() {
         let directory = tempfile::tempdir().expect("a directory");
-        let offer = |path: &Path| Files::offer(Pid::this(), &[path.to_owned()]);
+        let offer = |path: &Path| Files::offer(Pid::this(), &[path.to_owned()], false);
         let files = offer(directory.path()).expect("a directory");
-        assert_eq!(files.unasked().as_deref(), Some(directory.path()));
+        let facts = files.facts();
+        assert_eq!(facts.sync, [directory.path().display().to_string()]);
+        assert!(!facts.shared);
         for path in [
             "/",
             "relative",

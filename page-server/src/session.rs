@@ -166,13 +166,6 @@ impl Migration<'_> {
         // Not on the connection's thread: rsync needs what this thread may do.
         let _files = self.plan.files.serve(bulk);
         self.advise(destination).await?;
-        if let Some(path) = self.plan.files.unasked() {
-            let text = format!(
-                "the destination did not ask for the files in {0}; give lazy-restorer --sync {0}, or leave it out here",
-                path.display()
-            );
-            return Err(self.fail(Failure::Refused, text));
-        }
         self.advance(Event::Ready)?;
         self.shut_door().await?;
         let mut workload = self.freeze(destination).await?;
@@ -266,6 +259,12 @@ impl Migration<'_> {
         if !facts.more.addresses.is_empty() && destination.version < V3 {
             let text =
                 "the destination's release moves no addresses; use the same release on both hosts";
+            return Err(self.fail(Failure::Refused, text));
+        }
+        facts.more.files = self.plan.files.facts();
+        if !facts.more.files.sync.is_empty() && destination.version < V3 {
+            let text =
+                "the destination's release brings no files; use the same release on both hosts";
             return Err(self.fail(Failure::Refused, text));
         }
         destination.advise(self.state(), facts).await?;

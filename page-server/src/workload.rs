@@ -10,6 +10,7 @@ use common::limits::MAX_PROGRAM_FILES;
 use common::page::{PAGE_SIZE, bytes_to_pages};
 use common::program_file::ProgramFile;
 use common::proto::control::{MoreFacts, WorkloadFacts};
+use common::proto::files::FilesFacts;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
@@ -108,6 +109,7 @@ impl Workload {
                 container: None,
                 programs: self.programs(),
                 addresses: Vec::new(),
+                files: FilesFacts::default(),
             },
         }
     }

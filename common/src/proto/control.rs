@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::container::ContainerFacts;
 use crate::images::{ImagePid, ImagesDigest};
 use crate::program_file::ProgramFile;
+use crate::proto::files::FilesFacts;
 use crate::proto::version::{V1, V3};
 use crate::session::State;
 
@@ -246,6 +247,8 @@ pub struct MoreFacts {
     pub programs: Vec<ProgramFile>,
     /// Service addresses that the source takes off, and the destination must add.
     pub addresses: Vec<IpAddr>,
+    /// Files that come along.
+    pub files: FilesFacts,
 }
 
 /// What one end counted, for the comparison at the end.
@@ -307,6 +310,7 @@ mod tests {
                     digest: 2,
                 }],
                 addresses: Vec::new(),
+                files: FilesFacts::default(),
             },
         };
         let bytes = postcard::to_extend(&ToDestination::Advise(facts), Vec::new());

@@ -2,6 +2,15 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Which files come along, as the source's operator says it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilesFacts {
+    /// Directories the source sends.
+    pub sync: Vec<String>,
+    /// Both hosts have the same files.
+    pub shared: bool,
+}
+
 /// What the destination asks for; one request a stream, in the format of the control stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FilesRequest {
