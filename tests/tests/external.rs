@@ -8,7 +8,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tests::binaries;
 use tests::criu_baseline::BaselineHome;
+use tests::exit_code::{ABORTED_BY_PEER, RESTORE};
 use tests::external::Orchestrator;
+use tests::failure::expect_failure;
 use tests::harness::{self, MIGRATION, Need, Test};
 use tests::pair::{PATIENCE, Side, resume_restorer, resume_server, session_of, sessions};
 use tests::process::Process;
@@ -68,6 +70,11 @@ fn main() -> ExitCode {
             name: "an_older_source_is_refused",
             needs: MIGRATION,
             body: an_older_source_is_refused,
+        },
+        Test {
+            name: "a_dump_brings_no_files",
+            needs: MIGRATION,
+            body: a_dump_brings_no_files,
         },
         Test {
             name: "one_frozen_process_becomes_three",
@@ -357,6 +364,24 @@ fn an_older_source_is_refused(rig: &Rig) -> Result<()> {
     let line = daemon.error_line()?;
     ensure!(line.contains("sends its images always"), "{line}");
     ensure!(!server.end()?.success(), "page-server served it");
+    Ok(())
+}
+
+/// Nobody would ever answer for the files.
+fn a_dump_brings_no_files(rig: &Rig) -> Result<()> {
+    let torture = start_torture(rig)?;
+    let orchestrator = Orchestrator::new(rig)?;
+    orchestrator.dump(torture.pid())?;
+    let tree = rig.make_folder("tree")?;
+    let only_here = tree.join("only here");
+    std::fs::write(&only_here, "x")?;
+    let tree = tree.to_str().context("UTF-8")?;
+    let mut server = orchestrator.start_server(&["serve"])?;
+    let mut restorer = orchestrator.start_restorer(0, &["--sync", tree])?;
+    let whose = format!("only here [{tree}]");
+    expect_failure(&mut restorer, RESTORE, &["--sync", "attach", &whose])?;
+    expect_failure(&mut server, ABORTED_BY_PEER, &["--sync"])?;
+    ensure!(only_here.exists(), "it is deleted");
     Ok(())
 }
 
