@@ -14,10 +14,12 @@ use tests::exit_code::{ABORTED_BY_PEER, RESTORE};
 use tests::failure::expect_failure;
 use tests::fake_criu;
 use tests::harness::{self, Need, Test};
-use tests::pair::PairPlan;
+use tests::pair::{PATIENCE, PairPlan};
 use tests::process::Process;
 use tests::rig::Rig;
 use tests::shell::run;
+use tests::small_disk;
+use tests::wait::wait_until;
 use tests::writer::Writer;
 
 const FILES: &[Need] = &[
@@ -51,6 +53,11 @@ fn main() -> ExitCode {
             name: "a_container_moves_with_its_root_filesystem",
             needs: CONTAINER,
             body: a_container_moves_with_its_root_filesystem,
+        },
+        Test {
+            name: "a_file_open_under_a_name_that_is_gone",
+            needs: FILES,
+            body: a_file_open_under_a_name_that_is_gone,
         },
         Test {
             name: "a_refused_move_deletes_nothing",
@@ -138,7 +145,7 @@ struct TwoTrees {
 impl TwoTrees {
     fn make(rig: &Rig) -> Result<Self> {
         Ok(Self {
-            path: rig.make_folder("tree")?,
+            path: rig.make_folder("tree & more")?,
             there: rig.make_folder("tree-of-destination")?,
         })
     }
@@ -195,12 +202,57 @@ fn a_tree_moves_with_its_process(rig: &Rig) -> Result<()> {
     Ok(())
 }
 
+/// Argument: the tree. Writes to a file by a descriptor that was opened under a name it does not have any more.
+const RENAMED: &str = r#"
+import os, sys, time
+os.chdir(sys.argv[1])
+f = open("first", "w+b", buffering=0)
+f.write(b"before")
+os.link("first", "second")
+os.unlink("first")
+open("ready", "w").close()
+while not os.path.exists("go on"):
+    time.sleep(0.005)
+f.write(b" and after")
+open("done", "w").close()
+"#;
+
+/// The operator has CRIU keep the file by a name of its own, which comes along, a hard link, and goes after the restore.
+fn a_file_open_under_a_name_that_is_gone(rig: &Rig) -> Result<()> {
+    let trees = TwoTrees::make(rig)?;
+    let mut command = rig.source.command("setsid");
+    command.args(["/usr/bin/python3", "-I", "-c", RENAMED]);
+    let workload = Process::start_detached("renamed", command.arg(&trees.path))?;
+    let appears = |path: PathBuf| {
+        let what = format!("{}", path.display());
+        wait_until(PATIENCE, &what, || path.exists())
+    };
+    appears(trees.path.join("ready"))?;
+    let mut plan = trees.plan(rig)?;
+    let sync = ["--sync".into(), trees.path.clone().into_os_string()];
+    plan.server.extend(sync.clone());
+    plan.server
+        .extend(["--criu-arg", "--link-remap"].map(OsString::from));
+    plan.restorer.extend(sync);
+    plan.migrate(rig, workload.pid())?;
+    fs::write(trees.there.join("go on"), "")?;
+    appears(trees.there.join("done"))?;
+    let content = fs::read_to_string(trees.there.join("second"))?;
+    ensure!(content == "before and after", "{content}");
+    let left = listing(&trees.there)?;
+    ensure!(left.len() == 4, "more than four files: {left:?}");
+    Ok(())
+}
+
 /// Nothing of the container is on the destination but its name: bundle and root filesystem come, while the container
 /// writes into them, and through a mapping too, where its own names of files mean nothing on the host.
 fn a_container_moves_with_its_root_filesystem(rig: &Rig) -> Result<()> {
     let arguments = [&Writer::arguments()[..], &["/data"]].concat();
+    // On a tmpfs the kernel never marks what is stored through a mapping.
+    let disk = small_disk::mount(rig, "bundle-source", 64 << 10)?;
     let container = Container::prepare(rig, &arguments)?;
     let bundle = &container.source.bundle;
+    ensure!(*bundle == disk, "the bundle is elsewhere");
     let data = bundle.join("rootfs/data");
     fs::create_dir(&data)?;
     fill(&bundle.join("rootfs/var"))?;
@@ -239,7 +291,7 @@ fn a_container_moves_with_its_root_filesystem(rig: &Rig) -> Result<()> {
         expected == there,
         "at the freeze: {expected:#?}\nthere: {there:#?}"
     );
-    Ok(())
+    run(Command::new("umount").arg("--lazy").arg(&disk)).map(drop)
 }
 
 /// Both hosts are one machine here, where a container's cgroup can be there only once: a runtime for the destination that
@@ -356,7 +408,7 @@ fn late_changes_among_many_files(rig: &Rig) -> Result<()> {
     // When CRIU is called the first pass is over, and nothing is frozen yet.
     let late = format!(
         "timeout 60 sh -c 'until [ -s {} ]; do sleep 0.01; done'; \
-        cd {tree} && {LATE_CHANGES}; echo half >> d15/f1; /usr/bin/python3 -I {} {tree}",
+        cd '{tree}' && {LATE_CHANGES}; echo half >> d15/f1; /usr/bin/python3 -I {} '{tree}'",
         grown.display(),
         script.display(),
     );
