@@ -307,19 +307,19 @@ struct Namespace {
 impl Bundle {
     /// Reads the bundle in `directory`.
     pub fn read(directory: &Path) -> Result<Self, ContainerError> {
+        let bundle = Self::read_config(directory)?;
+        bundle.check_root()?;
+        Ok(bundle)
+    }
+
+    /// Reads the bundle in `directory`, whose root filesystem may still have to come.
+    pub fn read_config(directory: &Path) -> Result<Self, ContainerError> {
         let config = directory.join("config.json");
-        let unusable = |path: &Path, reason: String| ContainerError::Bundle {
-            path: path.to_owned(),
-            reason,
-        };
         let text = read_limited(&config).map_err(|error| unusable(&config, error.to_string()))?;
         let parsed: Config =
             serde_json::from_slice(&text).map_err(|error| unusable(&config, error.to_string()))?;
         // A relative path is relative to the bundle; `join` takes an absolute one as it is.
         let root = directory.join(&parsed.root.path);
-        if !root.is_dir() {
-            return Err(unusable(&root, String::from("there is no root filesystem")));
-        }
         let directory =
             fs::canonicalize(directory).map_err(|error| unusable(directory, error.to_string()))?;
         Ok(Bundle {
@@ -330,9 +330,25 @@ impl Bundle {
         })
     }
 
+    /// Makes sure that the root filesystem is there.
+    pub fn check_root(&self) -> Result<(), ContainerError> {
+        match self.root.is_dir() {
+            true => Ok(()),
+            false => Err(unusable(
+                &self.root,
+                String::from("there is no root filesystem"),
+            )),
+        }
+    }
+
     /// Where it is.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// Where its root filesystem is.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// What the container is made of.
@@ -368,6 +384,13 @@ impl Mount {
 
     fn is_bind(&self) -> bool {
         self.kind == "bind" || self.options.iter().any(|o| o == "bind" || o == "rbind")
+    }
+}
+
+fn unusable(path: &Path, reason: String) -> ContainerError {
+    ContainerError::Bundle {
+        path: path.to_owned(),
+        reason,
     }
 }
 

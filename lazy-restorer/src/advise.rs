@@ -11,9 +11,11 @@ use common::open_file::OpenFile;
 use common::page::{PAGE_SIZE, pages_to_bytes};
 use common::program_file::{Difference, ProgramFile};
 use common::proto::control::WorkloadFacts;
+use common::proto::files::FilesFacts;
 use userfaultfd::{FeatureFlags, UffdBuilder};
 
 use crate::engine::Engine;
+use crate::files::Files;
 
 /// Memory beyond the workload's own that a restore needs.
 const MEMORY_SLACK: u64 = 64 << 20;
@@ -119,6 +121,9 @@ pub enum Objection {
     /// The name cannot be used.
     #[error("{0}")]
     Name(String),
+    /// The bundle that should have come.
+    #[error("{0}; with --sync the bundle has the same path on both hosts")]
+    NoBundle(String),
     /// Another kind of container.
     #[error(
         "the bundle is another container's: its {what} lack [{missing}] and have [{extra}] besides"
@@ -146,6 +151,26 @@ pub enum Objection {
         "the source moves no addresses, but --move-address names {0} here; give page-server serve the same, or leave it out here: attach and serve --images cannot move addresses"
     )]
     NoAddresses(String),
+    /// Other directories.
+    #[error(
+        "--sync names other directories on the source: only there [{missing}], only here [{extra}]; give both programs the same (`attach` and `serve --images` send none)"
+    )]
+    Files {
+        /// Only the source has these.
+        missing: String,
+        /// Only we have these.
+        extra: String,
+    },
+    /// One end says that there is nothing to copy, the other what.
+    #[error(
+        "the {shared} was told --shared-fs, that both hosts have the same files, and the {sync} --sync; leave one of the two out"
+    )]
+    SharedFiles {
+        /// Which end says so.
+        shared: &'static str,
+        /// Which end has directories to copy.
+        sync: &'static str,
+    },
     /// Other files.
     #[error(
         "a program or library of the workload differs: {0}; make the files the same, or --ignore-programs if you know that it does not matter"
@@ -234,8 +259,86 @@ pub struct Leniency {
     pub open_files: bool,
 }
 
-/// Whether the workload can run here.
-pub fn check_workload(
+/// Checks of a workload some of whose files may still have to come.
+#[derive(Clone, Copy, Debug)]
+pub struct Checks<'a> {
+    /// What comes.
+    pub files: &'a Files,
+    /// What is not compared.
+    pub leniency: Leniency,
+}
+
+impl Checks<'_> {
+    /// Whether the workload can run here, as far as that does not depend on files that come.
+    pub fn before_files(&self, facts: &WorkloadFacts, engine: &Engine) -> Result<(), Objection> {
+        check_host_of(facts, engine, self.leniency)?;
+        check_container(facts.more.container.as_deref(), engine)?;
+        self.check_programs(facts, engine, false)?;
+        match engine {
+            // Without its bundle nobody knows where its files are.
+            Engine::Runc(container) if container.bundle().is_none() => Ok(()),
+            _ => self.check_open(facts, engine),
+        }
+    }
+
+    /// Whether the files that came are those the workload needs.
+    pub fn of_files(&self, facts: &WorkloadFacts, engine: &mut Engine) -> Result<(), Objection> {
+        let mut is_new = false;
+        if let Engine::Runc(container) = engine {
+            is_new = container.bundle().is_none();
+            let read = container.read_bundle();
+            read.map_err(|error| Objection::NoBundle(error.to_string()))?;
+        }
+        check_container(facts.more.container.as_deref(), engine)?;
+        self.check_programs(facts, engine, true)?;
+        match is_new {
+            true => self.check_open(facts, engine),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether CRIU will be able to open what the workload has open and does not come.
+    fn check_open(&self, facts: &WorkloadFacts, engine: &Engine) -> Result<(), Objection> {
+        if self.leniency.open_files {
+            return Ok(());
+        }
+        let locate = |path: &Path| match engine {
+            Engine::Runc(container) => match container.bundle() {
+                Some(bundle) => bundle.locate(path),
+                None => path.to_owned(),
+            },
+            Engine::Criu | Engine::Nursery => path.to_owned(),
+        };
+        let comes = |path: &Path| self.files.bring(path);
+        check_open_files(&facts.more.open_files, locate, comes)
+    }
+
+    /// Looks at the programs that come, or at all others.
+    fn check_programs(
+        &self,
+        facts: &WorkloadFacts,
+        engine: &Engine,
+        coming: bool,
+    ) -> Result<(), Objection> {
+        if self.leniency.programs {
+            return Ok(());
+        }
+        let programs = &facts.more.programs;
+        match engine {
+            Engine::Runc(container) => check_programs(programs, |path| {
+                let path = container.bundle()?.locate(path);
+                let comes = container.comes() || self.files.bring(&path);
+                (comes == coming).then_some(path)
+            }),
+            Engine::Criu | Engine::Nursery => check_programs(programs, |path| {
+                (self.files.bring(path) == coming).then(|| path.to_owned())
+            }),
+        }
+    }
+}
+
+/// Whether the machine is one for the workload.
+fn check_host_of(
     facts: &WorkloadFacts,
     engine: &Engine,
     leniency: Leniency,
@@ -254,35 +357,12 @@ pub fn check_workload(
     if !leniency.cpu_features {
         check_cpu(&facts.cpu_features, &host::cpu_features())?;
     }
-    check_container(facts.more.container.as_deref(), engine)?;
     if engine.needs_pids_of_host() {
         check_pids(&facts.pids, |pid| {
             Path::new(&format!("/proc/{pid}")).exists()
         })?;
     }
-    check_memory(facts.resident_pages, host::available_memory())?;
-    if leniency.programs {
-        return Ok(());
-    }
-    match engine {
-        Engine::Runc(container) => {
-            check_programs(&facts.more.programs, |path| container.bundle().locate(path))
-        }
-        Engine::Criu | Engine::Nursery => check_programs(&facts.more.programs, Path::to_owned),
-    }
-}
-
-/// Whether CRIU will be able to open what the workload has open; `brought` along is what will be here when it matters.
-pub fn check_files(
-    facts: &WorkloadFacts,
-    engine: &Engine,
-    brought: impl Fn(&Path) -> bool,
-) -> Result<(), Objection> {
-    let locate = |path: &Path| match engine {
-        Engine::Runc(container) => container.bundle().locate(path),
-        Engine::Criu | Engine::Nursery => path.to_owned(),
-    };
-    check_open_files(&facts.more.open_files, locate, brought)
+    check_memory(facts.resident_pages, host::available_memory())
 }
 
 /// Whether what moves and what shall become of it are both a container of the same kind, or both none.
@@ -296,7 +376,10 @@ fn check_container(source: Option<&ContainerFacts>, engine: &Engine) -> Result<(
             container
                 .check()
                 .map_err(|error| Objection::Name(error.to_string()))?;
-            let here = container.bundle().facts();
+            let Some(bundle) = container.bundle() else {
+                return Ok(());
+            };
+            let here = bundle.facts();
             check_same("namespaces", &source.namespaces, &here.namespaces)?;
             check_same("mounts", &source.mounts, &here.mounts)
         }
@@ -333,13 +416,33 @@ pub fn check_addresses(source: &[IpAddr], here: &[MovingAddress]) -> Result<(), 
     }
 }
 
-/// Whether the programs of the workload are here, at the places `locate` names.
+/// Whether the directories that the source sends are those that we bring: what is only there would be missed, and what is
+/// only here never come.
+pub fn check_files(source: &FilesFacts, here: &Files) -> Result<(), Objection> {
+    let paths = here.paths().iter().map(|path| path.display().to_string());
+    let paths: Vec<String> = paths.collect();
+    let shared = |shared, sync| Err(Objection::SharedFiles { shared, sync });
+    if source.shared && !paths.is_empty() {
+        return shared("source", "destination");
+    }
+    if here.are_shared() && !source.sync.is_empty() {
+        return shared("destination", "source");
+    }
+    let (missing, extra) = (beyond(&source.sync, &paths), beyond(&paths, &source.sync));
+    match missing.is_empty() && extra.is_empty() {
+        true => Ok(()),
+        false => Err(Objection::Files { missing, extra }),
+    }
+}
+
+/// Whether the programs of the workload are here, at the places `locate` names; it names none for those that are not
+/// looked at.
 fn check_programs(
     programs: &[ProgramFile],
-    locate: impl Fn(&Path) -> PathBuf,
+    locate: impl Fn(&Path) -> Option<PathBuf>,
 ) -> Result<(), Objection> {
     let differs = |program: &ProgramFile| {
-        let here = locate(Path::new(&program.path));
+        let here = locate(Path::new(&program.path))?;
         let how = match program.difference(&here)? {
             Difference::Missing => "is not here",
             Difference::Content => "is another build here",
@@ -469,13 +572,43 @@ mod tests {
     }
 
     #[test]
+    fn only_directories_both_ends_know_are_brought() {
+        let source = |sync: &[&str], shared| FilesFacts {
+            sync: sync.iter().map(ToString::to_string).collect(),
+            shared,
+        };
+        let here = |sync: &[&str], shared| {
+            let paths: Vec<PathBuf> = sync.iter().map(PathBuf::from).collect();
+            Files::new(&paths, shared).expect("plain")
+        };
+        let check = |there: FilesFacts, here: Files| match check_files(&there, &here) {
+            Ok(()) => String::new(),
+            Err(objection) => objection.to_string(),
+        };
+        assert_eq!(
+            check(source(&["/a", "/b"], false), here(&["/b/", "/a"], false)),
+            ""
+        );
+        assert_eq!(check(source(&[], true), here(&[], false)), "");
+        let text = check(source(&["/a", "/b"], false), here(&["/b", "/c"], false));
+        assert!(text.contains("only there [/a], only here [/c]"), "{text}");
+        let text = check(source(&[], true), here(&["/a"], false));
+        assert!(text.contains("the source was told --shared-fs"), "{text}");
+        let text = check(source(&["/a"], false), here(&[], true));
+        assert!(
+            text.contains("the destination was told --shared-fs"),
+            "{text}"
+        );
+    }
+
+    #[test]
     fn other_programs_are_refused_by_name() {
         let dir = tempfile::tempdir().expect("a directory");
         std::fs::write(dir.path().join("redis"), "v1").expect("written");
         let there = |name: &str| {
             ProgramFile::of(&format!("/usr/{name}"), &dir.path().join("redis")).expect("readable")
         };
-        let locate = |path: &Path| dir.path().join(path.file_name().unwrap_or_default());
+        let locate = |path: &Path| Some(dir.path().join(path.file_name().unwrap_or_default()));
         assert_eq!(check_programs(&[there("redis")], locate), Ok(()));
         let error = check_programs(&[there("lib"), there("ld")], locate).expect_err("missing");
         assert!(error.to_string().contains("lib is not here (and 1 more)"));

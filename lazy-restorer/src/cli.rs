@@ -470,7 +470,7 @@ impl ConnectOptions<'_> {
 }
 
 impl Restore {
-    fn engine(&self) -> Result<Engine, ContainerError> {
+    fn engine(&self, files: &Files) -> Result<Engine, ContainerError> {
         let (Some(id), Some(bundle)) = (&self.runc, &self.bundle) else {
             return Ok(if self.pidns {
                 Engine::Nursery
@@ -479,7 +479,7 @@ impl Restore {
             });
         };
         let runtime = Runtime::find(self.runtime.as_deref(), self.runc_root.as_deref())?;
-        let container = Container::plan(runtime, id, bundle, self.runc_arg.clone())?;
+        let container = Container::plan(runtime, id, bundle, files, self.runc_arg.clone())?;
         Ok(Engine::Runc(Box::new(container)))
     }
 
@@ -517,12 +517,14 @@ impl Restore {
             token_file: self.token_file.as_deref(),
             mtu: self.mtu,
         };
+        let files = Files::new(&self.sync, self.shared_fs)
+            .map_err(|error| fail(Failure::BadInput, &error))?;
         Ok(MigratePlan {
             connect: connect.plan()?,
             criu: Some(criu),
             criu_args: self.criu_arg.clone(),
             engine: self
-                .engine()
+                .engine(&files)
                 .map_err(|error| fail(Failure::BadInput, &error))?,
             leniency: Leniency {
                 cpu_features: self.ignore_cpu_features,
@@ -535,7 +537,7 @@ impl Restore {
                 .rehearsal()
                 .map_err(|error| fail(Failure::BadInput, &error))?,
             addresses,
-            files: Files::new(&self.sync).map_err(|error| fail(Failure::BadInput, &error))?,
+            files,
             work_dir: self.work_dir.clone(),
             pidfile: self.pidfile.clone(),
             before_restore: self.before_restore.clone(),

@@ -35,11 +35,12 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{interval, sleep, timeout};
 
-use crate::advise::{self, Leniency};
+use crate::advise::{Checks, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect, reconnect};
 use crate::engine::Engine;
 use crate::exits::{self, pidfd_kill, pidfd_open};
 use crate::fetch::{Orders, TransferError};
+use crate::files::Files;
 use crate::handover::{self, Handover, HandoverError, Handovers, SOCKET_NAME};
 use crate::keeper::{Keeper, Setup};
 use crate::memory::{Memory, ProcessImage};
@@ -278,11 +279,16 @@ impl External<'_> {
             message => return Err(self.unexpected(&message)),
         };
         // Who restores looks after PIDs, and after files: only they know where they will be.
-        let leniency = Leniency {
-            programs: true,
-            ..Leniency::default()
+        let checks = Checks {
+            files: &Files::default(),
+            leniency: Leniency {
+                programs: true,
+                open_files: true,
+                ..Leniency::default()
+            },
         };
-        advise::check_workload(&facts, &Engine::Nursery, leniency)
+        checks
+            .before_files(&facts, &Engine::Nursery)
             .map_err(|objection| self.fail(Failure::Restore, objection))?;
         self.send(ToSource::ReadyWithImages(dump.digest)).await?;
         self.advance(Event::Ready)?;

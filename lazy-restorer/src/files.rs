@@ -13,13 +13,16 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::thread;
+use std::time::Instant;
 
 use common::proto::ProtoError;
 use common::proto::files::{Changes, FilesRequest, MappedFiles};
 use common::proto::stream;
 use quinn::{Connection, RecvStream, SendStream};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tempfile::TempDir;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixListener;
 use tokio::process::Command;
 
@@ -29,6 +32,8 @@ const SOCKET_VARIABLE: &str = "POSTCOPY_FILES_SOCKET";
 const HOST: &str = "source";
 /// A file vanished on the source while it was read.
 const VANISHED: i32 = 24;
+/// Bytes that are carried at a time.
+const BUFFER_BYTES: usize = 64 << 10;
 /// Everything a file is: hard links, ACLs, extended attributes, holes, owners by number. Nanoseconds of change times
 /// count, for a file may change twice in a second.
 const OPTIONS: &[&str] = &[
@@ -71,7 +76,7 @@ pub enum FilesError {
     #[error("the connection broke while files came: {0}")]
     Link(#[from] quinn::ConnectionError),
     /// A path that cannot be made here.
-    #[error("--sync {0}: give the absolute path of a directory below /, without `..`")]
+    #[error("--sync {0}: give the absolute path of a directory below /, without `..`, in UTF-8")]
     Path(PathBuf),
 }
 
@@ -84,10 +89,25 @@ pub enum Pass {
     Last,
 }
 
+/// What a pass did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PassCounts {
+    /// Microseconds it took.
+    pub took_us: u64,
+    /// Directories that rsync compared as a whole.
+    pub trees: u64,
+    /// Paths that it was asked to compare besides.
+    pub paths: u64,
+    /// Bytes of its protocol that came.
+    pub bytes: u64,
+}
+
 /// Directories to make equal.
 #[derive(Clone, Debug, Default)]
 pub struct Files {
     paths: Vec<PathBuf>,
+    /// Both hosts have the same files.
+    shared: bool,
 }
 
 impl Files {
@@ -96,13 +116,8 @@ impl Files {
         self.paths.is_empty()
     }
 
-    /// Whether what is at `path` comes along.
-    pub fn bring(&self, path: &Path) -> bool {
-        self.paths.iter().any(|brought| path.starts_with(brought))
-    }
-
-    /// The directories at `paths`.
-    pub fn new(paths: &[PathBuf]) -> Result<Self, FilesError> {
+    /// The directories at `paths`; where files are `shared` there is nothing to bring.
+    pub fn new(paths: &[PathBuf], shared: bool) -> Result<Self, FilesError> {
         for path in paths {
             let plain = path.components().all(|part| {
                 matches!(
@@ -110,68 +125,87 @@ impl Files {
                     std::path::Component::RootDir | std::path::Component::Normal(_)
                 )
             });
+            let plain = plain && path.to_str().is_some();
             if !plain || !path.is_absolute() || path.parent().is_none() {
                 return Err(FilesError::Path(path.clone()));
             }
         }
         Ok(Files {
-            paths: paths.to_vec(),
+            // As the source writes them, too: with nothing doubled, and no slash at the end.
+            paths: paths
+                .iter()
+                .map(|path| path.components().collect())
+                .collect(),
+            shared,
         })
     }
 
+    /// The directories.
+    pub fn paths(&self) -> &[PathBuf] {
+        &self.paths
+    }
+
+    /// Whether both hosts have the same files.
+    pub fn are_shared(&self) -> bool {
+        self.shared
+    }
+
+    /// Whether `path` is brought, or lies in what is. Links on the way to it are followed as far as it is here.
+    pub fn bring(&self, path: &Path) -> bool {
+        if self.paths.is_empty() {
+            return false;
+        }
+        let path = resolved(path);
+        let mut paths = self.paths.iter();
+        paths.any(|brought| path.starts_with(resolved(brought)))
+    }
+
     /// Makes all of them equal to the source's.
-    pub async fn pass(&self, bulk: &Connection, pass: Pass) -> Result<(), FilesError> {
+    pub async fn pass(&self, bulk: &Connection, pass: Pass) -> Result<PassCounts, FilesError> {
+        let started = Instant::now();
+        let mut counts = PassCounts::default();
         for path in &self.paths {
             fs::create_dir_all(path)?;
+            let mut tree = Tree {
+                bulk,
+                path,
+                counts: &mut counts,
+            };
             match pass {
-                Pass::First => rsync(bulk, path, &["--delete".into()]).await?,
+                Pass::First => tree.compare_all().await?,
                 Pass::Last => {
-                    bring_changes(bulk, path).await?;
-                    compare_mapped(bulk, path).await?;
+                    let changes = tree.changes().await;
+                    // These first: then their times are equal, and the rest does not look at them again.
+                    tree.compare_whole().await?;
+                    tree.bring_changes(changes).await?;
                 }
             }
         }
-        Ok(())
+        counts.took_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        Ok(counts)
     }
 }
 
-/// Compares what changed since the first pass, so that the freeze does not grow with the number of all files.
-async fn bring_changes(bulk: &Connection, path: &Path) -> Result<(), FilesError> {
-    match changes(bulk, path).await {
-        Changes::Everything => rsync(bulk, path, &["--delete".into()]).await,
-        Changes::Only(paths) if paths.is_empty() => Ok(()),
-        Changes::Only(paths) => {
-            let list = PathList::write(&paths)?;
-            let [from0, from] = list.options();
-            rsync(bulk, path, &["--delete".into(), from0, from]).await
+/// The path without links; what of it is not here yet has none.
+fn resolved(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    for here in path.ancestors() {
+        if let (Ok(real), Ok(rest)) = (here.canonicalize(), path.strip_prefix(here)) {
+            return real.join(rest);
         }
     }
-}
-
-/// A source that cannot say what changed has everything compared.
-async fn changes(bulk: &Connection, path: &Path) -> Changes {
-    let path = path.display().to_string();
-    let asked = async {
-        let (mut send, mut receive) = bulk.open_bi().await.map_err(io::Error::from)?;
-        stream::send(&mut send, &FilesRequest::Changed { path }).await?;
-        stream::receive(&mut receive).await
-    };
-    let answer: Result<Changes, ProtoError> = asked.await;
-    answer.unwrap_or_else(|error| {
-        tracing::debug!(%error, "all files are compared");
-        Changes::Everything
-    })
+    path
 }
 
 /// A list of paths for rsync.
 struct PathList(tempfile::NamedTempFile);
 
 impl PathList {
-    fn write(paths: &[impl AsRef<[u8]>]) -> io::Result<Self> {
+    fn write(paths: &[Vec<u8>]) -> io::Result<Self> {
         let mut list = tempfile::NamedTempFile::new()?;
         let mut bytes = Vec::new();
         for path in paths {
-            bytes.extend(path.as_ref());
+            bytes.extend(path);
             bytes.push(0);
         }
         list.write_all(&bytes)?;
@@ -185,109 +219,160 @@ impl PathList {
     }
 }
 
-/// Compares files that may have changed without a mark: what is stored through a mapping changes the time of a file
-/// only now and then.
-async fn compare_mapped(bulk: &Connection, path: &Path) -> Result<(), FilesError> {
-    let (mut send, mut receive) = bulk.open_bi().await?;
-    let wrong = |error| FilesError::Source {
-        path: path.to_owned(),
-        error,
-    };
-    let request = FilesRequest::Mapped {
-        path: path.display().to_string(),
-    };
-    stream::send(&mut send, &request).await.map_err(wrong)?;
-    let MappedFiles(mapped) = stream::receive(&mut receive).await.map_err(wrong)?;
-    if mapped.is_empty() {
-        return Ok(());
-    }
-    let list = PathList::write(&mapped)?;
-    let [from0, from] = list.options();
-    rsync(bulk, path, &["--ignore-times".into(), from0, from]).await
+/// One directory in one pass.
+struct Tree<'a> {
+    bulk: &'a Connection,
+    path: &'a Path,
+    counts: &'a mut PassCounts,
 }
 
-async fn rsync(bulk: &Connection, path: &Path, more: &[OsString]) -> Result<(), FilesError> {
-    let directory = TempDir::with_prefix("postcopy-files-")?;
-    let socket = directory.path().join("socket");
-    let listener = UnixListener::bind(&socket)?;
-    let child = Command::new("rsync")
-        .args(OPTIONS)
-        .args(more)
-        .arg("-e")
-        .arg(env::current_exe()?)
-        .arg(format!("{HOST}:{}/", path.display()))
-        .arg(format!("{}/", path.display()))
-        .env(SOCKET_VARIABLE, &socket)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()?;
-    let carried = carry(listener, bulk, path);
-    let output = child.wait_with_output();
-    tokio::pin!(output);
-    let output = tokio::select! {
-        // The end of the stream is rsync's to judge.
-        Err(error) = carried => return Err(error),
-        output = &mut output => output?,
-    };
-    match output.status.code() {
-        Some(0) => Ok(()),
-        Some(VANISHED) => {
-            tracing::warn!(path = %path.display(), "a file vanished while it was read");
-            Ok(())
+impl Tree<'_> {
+    async fn compare_all(&mut self) -> Result<(), FilesError> {
+        self.counts.trees += 1;
+        self.rsync(&["--delete".into()]).await
+    }
+
+    /// Compares what changed since the first pass, so that the freeze does not grow with the number of all files.
+    async fn bring_changes(&mut self, changes: Changes) -> Result<(), FilesError> {
+        match changes {
+            Changes::Everything => self.compare_all().await,
+            Changes::Only(paths) => self.compare(&paths, &["--delete"]).await,
         }
-        _ => Err(FilesError::Rsync {
-            path: path.to_owned(),
-            status: output.status,
-            error: String::from_utf8_lossy(&output.stderr)
-                .lines()
-                .next()
-                .unwrap_or("it wrote nothing")
-                .chars()
-                .take(300)
-                .collect(),
-        }),
+    }
+
+    /// Compares files whose times do not tell whether they are equal: what is stored through a mapping changes the time
+    /// of a file only now and then.
+    async fn compare_whole(&mut self) -> Result<(), FilesError> {
+        let path = self.path.display().to_string();
+        let answer = self.ask(&FilesRequest::Mapped { path }).await;
+        let MappedFiles(whole) = answer.map_err(|error| self.wrong(error))?;
+        // Where there is a directory here, a file may be there now.
+        self.compare(&whole, &["--ignore-times", "--force"]).await
+    }
+
+    /// A source that cannot say what changed has everything compared.
+    async fn changes(&self) -> Changes {
+        let path = self.path.display().to_string();
+        let answer = self.ask(&FilesRequest::Changed { path }).await;
+        answer.unwrap_or_else(|error| {
+            tracing::debug!(%error, "all files are compared");
+            Changes::Everything
+        })
+    }
+
+    async fn ask<T: DeserializeOwned>(&self, request: &FilesRequest) -> Result<T, ProtoError> {
+        let (mut send, mut receive) = self.bulk.open_bi().await.map_err(io::Error::from)?;
+        stream::send(&mut send, request).await?;
+        stream::receive(&mut receive).await
+    }
+
+    fn wrong(&self, error: ProtoError) -> FilesError {
+        FilesError::Source {
+            path: self.path.to_owned(),
+            error,
+        }
+    }
+
+    async fn compare(&mut self, paths: &[Vec<u8>], options: &[&str]) -> Result<(), FilesError> {
+        if paths.is_empty() {
+            return Ok(());
+        }
+        self.counts.paths += paths.len() as u64;
+        let list = PathList::write(paths)?;
+        let options = options.iter().map(OsString::from).chain(list.options());
+        self.rsync(&options.collect::<Vec<_>>()).await
+    }
+
+    async fn rsync(&mut self, more: &[OsString]) -> Result<(), FilesError> {
+        let path = self.path;
+        let directory = TempDir::with_prefix("postcopy-files-")?;
+        let socket = directory.path().join("socket");
+        let listener = UnixListener::bind(&socket)?;
+        let child = Command::new("rsync")
+            .args(OPTIONS)
+            .args(more)
+            .arg("-e")
+            .arg(env::current_exe()?)
+            .arg(format!("{HOST}:{}/", path.display()))
+            .arg(format!("{}/", path.display()))
+            .env(SOCKET_VARIABLE, &socket)
+            // No shell reads the path at the other end.
+            .env("RSYNC_OLD_ARGS", "1")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let output = child.wait_with_output();
+        tokio::pin!(output);
+        let output = tokio::select! {
+            // The end of the stream is rsync's to judge.
+            Err(error) = self.carry(listener) => return Err(error),
+            output = &mut output => output?,
+        };
+        match output.status.code() {
+            Some(0) => Ok(()),
+            Some(VANISHED) => {
+                tracing::warn!(path = %path.display(), "a file vanished while it was read");
+                Ok(())
+            }
+            _ => Err(FilesError::Rsync {
+                path: path.to_owned(),
+                status: output.status,
+                error: first_line(&output.stderr),
+            }),
+        }
+    }
+
+    /// Carries rsync's protocol between its program and a stream of ours.
+    async fn carry(&mut self, listener: UnixListener) -> Result<(), FilesError> {
+        let (local, _) = listener.accept().await?;
+        let (mut from_rsync, mut to_rsync) = local.into_split();
+        let received = stream::receive(&mut from_rsync).await;
+        let request = FilesRequest::Rsync {
+            path: self.path.display().to_string(),
+            arguments: received.map_err(|error| self.wrong(error))?,
+        };
+        let (mut send, mut receive): (SendStream, RecvStream) = self.bulk.open_bi().await?;
+        let sent = stream::send(&mut send, &request).await;
+        sent.map_err(|error| self.wrong(error))?;
+        let there = async {
+            let copied = tokio::io::copy(&mut from_rsync, &mut send).await;
+            // A source that has sent everything does not listen any more.
+            let _ = send.shutdown().await;
+            copied.map(drop)
+        };
+        let back = async {
+            let copied = copy_counted(&mut receive, &mut to_rsync, &mut self.counts.bytes).await;
+            let _ = to_rsync.shutdown().await;
+            copied
+        };
+        let (there, back) = tokio::join!(there, back);
+        if let Err(error) = there.and(back) {
+            tracing::debug!(%error, "files");
+        }
+        std::future::pending().await
     }
 }
 
-/// Carries rsync's protocol between its program and a stream of ours.
-async fn carry(listener: UnixListener, bulk: &Connection, path: &Path) -> Result<(), FilesError> {
-    let (local, _) = listener.accept().await?;
-    let (mut from_rsync, mut to_rsync) = local.into_split();
-    let arguments: Vec<String> =
-        stream::receive(&mut from_rsync)
-            .await
-            .map_err(|error| FilesError::Source {
-                path: path.to_owned(),
-                error,
-            })?;
-    let (mut send, mut receive): (SendStream, RecvStream) = bulk.open_bi().await?;
-    let request = FilesRequest::Rsync {
-        path: path.display().to_string(),
-        arguments,
-    };
-    let sent = stream::send(&mut send, &request).await;
-    sent.map_err(|error| FilesError::Source {
-        path: path.to_owned(),
-        error,
-    })?;
-    let there = async {
-        let copied = tokio::io::copy(&mut from_rsync, &mut send).await;
-        // A source that has sent everything does not listen any more.
-        let _ = send.shutdown().await;
-        copied
-    };
-    let back = async {
-        let copied = tokio::io::copy(&mut receive, &mut to_rsync).await;
-        let _ = to_rsync.shutdown().await;
-        copied
-    };
-    let (there, back) = tokio::join!(there, back);
-    if let Err(error) = there.and(back) {
-        tracing::debug!(%error, "files");
+fn first_line(text: &[u8]) -> String {
+    let text = String::from_utf8_lossy(text);
+    let line = text.lines().next().unwrap_or("it wrote nothing");
+    line.chars().take(300).collect()
+}
+
+/// Counts as it goes, for rsync may end before the stream does.
+async fn copy_counted(
+    receive: &mut RecvStream,
+    to: &mut (impl AsyncWrite + Unpin),
+    bytes: &mut u64,
+) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER_BYTES];
+    while let Some(length) = receive.read(&mut buffer).await.map_err(io::Error::from)? {
+        to.write_all(&buffer[..length]).await?;
+        *bytes += length as u64;
     }
-    std::future::pending().await
+    Ok(())
 }
 
 /// Runs as rsync's way to the other host when called as it.
@@ -328,7 +413,7 @@ fn frame(arguments: &Vec<String>) -> io::Result<Vec<u8>> {
 
 /// Copies at once what comes: rsync waits for answers.
 fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
-    let mut buffer = vec![0; 64 << 10];
+    let mut buffer = vec![0; BUFFER_BYTES];
     loop {
         let length = from.read(&mut buffer)?;
         if length == 0 {
@@ -359,8 +444,25 @@ mod tests {
     #[test]
     fn only_plain_directories_are_made() {
         for path in ["/", "relative", "/tmp/../etc"] {
-            assert!(Files::new(&[path.into()]).is_err(), "{path}");
+            assert!(Files::new(&[path.into()], false).is_err(), "{path}");
         }
-        assert!(Files::new(&["/srv/tree".into()]).is_ok());
+        let odd = std::os::unix::ffi::OsStringExt::from_vec(b"/srv/\xff".to_vec());
+        assert!(Files::new(&[OsString::into(odd)], false).is_err());
+        assert!(Files::new(&["/srv/tree".into()], false).is_ok());
+    }
+
+    #[test]
+    fn what_lies_in_a_tree_is_brought_by_whatever_way_it_is_named() {
+        let directory = TempDir::new().expect("a directory");
+        let tree = directory.path().join("tree");
+        fs::create_dir(&tree).expect("made");
+        std::os::unix::fs::symlink(&tree, directory.path().join("link")).expect("made");
+        let files = Files::new(std::slice::from_ref(&tree), false).expect("plain");
+        for inside in ["tree", "tree/not/there yet", "link", "link/not/there yet"] {
+            assert!(files.bring(&directory.path().join(inside)), "{inside}");
+        }
+        for outside in ["", "tree2", "other/tree"] {
+            assert!(!files.bring(&directory.path().join(outside)), "{outside}");
+        }
     }
 }

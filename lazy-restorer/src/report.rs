@@ -9,6 +9,7 @@ use common::record::Phase;
 use serde::Serialize;
 
 use crate::blocktime::LatencySummary;
+use crate::files::PassCounts;
 use crate::huge::HugeCounts;
 use crate::memory::{Memory, PageCounts};
 
@@ -33,8 +34,19 @@ pub struct Record {
     pub pages: PageCounts,
     /// What was made huge again.
     pub huge_pages: HugeCounts,
+    /// How files came.
+    pub files: FilesCounts,
     /// Length of the migration.
     pub total_us: u64,
+}
+
+/// The two passes of files.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct FilesCounts {
+    /// While the workload ran on the source.
+    pub first: PassCounts,
+    /// While it was frozen.
+    pub last: PassCounts,
 }
 
 /// Page faults of the workload.
@@ -60,6 +72,7 @@ impl Default for Record {
             faults: Faults::default(),
             pages: PageCounts::default(),
             huge_pages: HugeCounts::default(),
+            files: FilesCounts::default(),
             total_us: 0,
         }
     }

@@ -33,7 +33,7 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::advise::{self, Leniency, Objection};
+use crate::advise::{self, Checks, Leniency, Objection};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
 use crate::engine::Engine;
 use crate::files::{Files, Pass};
@@ -96,6 +96,7 @@ pub async fn run(
         .map_err(|error| SessionError::new(Failure::Internal, State::Hello, error))?;
     let mut migration = Migration {
         plan,
+        engine: plan.engine.clone(),
         threads: Threads::start()?,
         session: Session::default(),
         phases: Phases::start(State::Hello),
@@ -113,6 +114,7 @@ pub use self::resume::resume;
 
 struct Migration<'a> {
     plan: &'a MigratePlan,
+    engine: Engine,
     threads: Threads,
     session: Session,
     phases: Phases,
@@ -292,25 +294,31 @@ impl Migration<'_> {
             let text = "the source's release sends no files; use the same release on both hosts";
             return Err(self.fail(Failure::Refused, text));
         }
-        // Programs are looked at when they are here.
-        self.bring_files(source, Pass::First).await?;
-        self.check(&facts)
+        let plan = self.plan;
+        let checks = Checks {
+            files: &plan.files,
+            leniency: plan.leniency,
+        };
+        self.check(&facts, checks)
             .map_err(|objection| self.fail(Failure::Restore, objection))?;
+        // What is only here is deleted from now on.
+        self.bring_files(source, Pass::First).await?;
+        let checked = checks.of_files(&facts, &mut self.engine);
+        checked.map_err(|objection| self.fail(Failure::Restore, objection))?;
         self.shut_door(source)?;
         Ok(facts)
     }
 
-    fn check(&self, facts: &WorkloadFacts) -> Result<(), Objection> {
+    /// What can be known before any file has come.
+    fn check(&self, facts: &WorkloadFacts, checks: Checks<'_>) -> Result<(), Objection> {
         let plan = self.plan;
         if let Some(criu) = &plan.criu {
             advise::check_criu(&facts.criu, criu.version())?;
         }
         advise::compare_kernels(&facts.kernel, &host::kernel());
-        advise::check_workload(facts, &plan.engine, plan.leniency)?;
-        if !plan.leniency.open_files {
-            advise::check_files(facts, &plan.engine, |path| plan.files.bring(path))?;
-        }
-        advise::check_addresses(&facts.more.addresses, &plan.addresses)
+        advise::check_files(&facts.more.files, &plan.files)?;
+        advise::check_addresses(&facts.more.addresses, &plan.addresses)?;
+        checks.before_files(facts, &self.engine)
     }
 
     /// The service addresses are not here yet, so this harms nobody.
@@ -339,7 +347,7 @@ impl Migration<'_> {
             criu_args: self.plan.criu_args.clone(),
             tcp_established: facts.tcp_established,
             shell_job: facts.shell_job,
-            engine: self.plan.engine.clone(),
+            engine: self.engine.clone(),
         })
     }
 
@@ -407,7 +415,16 @@ impl Migration<'_> {
             brought = plan.files.pass(&bulk, pass) => brought,
             name = self.stop.wait() => return Err(interrupted(state, name)),
         };
-        let Err(error) = brought else { return Ok(()) };
+        let error = match brought {
+            Ok(counts) => {
+                match pass {
+                    Pass::First => self.record.files.first = counts,
+                    Pass::Last => self.record.files.last = counts,
+                }
+                return Ok(());
+            }
+            Err(error) => error,
+        };
         match timeout(EXPLANATION, self.next(source)).await {
             Ok(Err(reason)) if reason.failure == Failure::Peer => Err(reason),
             _ => Err(self.fail(Failure::Restore, error)),

@@ -502,7 +502,7 @@ impl Serve {
                 _ => fail(Failure::BadInput, &error),
             })?;
         let token = self.token_file.as_deref().map(new_token).transpose()?;
-        let files = Files::offer(workload.root(), &self.sync)
+        let files = Files::offer(workload.root(), &self.sync, self.shared_fs)
             .map_err(|error| fail(Failure::BadInput, &error))?;
         Ok(ServePlan {
             engine,

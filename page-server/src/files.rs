@@ -3,8 +3,8 @@
 //! The destination's rsync says with which arguments ours has to run. They are data of a peer: only a closed set is
 //! passed on, without a shell, and only the trees that the operator named are sent.
 
-use std::collections::{BTreeSet, HashMap};
-use std::fs::{self, File};
+use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::process::Stdio;
@@ -12,18 +12,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use common::limits::MAX_CONTROL_BYTES;
-use common::proto::files::{Changes, FilesRequest, MappedFiles};
+use common::proto::files::{Changes, FilesFacts, FilesRequest, MappedFiles};
 use common::proto::stream;
 use nix::unistd::{Pid, syncfs};
-use procfs::process::{MMPermissions, MMapPath, Process};
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::sleep;
 
-use crate::survey::Survey;
-use crate::workload::tree_pids;
+use crate::mapped::mapped_files;
+use crate::survey::{Again, Survey};
 
 /// Letters that may be among the short options of a sending rsync. Missing is `s`, which reads more options from the
 /// stream.
@@ -47,7 +46,7 @@ const MAX_ARGUMENT_BYTES: usize = 64;
 #[derive(Debug, thiserror::Error)]
 pub enum FilesError {
     /// The operator's path.
-    #[error("--sync {0}: give the absolute path of a directory below /, without `..`")]
+    #[error("--sync {0}: give the absolute path of a directory below /, without `..`, in UTF-8")]
     Path(PathBuf),
     /// The peer's.
     #[error("the destination asks for {0:?}, which --sync does not name here")]
@@ -63,14 +62,17 @@ pub enum FilesError {
     Io(#[from] io::Error),
 }
 
-/// Trees that may be sent, and which of them were.
+/// Trees that may be sent.
 #[derive(Debug, Default)]
 pub struct Files {
     root: Option<Pid>,
     paths: Vec<PathBuf>,
-    sent: Mutex<BTreeSet<PathBuf>>,
+    /// Both hosts have the same files.
+    shared: bool,
     /// Trees as they were before they were sent first.
     surveys: Mutex<HashMap<PathBuf, Arc<Survey>>>,
+    /// Files to be compared whatever their times say, when that was found out along with the changes.
+    whole: Mutex<HashMap<PathBuf, Vec<Vec<u8>>>>,
 }
 
 /// Serves requests for files until it is dropped.
@@ -84,31 +86,32 @@ impl Drop for Serving {
 }
 
 impl Files {
-    /// Offers the trees at `paths`, files of the workload under `root`.
-    pub fn offer(root: Pid, paths: &[PathBuf]) -> Result<Arc<Self>, FilesError> {
+    /// Offers the trees at `paths`, files of the workload under `root`; `shared` ones need no sending.
+    pub fn offer(root: Pid, paths: &[PathBuf], shared: bool) -> Result<Arc<Self>, FilesError> {
         for path in paths {
             let plain = path
                 .components()
                 .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+            let plain = plain && path.to_str().is_some();
             if !plain || !path.is_absolute() || path.parent().is_none() || !path.is_dir() {
                 return Err(FilesError::Path(path.clone()));
             }
         }
         Ok(Arc::new(Files {
             root: Some(root),
-            paths: paths.to_vec(),
-            sent: Mutex::default(),
-            surveys: Mutex::default(),
+            paths: paths.iter().map(|path| plain(path)).collect(),
+            shared,
+            ..Files::default()
         }))
     }
 
-    /// The first tree nobody asked for: a destination that does not know of it would miss its files.
-    pub fn unasked(&self) -> Option<PathBuf> {
-        let sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
-        self.paths
-            .iter()
-            .find(|path| !sent.contains(*path))
-            .cloned()
+    /// What the destination must know: it has to be told the same.
+    pub fn facts(&self) -> FilesFacts {
+        let paths = self.paths.iter().map(|path| path.display().to_string());
+        FilesFacts {
+            sync: paths.collect(),
+            shared: self.shared,
+        }
     }
 
     /// Serves requests on `bulk`, on the current runtime.
@@ -136,44 +139,44 @@ impl Files {
         match stream::receive(&mut receive).await? {
             FilesRequest::Mapped { path } => {
                 let path = self.offered(&path)?;
-                let mapped = self.root.map(|root| mapped_files(root, path));
-                stream::send(&mut send, &mapped.unwrap_or_default()).await?;
+                let whole = self.whole(path).await?;
+                stream::send(&mut send, &MappedFiles(whole)).await?;
             }
             FilesRequest::Changed { path } => {
                 let path = self.offered(&path)?;
-                syncfs(File::open(path)?).map_err(io::Error::from)?;
                 stream::send(&mut send, &self.changes(path).await).await?;
             }
             FilesRequest::Rsync { path, arguments } => {
                 let path = self.offered(&path)?;
                 let command = command(path, &arguments)?;
-                // What was stored through a mapping and is not written back is not marked as changed either.
-                syncfs(File::open(path)?).map_err(io::Error::from)?;
-                self.survey(path).await;
+                self.survey(path).await?;
                 relay(command, send, receive).await?;
-                let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
-                sent.insert(path.to_owned());
             }
         }
         Ok(())
     }
 
     /// Notes what the tree looks like before it is sent for the first time.
-    async fn survey(&self, path: &Path) {
+    async fn survey(&self, path: &Path) -> io::Result<()> {
         if self.surveyed(path).is_some() {
-            return;
+            return Ok(());
         }
-        let tree = path.to_owned();
-        match spawn_blocking(move || Survey::make(&tree)).await {
-            Ok(Ok(survey)) => {
+        let (tree, root) = (path.to_owned(), self.root);
+        // A page that is dirty already takes stores without a mark; the kernel marks the first one after it was written.
+        let made = spawn_blocking(move || {
+            syncfs(File::open(&tree)?)?;
+            Ok::<_, io::Error>(Survey::make(&tree, mapped_files(root)))
+        });
+        match made.await.map_err(io::Error::other)?? {
+            Ok(survey) => {
                 let mut surveys = self.surveys.lock().unwrap_or_else(PoisonError::into_inner);
                 surveys.insert(path.to_owned(), Arc::new(survey));
             }
-            Ok(Err(error)) => tracing::warn!(%error, "the last pass will compare all files"),
             Err(error) => tracing::warn!(%error, "the last pass will compare all files"),
         }
         // A change in the same tick of the kernel's clock as a look at the file would not show. It comes before rsync then.
         sleep(TICK).await;
+        Ok(())
     }
 
     fn surveyed(&self, path: &Path) -> Option<Arc<Survey>> {
@@ -185,11 +188,48 @@ impl Files {
         let Some(survey) = self.surveyed(path) else {
             return Changes::Everything;
         };
-        let tree = path.to_owned();
-        match spawn_blocking(move || survey.changes(&tree)).await {
-            Ok(Ok(changes)) if fits(&changes) => Changes::Only(changes),
-            _ => Changes::Everything,
+        let Ok(again) = self.look_again(path, survey).await else {
+            return Changes::Everything;
+        };
+        let (mut whole, mut changed) = (again.unmarked, again.changed);
+        let mut room = MAX_CONTROL_BYTES.saturating_sub(bytes_of(&whole));
+        for path in again.touched {
+            let list = match room.checked_sub(path.len() + LENGTH_BYTES) {
+                Some(left) => {
+                    room = left;
+                    &mut whole
+                }
+                None => &mut changed,
+            };
+            list.push(path);
         }
+        let mut compared = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+        compared.insert(path.to_owned(), whole);
+        match bytes_of(&changed) < MAX_CONTROL_BYTES {
+            true => Changes::Only(changed),
+            false => Changes::Everything,
+        }
+    }
+
+    /// Files whose times do not tell whether they are equal.
+    async fn whole(&self, path: &Path) -> io::Result<Vec<Vec<u8>>> {
+        let known = {
+            let mut whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+            whole.remove(path)
+        };
+        match known {
+            Some(whole) => Ok(whole),
+            None => {
+                let survey = self.surveyed(path).unwrap_or_default();
+                Ok(self.look_again(path, survey).await?.unmarked)
+            }
+        }
+    }
+
+    async fn look_again(&self, path: &Path, survey: Arc<Survey>) -> io::Result<Again> {
+        let (tree, root) = (path.to_owned(), self.root);
+        let again = spawn_blocking(move || survey.look_again(&tree, &mapped_files(root)));
+        again.await.map_err(io::Error::other)?
     }
 
     fn offered(&self, path: &str) -> Result<&Path, FilesError> {
@@ -203,10 +243,16 @@ impl Files {
     }
 }
 
-/// Whether a list is short enough for one message; each path has its length before it.
-fn fits(changes: &[Vec<u8>]) -> bool {
-    let bytes: usize = changes.iter().map(|path| path.len() + LENGTH_BYTES).sum();
-    bytes + LENGTH_BYTES < MAX_CONTROL_BYTES
+/// The path as the other end writes it, too: with nothing doubled, and no slash at its end.
+fn plain(path: &Path) -> PathBuf {
+    path.components().collect()
+}
+
+/// Bytes of a list in a message, at most; each path has its length before it.
+fn bytes_of(paths: &[Vec<u8>]) -> usize {
+    let bytes: usize = paths.iter().map(|path| path.len() + LENGTH_BYTES).sum();
+    // The list has a length too, and a kind.
+    bytes + 2 * LENGTH_BYTES
 }
 
 /// The sending rsync, when `arguments` are all of the closed set.
@@ -277,28 +323,6 @@ async fn relay(
     }
 }
 
-/// Files below `path` that the tree of `root` has mapped shared and writable.
-fn mapped_files(root: Pid, path: &Path) -> MappedFiles {
-    let processes = tree_pids(root);
-    let mut files = BTreeSet::new();
-    for process in processes {
-        let maps = Process::new(process.as_raw()).and_then(|process| process.maps());
-        for map in maps.into_iter().flatten() {
-            let changes = MMPermissions::SHARED | MMPermissions::WRITE;
-            let MMapPath::Path(file) = map.pathname else {
-                continue;
-            };
-            if map.perms.contains(changes)
-                && fs::metadata(&file).is_ok_and(|file| file.is_file())
-                && let Ok(relative) = file.strip_prefix(path)
-            {
-                files.insert(relative.to_string_lossy().into_owned());
-            }
-        }
-    }
-    MappedFiles(files.into_iter().collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -342,9 +366,11 @@ mod tests {
     #[test]
     fn only_plain_directories_are_offered() {
         let directory = tempfile::tempdir().expect("a directory");
-        let offer = |path: &Path| Files::offer(Pid::this(), &[path.to_owned()]);
+        let offer = |path: &Path| Files::offer(Pid::this(), &[path.to_owned()], false);
         let files = offer(directory.path()).expect("a directory");
-        assert_eq!(files.unasked().as_deref(), Some(directory.path()));
+        let facts = files.facts();
+        assert_eq!(facts.sync, [directory.path().display().to_string()]);
+        assert!(!facts.shared);
         for path in [
             "/",
             "relative",

@@ -47,6 +47,8 @@ pub struct FreezePlan {
     pub tcp_established: bool,
     /// The workload belongs to a shell's session.
     pub shell_job: bool,
+    /// Bytes that a file without a name may have; CRIU's own limit when not given.
+    pub ghost_limit: Option<u64>,
     /// More arguments for `criu dump`.
     pub criu_args: Vec<String>,
     /// The operator's command for a rollback that the hook must do alone.

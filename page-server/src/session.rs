@@ -35,6 +35,7 @@ use crate::files::Files;
 use crate::framer::Form;
 use crate::freeze::{FreezeError, FreezePlan};
 use crate::frozen::FrozenWorkload;
+use crate::ghosts::ghost_limit;
 use crate::guard::note_session;
 use crate::listen::{Listen, ListenPlan};
 use crate::push::Push;
@@ -165,13 +166,6 @@ impl Migration<'_> {
         // Not on the connection's thread: rsync needs what this thread may do.
         let _files = self.plan.files.serve(bulk);
         self.advise(destination).await?;
-        if let Some(path) = self.plan.files.unasked() {
-            let text = format!(
-                "the destination did not ask for the files in {0}; give lazy-restorer --sync {0}, or leave it out here",
-                path.display()
-            );
-            return Err(self.fail(Failure::Refused, text));
-        }
         self.advance(Event::Ready)?;
         self.shut_door().await?;
         let mut workload = self.freeze(destination).await?;
@@ -267,6 +261,12 @@ impl Migration<'_> {
                 "the destination's release moves no addresses; use the same release on both hosts";
             return Err(self.fail(Failure::Refused, text));
         }
+        facts.more.files = self.plan.files.facts();
+        if !facts.more.files.sync.is_empty() && destination.version < V3 {
+            let text =
+                "the destination's release brings no files; use the same release on both hosts";
+            return Err(self.fail(Failure::Refused, text));
+        }
         destination.advise(self.state(), facts).await?;
         self.expect(destination, ToSource::Ready).await
     }
@@ -304,6 +304,7 @@ impl Migration<'_> {
             directory: directory.path().to_owned(),
             tcp_established: self.plan.tcp_established,
             shell_job: self.plan.shell_job,
+            ghost_limit: ghost_limit(&self.plan.workload.pids()),
             criu_args: self.plan.criu_args.clone(),
             on_thawed: self.plan.on_thawed.clone(),
         };

@@ -10,6 +10,7 @@ use common::limits::MAX_PROGRAM_FILES;
 use common::page::{PAGE_SIZE, bytes_to_pages};
 use common::program_file::ProgramFile;
 use common::proto::control::{MoreFacts, WorkloadFacts};
+use common::proto::files::FilesFacts;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
@@ -117,6 +118,7 @@ impl Workload {
             programs: self.programs(),
             addresses: Vec::new(),
             open_files: open_files::of(&self.processes()),
+            files: FilesFacts::default(),
         }
     }
 

@@ -101,6 +101,30 @@ pub struct Faults {
     pub latency_us: Latency,
 }
 
+/// What a pass of files did.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FilesPass {
+    /// How long it took.
+    pub took_us: u64,
+    /// Directories compared as a whole.
+    pub trees: u64,
+    /// Paths compared besides.
+    pub paths: u64,
+    /// Bytes of rsync's protocol that came.
+    pub bytes: u64,
+}
+
+/// Files that came along, as the destination counts them.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Files {
+    /// While the workload ran.
+    pub first: FilesPass,
+    /// While it was frozen.
+    pub last: FilesPass,
+}
+
 /// The record of one side. Both sides' records share this form; what a side does not know stays at its default.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -127,6 +151,8 @@ pub struct Record {
     pub skeleton_bytes: u64,
     /// Huge pages asked for again.
     pub huge_pages: HugePages,
+    /// Files that came along.
+    pub files: Files,
     /// Bytes of shared memory in it.
     pub shared_bytes: u64,
     /// How pushed pages were carried.

@@ -21,6 +21,11 @@ os.makedirs(tree, exist_ok=True)
 log = open(tree + "growing", "wb", buffering=0)
 unlinked = open(tree + "unlinked", "w+b", buffering=0)
 os.unlink(tree + "unlinked")
+# More than CRIU takes along unless it is told to.
+large, piece_of_large = open(tree + "large", "w+b", buffering=0), os.urandom(1 << 16)
+os.unlink(tree + "large")
+for _ in range(256):
+    large.write(piece_of_large)
 fd = os.open(tree + "mapped", os.O_RDWR | os.O_CREAT)
 os.ftruncate(fd, 1 << 16)
 mapped = mmap.mmap(fd, 1 << 16)
@@ -38,6 +43,8 @@ def check():
     unlinked.seek(0)
     if unlinked.read() != expected[-4096:]:
         return "unlinked"
+    if os.pread(large.fileno(), 1 << 16, (rounds % 256) << 16) != piece_of_large:
+        return "large"
     with open(tree + "mapped", "rb") as f:
         if f.read() != mapped[:]:
             return "mapped"
@@ -73,7 +80,9 @@ say("ok")
 /// The running process.
 #[derive(Debug)]
 pub struct Writer {
-    process: Process,
+    pid: Pid,
+    /// It, if we started it.
+    _process: Option<Process>,
     tree: PathBuf,
     frozen: PathBuf,
 }
@@ -82,11 +91,25 @@ impl Writer {
     /// Starts it on the source, writing below `tree`, and waits until it does.
     pub fn start(rig: &Rig, tree: &Path) -> Result<Self> {
         let mut command = rig.source.command("setsid");
-        command
-            .args(["/usr/bin/python3", "-I", "-c", SCRIPT])
-            .arg(tree);
+        command.args(Self::arguments()).arg(tree);
+        let process = Process::start_detached("writer", &mut command)?;
+        let writer = Self::watch(rig, process.pid(), tree)?;
+        Ok(Self {
+            _process: Some(process),
+            ..writer
+        })
+    }
+
+    /// What it is started with, but for the tree as it sees it.
+    pub fn arguments() -> [&'static str; 4] {
+        ["/usr/bin/python3", "-I", "-c", SCRIPT]
+    }
+
+    /// Watches one that somebody else started as `pid`, and waits until it writes below what is `tree` here.
+    pub fn watch(rig: &Rig, pid: Pid, tree: &Path) -> Result<Self> {
         let writer = Self {
-            process: Process::start_detached("writer", &mut command)?,
+            pid,
+            _process: None,
             tree: tree.to_owned(),
             frozen: rig.folder().join("tree-at-the-freeze"),
         };
@@ -98,7 +121,7 @@ impl Writer {
 
     /// Its PID on the source.
     pub fn pid(&self) -> Pid {
-        self.process.pid()
+        self.pid
     }
 
     /// A line of shell for the freeze that keeps a copy of the tree as it is then.

@@ -84,6 +84,11 @@ fn main() -> ExitCode {
             body: addresses_do_not_move_with_images,
         },
         Test {
+            name: "a_dump_brings_no_files",
+            needs: MIGRATION,
+            body: a_dump_brings_no_files,
+        },
+        Test {
             name: "one_frozen_process_becomes_three",
             needs: CLONE,
             body: one_frozen_process_becomes_three,
@@ -404,6 +409,24 @@ fn an_older_source_is_refused(rig: &Rig) -> Result<()> {
     let line = daemon.error_line()?;
     ensure!(line.contains("sends its images always"), "{line}");
     ensure!(!server.end()?.success(), "page-server served it");
+    Ok(())
+}
+
+/// Nobody would ever answer for the files.
+fn a_dump_brings_no_files(rig: &Rig) -> Result<()> {
+    let torture = start_torture(rig)?;
+    let orchestrator = Orchestrator::new(rig)?;
+    orchestrator.dump(torture.pid())?;
+    let tree = rig.make_folder("tree")?;
+    let only_here = tree.join("only here");
+    std::fs::write(&only_here, "x")?;
+    let tree = tree.to_str().context("UTF-8")?;
+    let mut server = orchestrator.start_server(&["serve"])?;
+    let mut restorer = orchestrator.start_restorer(0, &["--sync", tree])?;
+    let whose = format!("only here [{tree}]");
+    expect_failure(&mut restorer, RESTORE, &["--sync", "attach", &whose])?;
+    expect_failure(&mut server, ABORTED_BY_PEER, &["--sync"])?;
+    ensure!(only_here.exists(), "it is deleted");
     Ok(())
 }
 

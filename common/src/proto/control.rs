@@ -10,6 +10,7 @@ use crate::container::ContainerFacts;
 use crate::images::{ImagePid, ImagesDigest};
 use crate::open_file::OpenFile;
 use crate::program_file::ProgramFile;
+use crate::proto::files::FilesFacts;
 use crate::proto::version::{V1, V3};
 use crate::session::State;
 
@@ -249,6 +250,8 @@ pub struct MoreFacts {
     pub addresses: Vec<IpAddr>,
     /// What the workload has open that the destination must have too.
     pub open_files: Vec<OpenFile>,
+    /// Files that come along.
+    pub files: FilesFacts,
 }
 
 /// What one end counted, for the comparison at the end.
@@ -311,6 +314,7 @@ mod tests {
                 }],
                 addresses: Vec::new(),
                 open_files: Vec::new(),
+                files: FilesFacts::default(),
             },
         };
         let bytes = postcard::to_extend(&ToDestination::Advise(facts), Vec::new());

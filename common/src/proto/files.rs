@@ -2,6 +2,15 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Which files come along, as the source's operator says it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilesFacts {
+    /// Directories the source sends.
+    pub sync: Vec<String>,
+    /// Both hosts have the same files.
+    pub shared: bool,
+}
+
 /// What the destination asks for; one request a stream, in the format of the control stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FilesRequest {
@@ -13,7 +22,8 @@ pub enum FilesRequest {
         /// What follows `rsync` on its command line.
         arguments: Vec<String>,
     },
-    /// The files below `path` that the workload has mapped shared and writable: [`MappedFiles`] is the answer.
+    /// The files below `path` whose times do not tell whether they are equal: those that changed since rsync was asked for
+    /// first, and those the workload has, or then had, mapped shared and writable. [`MappedFiles`] is the answer.
     Mapped {
         /// The tree.
         path: String,
@@ -35,6 +45,6 @@ pub enum Changes {
     Only(Vec<Vec<u8>>),
 }
 
-/// Paths relative to the tree, which the kernel need not have marked as changed.
+/// Paths relative to the tree, to be compared whatever their times say. Names need not be UTF-8.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MappedFiles(pub Vec<String>);
+pub struct MappedFiles(pub Vec<Vec<u8>>);

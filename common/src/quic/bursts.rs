@@ -377,7 +377,8 @@ mod tests {
             let waiting = from.joining.as_ref().expect("joins").burst().bytes.len();
             assert_eq!(waiting, 20 * PACKET, "what may be joined is");
             // One of another size cannot be, and must not overtake.
-            from.try_send(&transmit(&to, &[20; 70], None)).expect("room");
+            from.try_send(&transmit(&to, &[20; 70], None))
+                .expect("room");
             send(21..24, Some(PACKET)).expect("room");
             let received = receive(&to, 24).await;
             let expected: Vec<_> = (0..24)

@@ -12,6 +12,7 @@ use common::criu::under_runtime;
 use nix::mount::{MntFlags, umount2};
 use tokio::process::Command;
 
+use crate::files::Files;
 use crate::restore::RestorePlan;
 
 /// A container to be.
@@ -19,27 +20,57 @@ use crate::restore::RestorePlan;
 pub struct Container {
     runtime: Runtime,
     id: String,
-    bundle: Bundle,
+    /// Where the bundle is, or will be.
+    directory: PathBuf,
+    /// It, when it is here.
+    bundle: Option<Bundle>,
+    /// It, or its root filesystem, comes from the source.
+    comes: bool,
     /// More arguments for `runc restore`.
     arguments: Vec<String>,
 }
 
 impl Container {
-    /// The container `id` that `bundle` is to become; nobody may have this name yet.
+    /// The container `id` that the bundle in `directory` is to become, which may be among `files` that come; nobody may
+    /// have this name yet.
     pub fn plan(
         runtime: Runtime,
         id: &str,
-        bundle: &Path,
+        directory: &Path,
+        files: &Files,
         arguments: Vec<String>,
     ) -> Result<Self, ContainerError> {
-        let container = Container {
-            bundle: Bundle::read(bundle)?,
+        let mut container = Container {
+            bundle: None,
+            comes: files.bring(directory),
+            directory: std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned()),
             runtime,
             id: id.to_owned(),
             arguments,
         };
+        if !container.comes {
+            let bundle = Bundle::read_config(directory)?;
+            container.comes = files.bring(bundle.root());
+            if !container.comes {
+                bundle.check_root()?;
+            }
+            container.bundle = Some(bundle);
+        }
         container.check()?;
         Ok(container)
+    }
+
+    /// Reads the bundle, now that the files are here.
+    pub fn read_bundle(&mut self) -> Result<(), ContainerError> {
+        if self.comes {
+            self.bundle = Some(Bundle::read(&self.directory)?);
+        }
+        Ok(())
+    }
+
+    /// Whether the bundle, or its root filesystem, comes from the source.
+    pub fn comes(&self) -> bool {
+        self.comes
     }
 
     /// Makes sure that the name is still free.
@@ -47,9 +78,9 @@ impl Container {
         self.runtime.check_free(&self.id)
     }
 
-    /// Its bundle.
-    pub fn bundle(&self) -> &Bundle {
-        &self.bundle
+    /// Its bundle, when it is here.
+    pub fn bundle(&self) -> Option<&Bundle> {
+        self.bundle.as_ref()
     }
 
     /// Removes what a runtime that was killed has left. Its processes are dead already.
@@ -87,7 +118,7 @@ pub(super) fn command(
         .arg("--work-path")
         .arg(plan.work())
         .arg("--bundle")
-        .arg(container.bundle.directory())
+        .arg(&container.directory)
         .envs(environment);
     if plan.tcp_established {
         command.arg("--tcp-established");

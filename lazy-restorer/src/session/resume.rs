@@ -54,6 +54,7 @@ pub async fn resume(
     };
     let mut migration = Migration {
         plan,
+        engine: plan.engine.clone(),
         threads: Threads::start()?,
         session: Session::orphaned(),
         phases: Phases::start(State::Paused),

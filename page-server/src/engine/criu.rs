@@ -39,6 +39,9 @@ fn arguments(plan: &FreezePlan, page_server: RawFd, hook: &Path) -> Vec<OsString
     if plan.shell_job {
         arguments.push("--shell-job".into());
     }
+    if let Some(limit) = plan.ghost_limit {
+        arguments.extend(["--ghost-limit".into(), limit.to_string().into()]);
+    }
     arguments.extend(plan.criu_args.iter().map(OsString::from));
     arguments
 }

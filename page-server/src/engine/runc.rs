@@ -113,6 +113,9 @@ pub(super) fn command(
     if plan.tcp_established && plan.criu.locks_by_nftables() {
         options.push(("network-lock", String::from("nftables")));
     }
+    if let Some(limit) = plan.ghost_limit {
+        options.push(("ghost-limit", limit.to_string()));
+    }
     let environment =
         under_runtime::environment(&plan.criu, &plan.directory, &options, &plan.criu_args)?;
     let mut command = Command::new(container.runtime.program());
