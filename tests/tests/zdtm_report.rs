@@ -63,5 +63,13 @@ fn a_run_that_did_not_end_is_no_result() {
         let text = String::from_utf8_lossy(&said.stdout);
         assert!(text.contains("did not end in time"), "{text}");
     }
-    assert_eq!(judge(good, (1, &[])).status.code(), Some(1), "nothing ran");
+}
+
+#[test]
+fn runs_in_which_nothing_passed_compare_nothing() {
+    let barren: (u32, &[&str]) = (1, &[MAPS_FAIL]);
+    let good: (u32, &[&str]) = (0, &[FUTEX]);
+    for (ours, theirs) in [(barren, barren), (good, (1, &[])), (good, barren)] {
+        assert_eq!(judge(ours, theirs).status.code(), Some(1), "{theirs:?}");
+    }
 }
