@@ -18,6 +18,7 @@ pub mod external;
 pub mod failure;
 pub mod fake_criu;
 pub mod faulty_peer;
+pub mod foreign_runc;
 pub mod gate;
 pub mod harness;
 pub mod host;
