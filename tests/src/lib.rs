@@ -29,6 +29,7 @@ pub mod latency;
 pub mod leftovers;
 pub mod matrix;
 pub mod namespace;
+pub mod newcomers;
 pub mod nginx;
 pub mod pair;
 pub mod path;
