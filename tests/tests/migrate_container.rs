@@ -1,6 +1,7 @@
 //! A redis in a container of the real `runc` moves, or is refused, or comes back.
 
 use std::fs;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
@@ -9,6 +10,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 use tests::binaries;
 use tests::container::{Container, NAME};
+use tests::crowd::Crowd;
 use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, REFUSED, RESTORE};
 use tests::failure::expect_failure;
 use tests::gate::Gate;
@@ -27,8 +29,9 @@ use tests::task;
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 16] = [
+    let tests: [(&'static str, Body); 17] = [
         ("a_container_moves", a_container_moves),
+        ("hundreds_of_connections", hundreds_of_connections),
         ("a_container_comes_back", a_container_comes_back),
         (
             "the_server_dies_while_it_is_frozen",
@@ -142,7 +145,11 @@ impl Boxed {
 
 fn a_container_moves(rig: &Rig) -> Result<()> {
     let boxed = Boxed::start(rig, 48)?;
-    let migration = boxed.plan.migrate(rig, boxed.pid()?)?;
+    let (mut plan, kept) = (boxed.plan.clone(), rig.make_folder("kept")?);
+    let files = "/run/postcopy-*/frozen-cgroup /run/postcopy-*/work/dump.log";
+    plan.on_frozen = format!("{} && cp {files} {}", plan.on_frozen, kept.display());
+    let migration = plan.migrate(rig, boxed.pid()?)?;
+    was_found_frozen(&kept)?;
     boxed.client.wait_for_replies(500)?;
     let there = boxed.container.destination.running()?;
     ensure!(
@@ -158,6 +165,29 @@ fn a_container_moves(rig: &Rig) -> Result<()> {
     let report = boxed.client.end()?;
     ensure!(report.sets > 0 && report.gets > 0, "{report:?}");
     Ok(())
+}
+
+/// Our hook had frozen the cgroup when CRIU looked: it waits in steps of 100 ms for one that is not.
+fn was_found_frozen(kept: &Path) -> Result<()> {
+    let noted = fs::read_to_string(kept.join("frozen-cgroup")).context("nothing was noted")?;
+    ensure!(noted.contains("postcopy-"), "another cgroup: {noted}");
+    let log = fs::read_to_string(kept.join("dump.log"))?;
+    ensure!(log.contains("freezing cgroup"), "CRIU froze it otherwise");
+    ensure!(!log.contains("attempts done"), "CRIU had to freeze it");
+    Ok(())
+}
+
+fn hundreds_of_connections(rig: &Rig) -> Result<()> {
+    const CONNECTIONS: usize = 200;
+    let boxed = Boxed::start(rig, 4)?;
+    let (from, address) = (rig.client.namespace(), rig.service.port(redis::PORT));
+    let crowd = Crowd::start(from, address, CONNECTIONS, seed_of_this_run())?;
+    let migration = boxed.plan.migrate(rig, boxed.pid()?)?;
+    crowd.wait_for_rounds(5)?;
+    crowd.end()?;
+    // In the end it counts keys, and these are not the only ones.
+    boxed.client.wait_for_replies(100)?;
+    assert_moved(rig, migration.pid)
 }
 
 fn a_container_comes_back(rig: &Rig) -> Result<()> {
