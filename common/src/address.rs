@@ -20,7 +20,7 @@ use nix::net::if_::{InterfaceFlags, if_nametoindex};
 use nix::sys::socket::SockProtocol;
 use serde::{Deserialize, Serialize};
 
-pub use self::door::{Door, Shut};
+pub use self::door::{Door, Doorway, Shut};
 use self::netlink::{ACK, CREATE, Message, Netlink, REPLACE, REQUEST, attribute, find_attribute};
 use crate::host::{self, CAP_NET_ADMIN, CAP_NET_RAW, OldKernel, has_capability};
 

@@ -1,8 +1,8 @@
 //! The command line of `lazy-restorer`.
 
 use std::env;
-use std::ffi::OsString;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::ffi::{OsStr, OsString};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -358,8 +358,22 @@ pub struct LazyPages {
     #[arg(short = 'W', long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
     /// Address and UDP port of the waiting page-server
-    #[arg(long, value_name = "ADDR:PORT")]
-    from: String,
+    #[arg(long, value_name = "ADDR:PORT", required_unless_present = "port")]
+    from: Option<String>,
+    /// As CRIU spells --from: its address
+    #[arg(long, value_name = "ADDR", requires = "port", conflicts_with = "from")]
+    address: Option<String>,
+    /// As CRIU spells --from: its UDP port
+    #[arg(
+        long,
+        value_name = "PORT",
+        requires = "address",
+        conflicts_with = "from"
+    )]
+    port: Option<u16>,
+    /// As CRIU has it; there is no other way here
+    #[arg(long, hide = true)]
+    page_server: bool,
     /// Directory of this host's identity (`page-server identity issue`)
     #[arg(long, value_name = "DIR")]
     identity: PathBuf,
@@ -375,9 +389,12 @@ pub struct LazyPages {
     /// Write one zero byte to this descriptor when ready, and close it
     #[arg(long, value_name = "FD")]
     pub status_fd: Option<i32>,
-    /// Write our PID to this file when ready
+    /// Write our PID to this file when ready; it must not exist, and is relative to CRIU's work directory
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
+    /// Write the log to this file, which is relative to CRIU's work directory
+    #[arg(short = 'o', long, value_name = "FILE")]
+    log_file: Option<PathBuf>,
     /// For tests: fetch nothing but what the workload touches
     #[arg(long, hide = true)]
     no_push: bool,
@@ -398,26 +415,69 @@ impl LazyPages {
             SessionError::new(failure, State::Hello, error)
         };
         advise::check_host().map_err(|error| fail(Failure::NotPermitted, &error))?;
+        let pidfile = self.pidfile.as_ref().map(|file| self.work().join(file));
+        if let Some(file) = pidfile.as_ref().filter(|file| file.exists()) {
+            let text = format!("--pidfile {} exists", file.display());
+            return Err(fail(Failure::BadInput, &text));
+        }
+        let from = self.from();
         let connect = ConnectOptions {
-            from: &self.from,
+            from: &from,
             identity: &self.identity,
             accept: &self.accept,
             token_file: self.token_file.as_deref(),
             mtu: self.mtu,
         };
-        let work = self.work_dir.as_ref().unwrap_or(&self.images_dir);
         Ok(ExternalPlan {
             connect: connect.plan()?,
             images: self.images_dir.clone(),
             push: !self.no_push,
-            work: work.clone(),
+            work: self.work().to_owned(),
             ready: Ready {
                 status_fd: self.status_fd,
-                pidfile: self.pidfile.clone(),
+                pidfile,
             },
             remembered: remembered(&self.state, &self.identity, &self.accept),
         })
     }
+
+    /// CRIU's work directory; files that CRIU writes are relative to it.
+    fn work(&self) -> &Path {
+        self.work_dir.as_deref().unwrap_or(&self.images_dir)
+    }
+
+    /// Where the log goes instead of to standard error.
+    pub fn log_file(&self) -> Option<PathBuf> {
+        self.log_file.as_ref().map(|file| self.work().join(file))
+    }
+
+    fn from(&self) -> String {
+        match (&self.from, &self.address, self.port) {
+            (None, Some(address), Some(port)) => match address.parse() {
+                Ok(IpAddr::V6(address)) => format!("[{address}]:{port}"),
+                _ => format!("{address}:{port}"),
+            },
+            (from, ..) => from.clone().unwrap_or_default(),
+        }
+    }
+}
+
+/// The command line with CRIU's `-vN` as we spell it, for `lazy-pages`: somebody may have written it for `criu`.
+pub fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let given: Vec<OsString> = given.collect();
+    if given.get(1).is_none_or(|action| action != "lazy-pages") {
+        return given;
+    }
+    let spelled = |argument: OsString| match criu_log_level(&argument) {
+        // CRIU's 2 are warnings, the least of ours.
+        Some(level) => vec!["-v".into(); level.saturating_sub(2).into()],
+        None => vec![argument],
+    };
+    given.into_iter().flat_map(spelled).collect()
+}
+
+fn criu_log_level(argument: &OsStr) -> Option<u8> {
+    argument.to_str()?.strip_prefix("-v")?.parse().ok()
 }
 
 fn remembered(state: &StateDirectory, identity: &Path, accept: &[Fingerprint]) -> Remembered {
@@ -556,4 +616,41 @@ fn offered_versions() -> Vec<u16> {
         return version::SUPPORTED.to_vec();
     }
     versions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(arguments(line.split(' ').map(OsString::from)))
+    }
+
+    #[test]
+    fn a_command_line_for_criu_is_understood() {
+        let line = "lazy-restorer lazy-pages --page-server --address ::1 --port 7000 -D images -W work -o lazy.log -v4 \
+                    --status-fd 3 --daemon --pidfile lazy.pid --identity id";
+        let cli = parsed(line).expect("understood");
+        assert_eq!(cli.verbose, 2);
+        let Command::LazyPages(lazy_pages) = cli.command else {
+            panic!("another command");
+        };
+        assert_eq!(lazy_pages.from(), "[::1]:7000");
+        assert_eq!(lazy_pages.log_file(), Some(PathBuf::from("work/lazy.log")));
+    }
+
+    #[test]
+    fn the_source_is_named_once() {
+        for where_it_is in ["", " --address a", " --port 7", " --from a:7 --port 7"] {
+            let line = format!("lazy-restorer lazy-pages -D images --identity id{where_it_is}");
+            assert!(parsed(&line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn what_is_for_another_program_is_left_alone() {
+        let line = "lazy-restorer restore --criu-arg -v4";
+        let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+        assert_eq!(arguments(words.clone().into_iter()), words);
+    }
 }

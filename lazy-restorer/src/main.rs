@@ -1,12 +1,15 @@
 //! `lazy-restorer`: see `lazy-restorer --help`.
 
+use std::env;
+use std::fs::File;
 use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 use common::exit::{Failure, SessionError};
+use common::session::State;
 use common::{host, logging};
-use lazy_restorer::cli::{Cli, Command, LazyPages, Restore, Resume};
+use lazy_restorer::cli::{self, Cli, Command, LazyPages, Restore, Resume};
 use lazy_restorer::keeper::Keeper;
 use lazy_restorer::report::Record;
 use lazy_restorer::{external, files, gate, nursery, ready, session, session_command};
@@ -18,7 +21,7 @@ fn main() -> ExitCode {
     if let Some(code) = gate::run_if_called() {
         return code;
     }
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(cli::arguments(env::args_os()));
     match cli.command {
         Command::Nursery {
             init: false,
@@ -39,10 +42,7 @@ fn main() -> ExitCode {
         Command::Sessions(command) => concluded(session_command::list(&command)),
         Command::LazyPages(lazy_pages) => match ready::in_background(lazy_pages.daemon) {
             Some(code) => code,
-            None => {
-                logging::start(cli.verbose);
-                concluded(stand_in(&lazy_pages))
-            }
+            None => concluded(stand_in(&lazy_pages, cli.verbose)),
         },
     }
 }
@@ -78,7 +78,32 @@ fn resume(command: &Resume) -> Result<(), SessionError> {
     result
 }
 
-fn stand_in(command: &LazyPages) -> Result<(), SessionError> {
+fn stand_in(command: &LazyPages, verbose: u8) -> Result<(), SessionError> {
+    start_log(command, verbose)?;
+    let result = provide_memory(command);
+    if let Err(error) = &result
+        && command.log_file().is_some()
+    {
+        tracing::error!("{error}");
+    }
+    result
+}
+
+fn start_log(command: &LazyPages, verbose: u8) -> Result<(), SessionError> {
+    let Some(path) = command.log_file() else {
+        logging::start(verbose);
+        return Ok(());
+    };
+    let created = File::create(&path);
+    let file = created.map_err(|error| {
+        let text = format!("--log-file {}: {error}", path.display());
+        SessionError::new(Failure::BadInput, State::Hello, text)
+    })?;
+    logging::start_in(file, verbose);
+    Ok(())
+}
+
+fn provide_memory(command: &LazyPages) -> Result<(), SessionError> {
     let plan = command.plan()?;
     let keeper = start_keeper()?;
     let mut record = Record::default();
@@ -101,7 +126,7 @@ fn runtime() -> Result<tokio::runtime::Runtime, SessionError> {
 }
 
 fn internal(error: &dyn std::fmt::Display) -> SessionError {
-    SessionError::new(Failure::Internal, common::session::State::Hello, error)
+    SessionError::new(Failure::Internal, State::Hello, error)
 }
 
 fn write(record: &Record, path: Option<&Path>) {

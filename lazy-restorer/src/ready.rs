@@ -1,10 +1,11 @@
 //! Saying that `criu restore` may begin, in all the ways that `criu lazy-pages` has.
 
 use std::env;
-use std::fs::{self, File};
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use nix::unistd::setsid;
@@ -19,7 +20,7 @@ const READY: &str = "ready";
 pub struct Ready {
     /// A descriptor that a zero byte is written to; it is closed then.
     pub status_fd: Option<RawFd>,
-    /// A file that our PID is written to.
+    /// A file that our PID is written to; it must not exist.
     pub pidfile: Option<PathBuf>,
 }
 
@@ -27,7 +28,9 @@ impl Ready {
     /// Says it.
     pub fn say(&self) -> io::Result<()> {
         if let Some(path) = &self.pidfile {
-            fs::write(path, format!("{}\n", std::process::id()))?;
+            write_pid(path).map_err(|error| {
+                io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+            })?;
         }
         if let Some(fd) = self.status_fd {
             // SAFETY: the operator gave us this descriptor for this very use, and nobody else here has it.
@@ -38,6 +41,17 @@ impl Ready {
         writeln!(stdout, "{READY}")?;
         stdout.flush()
     }
+}
+
+/// As CRIU does it: the number and nothing else, and never over a file that is there.
+fn write_pid(path: &Path) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    let mut file = options
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    write!(file, "{}", std::process::id())
 }
 
 /// With `daemon`, runs this very command in the background and returns when that is ready or has failed. `None` when
@@ -81,6 +95,7 @@ fn await_ready() -> io::Result<ExitCode> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::io::{Read, pipe};
     use std::os::fd::IntoRawFd;
 
@@ -99,6 +114,20 @@ mod tests {
         reader.read_to_end(&mut status).expect("closed");
         assert_eq!(status, [0]);
         let pid = fs::read_to_string(dir.path().join("pid")).expect("written");
-        assert_eq!(pid.trim().parse(), Ok(std::process::id()));
+        assert_eq!(pid.parse(), Ok(std::process::id()));
+    }
+
+    #[test]
+    fn a_pidfile_that_is_there_is_left_alone() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("pid");
+        fs::write(&path, "1").expect("written");
+        let ready = Ready {
+            status_fd: None,
+            pidfile: Some(path.clone()),
+        };
+        let refused = ready.say().expect_err("somebody else's").to_string();
+        assert!(refused.contains("pid: File exists"), "{refused}");
+        assert_eq!(fs::read_to_string(path).expect("there"), "1");
     }
 }

@@ -24,7 +24,7 @@ use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
 use crate::adopt::{LeftError, are_untouched};
-use crate::iptables_lock;
+use crate::iptables_lock::IptablesLock;
 use crate::network_lock::{self, Network};
 use crate::rescue::end_repair;
 use crate::sockets::pidfd_open;
@@ -52,6 +52,9 @@ pub struct ForeignDump {
     ended: AsyncFd<OwnedFd>,
     page_server: SocketAddr,
     run: Option<String>,
+    /// Where its connections are, and which: also when the tasks were killed.
+    network: Network,
+    lock: IptablesLock,
 }
 
 /// Why a foreign dump cannot be used.
@@ -109,9 +112,12 @@ impl ForeignDump {
         // SAFETY: the descriptor is owned and goes into the `AsyncFd`.
         let ended = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }
             .map_err(|error| failed(io::Error::other(error.to_string())))?;
+        let tasks = tree_pids(root);
         Ok(ForeignDump {
             root,
-            tasks: tree_pids(root),
+            network: Network::of(root),
+            lock: IptablesLock::on(&tasks),
+            tasks,
             criu,
             ended,
             page_server,
@@ -199,10 +205,11 @@ impl ForeignDump {
             .map(|task| Pid::from_raw(task.pid))
             .collect();
         let connections = end_repair(&tasks);
+        let network = Network::of(root);
         if let Some(run) = run_id(images)? {
-            network_lock::remove_of_run(&run, &Network::of(root));
+            network_lock::remove_of_run(&run, &network);
         }
-        iptables_lock::remove(&tasks, Some(root));
+        IptablesLock::on(&tasks).remove(&network);
         signal_all(&tasks, Signal::SIGCONT);
         tracing::info!(%root, connections, "the workload runs on");
         Ok(())
@@ -210,9 +217,9 @@ impl ForeignDump {
 
     fn unlock(&self) {
         if let Some(run) = &self.run {
-            network_lock::remove_of_run(run, &Network::of(self.root));
+            network_lock::remove_of_run(run, &self.network);
         }
-        iptables_lock::remove(&self.tasks, Some(self.root));
+        self.lock.remove(&self.network);
     }
 
     /// Connects to CRIU's page server and ends its service with `command`.

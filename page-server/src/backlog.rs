@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use nix::unistd::Pid;
@@ -34,13 +35,31 @@ pub async fn drain(tasks: &[Pid]) -> Result<(), NotAccepted> {
     }
     let ours: HashSet<u64> = tasks.iter().flat_map(|task| sockets(*task)).collect();
     let deadline = Instant::now() + PATIENCE;
+    let mut waited_at = None;
     while let Some(port) = waiting(*first, Some(&ours)) {
+        waited_at = Some(port);
         if Instant::now() > deadline {
             return Err(NotAccepted(port));
         }
         sleep(PAUSE).await;
     }
+    if let Some(port) = waited_at {
+        tracing::info!(port, "accepted who waited");
+    }
     Ok(())
+}
+
+/// Where the processes `tasks` listen, the first of which is in their network namespace.
+pub fn listeners(tasks: &[Pid]) -> HashSet<SocketAddr> {
+    let Some(first) = tasks.first() else {
+        return HashSet::new();
+    };
+    let ours: HashSet<u64> = tasks.iter().flat_map(|task| sockets(*task)).collect();
+    let listening = lines(*first).into_iter();
+    listening
+        .filter(|line| line.state == LISTENING && ours.contains(&line.inode))
+        .map(|line| SocketAddr::new(line.address, line.port))
+        .collect()
 }
 
 /// The inodes of the sockets a process has open.
@@ -57,14 +76,17 @@ fn sockets(task: Pid) -> Vec<u64> {
 
 /// A port of the listening sockets `ours`, or of any, where somebody waits.
 fn waiting(inhabitant: Pid, ours: Option<&HashSet<u64>>) -> Option<u16> {
+    waiting_in(&lines(inhabitant), ours)
+}
+
+/// All TCP sockets in the network namespace of `inhabitant`.
+fn lines(inhabitant: Pid) -> Vec<Line> {
     let tables = ["tcp", "tcp6"];
     let tables = tables.map(|name| fs::read_to_string(format!("/proc/{inhabitant}/net/{name}")));
-    let lines: Vec<Line> = tables
-        .iter()
-        .flatten()
+    let lines = tables.iter().flatten();
+    lines
         .flat_map(|table| table.lines().filter_map(Line::read))
-        .collect();
-    waiting_in(&lines, ours)
+        .collect()
 }
 
 fn waiting_in(lines: &[Line], ours: Option<&HashSet<u64>>) -> Option<u16> {
@@ -86,6 +108,7 @@ fn waiting_in(lines: &[Line], ours: Option<&HashSet<u64>>) -> Option<u16> {
 
 /// A line of `/proc/net/tcp` (`Documentation/networking/proc_net_tcp.rst`).
 struct Line {
+    address: IpAddr,
     port: u16,
     state: u8,
     /// Of a listening socket: how many wait to be accepted.
@@ -96,17 +119,32 @@ struct Line {
 impl Line {
     fn read(line: &str) -> Option<Self> {
         let mut words = line.split_whitespace().skip(1);
-        let (_, port) = words.next()?.rsplit_once(':')?;
+        let (address, port) = words.next()?.rsplit_once(':')?;
         let state = words.nth(1)?;
         let (_, received) = words.next()?.split_once(':')?;
         let inode = words.nth(4)?;
         Some(Line {
+            address: read_address(address)?,
             port: u16::from_str_radix(port, 16).ok()?,
             state: u8::from_str_radix(state, 16).ok()?,
             received: u32::from_str_radix(received, 16).ok()?,
             inode: inode.parse().ok()?,
         })
     }
+}
+
+/// Words of 32 bits, each in the machine's order of what lies in memory in the network's.
+fn read_address(hex: &str) -> Option<IpAddr> {
+    let word = |at: usize| {
+        let digits = hex.get(8 * at..8 * at + 8)?;
+        Some(u32::from_str_radix(digits, 16).ok()?.to_ne_bytes())
+    };
+    if hex.len() == 8 {
+        return Some(Ipv4Addr::from(word(0)?).into());
+    }
+    let words = [word(0)?, word(1)?, word(2)?, word(3)?];
+    let bytes: [u8; 16] = words.concat().try_into().ok()?;
+    Some(Ipv6Addr::from(bytes).to_canonical())
 }
 
 #[cfg(test)]
@@ -139,8 +177,20 @@ mod tests {
     }
 
     #[test]
+    fn listeners_are_found_with_their_addresses() {
+        let addresses = ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0", "[::]:0"];
+        let bound = addresses.map(|address| TcpListener::bind(address).expect("bound"));
+        let found = listeners(&[Pid::this()]);
+        for listener in &bound {
+            let address = listener.local_addr().expect("bound");
+            assert!(found.contains(&address), "{address} is not in {found:?}");
+        }
+    }
+
+    #[test]
     fn half_open_connections_count_at_ports_of_ours_only() {
         let line = |port, state, inode| Line {
+            address: Ipv4Addr::UNSPECIFIED.into(),
             port,
             state,
             received: 0,

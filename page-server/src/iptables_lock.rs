@@ -4,26 +4,36 @@
 
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockname, getsockopt, sockopt};
 use nix::unistd::Pid;
 
+use crate::network_lock::Network;
 use crate::sockets;
 
 /// CRIU's own packets carry this mark and pass (`SOCCR_MARK`).
 const MARK: &str = "0xc114";
 
-/// Removes the rules on the TCP connections of `tasks` from the network namespace of `inhabitant` or ours.
-pub fn remove(tasks: &[Pid], inhabitant: Option<Pid>) {
-    for (ours, theirs) in tasks.iter().flat_map(|task| connections(*task)) {
-        for (chain, source, destination) in [("INPUT", theirs, ours), ("OUTPUT", ours, theirs)] {
-            let removed = run(
-                inhabitant,
-                &rule(chain, source, destination),
-                ours.is_ipv6(),
-            );
-            tracing::debug!(%source, %destination, removed, "iptables lock");
+/// The connections of tasks that may be locked so. Found out while the tasks are there, and good when they are gone.
+#[derive(Debug)]
+pub struct IptablesLock(Vec<(SocketAddr, SocketAddr)>);
+
+impl IptablesLock {
+    /// That on `tasks`.
+    pub fn on(tasks: &[Pid]) -> Self {
+        IptablesLock(tasks.iter().flat_map(|task| connections(*task)).collect())
+    }
+
+    /// Removes the rules from `network`.
+    pub fn remove(&self, network: &Network) {
+        for (ours, theirs) in &self.0 {
+            for (chain, source, destination) in [("INPUT", theirs, ours), ("OUTPUT", ours, theirs)]
+            {
+                let rule = rule(chain, *source, *destination);
+                let removed = run(network, &rule, ours.is_ipv6());
+                tracing::debug!(%source, %destination, removed, "iptables lock");
+            }
         }
     }
 }
@@ -62,18 +72,10 @@ fn rule(chain: &str, source: SocketAddr, destination: SocketAddr) -> Vec<String>
 }
 
 /// True when there was such a rule.
-fn run(inhabitant: Option<Pid>, arguments: &[String], ipv6: bool) -> bool {
+fn run(network: &Network, arguments: &[String], ipv6: bool) -> bool {
     let program = if ipv6 { "ip6tables" } else { "iptables" };
-    let mut command = match inhabitant {
-        Some(pid) => {
-            let mut command = Command::new("nsenter");
-            command.arg(format!("--net=/proc/{pid}/ns/net"));
-            command.args(["--", program]);
-            command
-        }
-        None => Command::new(program),
-    };
-    let status = command
+    let status = network
+        .command(program)
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -31,6 +31,18 @@ impl Network {
         let handle = theirs.filter(|theirs| inode(theirs) != ours.as_ref().and_then(inode));
         Network { handle }
     }
+
+    /// A command that will run in it.
+    pub fn command(&self, program: &str) -> Command {
+        let Some(handle) = &self.handle else {
+            return Command::new(program);
+        };
+        let (ourselves, fd) = (std::process::id(), handle.as_raw_fd());
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/proc/{ourselves}/fd/{fd}"));
+        command.args(["--", program]);
+        command
+    }
 }
 
 /// Removes the table of the CRIU that wrote `log`, if there is one, from `network`.
@@ -78,17 +90,8 @@ fn tables(listed: &str) -> impl Iterator<Item = &str> {
 
 /// What `nft` says; `None` when it fails or is not there.
 fn nft(network: &Network, arguments: &[&str]) -> Option<String> {
-    let mut command = match &network.handle {
-        Some(handle) => {
-            let (ourselves, fd) = (std::process::id(), handle.as_raw_fd());
-            let mut command = Command::new("nsenter");
-            command.arg(format!("--net=/proc/{ourselves}/fd/{fd}"));
-            command.args(["--", "nft"]);
-            command
-        }
-        None => Command::new("nft"),
-    };
-    let output = command
+    let output = network
+        .command("nft")
         .args(arguments)
         .stdin(Stdio::null())
         .stderr(Stdio::null())

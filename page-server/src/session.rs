@@ -7,11 +7,14 @@
 mod postcopy;
 mod resume;
 
+use std::fs::File;
+use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::address::{self, Door, MovingAddress, Shut};
+use common::address::{self, Door, Doorway, MovingAddress, Shut};
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
@@ -25,6 +28,7 @@ use common::session_file::{
     FrozenTasks, Kept, Original, Remembered, SessionFile, Side, SourceSide, Task, boot_id,
 };
 use common::stop::StopSignal;
+use nix::unistd::Pid;
 use tokio::time::sleep;
 
 use crate::backlog;
@@ -89,6 +93,8 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
         |failure, error: &dyn std::fmt::Display| SessionError::new(failure, State::Hello, error);
     let stop = StopSignal::install().map_err(|error| at_start(Failure::Internal, &error))?;
     let session = SessionId::random().map_err(|error| at_start(Failure::Internal, &error))?;
+    // While other namespaces may be entered.
+    let doorway = doorway(plan);
     let mut listen =
         Listen::open(&plan.listen).map_err(|error| at_start(Failure::BadInput, &error))?;
     println!("listening on {}", listen.fault.address());
@@ -101,7 +107,8 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
         stop,
         record,
         kept: Kept::nothing(plan.remembered.store.clone()),
-        door: None,
+        doorway,
+        doors: Vec::new(),
     };
     let result = migration.perform(&mut listen).await;
     migration.conclude(result)
@@ -113,6 +120,24 @@ pub use self::resume::resume;
 /// CRIU drops connections that nobody has accepted, in place of refusing to dump.
 const SKIP_IN_FLIGHT: &str = "--skip-in-flight";
 
+/// The way to the packet filter of the workload's network. A network that CRIU dumps would be dumped with our rules, so
+/// they are made in the host's and in those of containers only, which were joined by path and are not dumped.
+fn doorway(plan: &ServePlan) -> Option<Doorway> {
+    let network = |pid: &dyn std::fmt::Display| File::open(format!("/proc/{pid}/ns/net")).ok();
+    let inode = |file: &File| file.metadata().map(|metadata| metadata.ino()).ok();
+    let theirs = network(&plan.workload.root())?;
+    let is_left_alone = matches!(plan.engine, Engine::Runc(_))
+        || inode(&theirs) == network(&"self").as_ref().and_then(inode);
+    if !is_left_alone {
+        return None;
+    }
+    let found = Doorway::find(&theirs);
+    if let Err(error) = &found {
+        tracing::warn!(%error, "new connections cannot be kept out while the workload is frozen");
+    }
+    found.ok()
+}
+
 struct Migration<'a> {
     plan: &'a ServePlan,
     id: SessionId,
@@ -121,8 +146,10 @@ struct Migration<'a> {
     stop: StopSignal,
     record: &'a mut Record,
     kept: Kept,
-    /// Keeps new connections to the service addresses out: one that was made while the workload is frozen would be lost.
-    door: Option<Door>,
+    /// To where the workload's connections are.
+    doorway: Option<Doorway>,
+    /// Keep new connections out: one that was made while the workload is frozen would be lost.
+    doors: Vec<Door>,
 }
 
 impl Migration<'_> {
@@ -278,14 +305,32 @@ impl Migration<'_> {
             let shut = Door::shut(&self.id.to_string(), addresses, Shut::ToNewConnections);
             let shut = shut
                 .map_err(|error| self.fail(Failure::Freeze, format!("the packet filter: {error}")));
-            self.door = Some(shut?);
+            self.doors.push(shut?);
         }
         let skips = plan.criu_args.iter().any(|arg| arg == SKIP_IN_FLIGHT);
         if plan.tcp_established && !skips {
-            let drained = backlog::drain(&plan.workload.pids()).await;
+            let tasks = plan.workload.pids();
+            self.shut_ports(&tasks);
+            let drained = backlog::drain(&tasks).await;
             drained.map_err(|error| self.fail(Failure::Freeze, error))?;
         }
         Ok(())
+    }
+
+    /// At whatever address: an operator's command knows which of them move.
+    fn shut_ports(&mut self, tasks: &[Pid]) {
+        let listeners: Vec<SocketAddr> = backlog::listeners(tasks).into_iter().collect();
+        if listeners.is_empty() {
+            return;
+        }
+        let name = format!("{}-ports", self.id);
+        let shut = self.doorway.take();
+        match shut.map(|doorway| doorway.shut(&name, &listeners)) {
+            Some(Ok(door)) => self.doors.push(door),
+            // Then one that comes at the wrong moment makes CRIU refuse.
+            Some(Err(error)) => tracing::warn!(%error, "new connections are not kept out"),
+            None => {}
+        }
     }
 
     async fn freeze(
@@ -330,14 +375,14 @@ impl Migration<'_> {
         let fail = |text: String| SessionError::new(Failure::Freeze, state, text);
         let gone = || fail(String::from("a frozen process is gone"));
         let frozen = workload.ours().ok_or_else(gone)?;
-        let find = |pid: nix::unistd::Pid| Task::find(pid.as_raw()).ok_or_else(gone);
+        let find = |pid: Pid| Task::find(pid.as_raw()).ok_or_else(gone);
         let directory = frozen.plan().directory.clone();
         let acquaintance = destination.acquaintance();
         let file = SessionFile {
             id: self.id,
             state,
             boot: boot_id().unwrap_or_default(),
-            program: find(nix::unistd::Pid::this())?,
+            program: find(Pid::this())?,
             directory: directory.display().to_string(),
             identity: self.plan.remembered.identity.display().to_string(),
             accept: self.plan.remembered.accept.clone(),
@@ -433,6 +478,8 @@ impl Migration<'_> {
             // The workload is frozen: whoever wants it back is not to wait for the command.
             name = self.stop.wait() => return Err(interrupted(state, name)),
         }
+        // Nobody finds the way here any more.
+        self.doors.clear();
         destination.send(state, &ToDestination::Frozen).await?;
         match sending.await {
             Ok(Ok(push)) => Ok(push),
@@ -450,7 +497,6 @@ impl Migration<'_> {
             let taken = address::take(&self.plan.addresses, directory);
             taken.map_err(|error| self.fail(Failure::Freeze, error))?;
         }
-        self.door = None;
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, ensure};
@@ -130,10 +130,17 @@ impl Place {
         Ok(place)
     }
 
+    /// `runc` on this host.
+    pub fn command(&self) -> Command {
+        let mut command = self.host.command("runc");
+        command.arg("--root").arg(&self.root);
+        command
+    }
+
     /// Runs `runc` with the bundle, if it wants one, and the container's name behind `arguments`.
     pub fn runc(&self, arguments: &[&str], with_bundle: bool) -> Result<String> {
-        let mut command = self.host.command("runc");
-        command.arg("--root").arg(&self.root).args(arguments);
+        let mut command = self.command();
+        command.args(arguments);
         if with_bundle {
             // The container inherits these, and a pipe of ours would not be in its world.
             command.arg(&self.bundle).arg(NAME);

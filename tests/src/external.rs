@@ -1,5 +1,6 @@
 //! CRIU run by somebody else: `criu dump` and `criu restore` as an orchestrator calls them, with our pair between.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -12,11 +13,11 @@ use crate::identity::Identities;
 use crate::pair::{PATIENCE, PORT, Side};
 use crate::process::Process;
 use crate::rig::Rig;
-use crate::shell::run;
+use crate::shell::{pass_descriptor, run};
 use crate::task;
 
 /// The port of CRIU's own page server, to which nobody connects but `page-server`.
-const CRIU_PORT: &str = "27028";
+pub(crate) const CRIU_PORT: &str = "27028";
 
 /// A dump made by an orchestrator, and its directories on both hosts.
 #[derive(Debug)]
@@ -41,6 +42,11 @@ impl<'a> Orchestrator<'a> {
             images: rig.make_folder("images")?,
             copied: rig.make_folder("copied")?,
         })
+    }
+
+    /// The CRIU that is used.
+    pub fn criu(&self) -> &Path {
+        &self.criu
     }
 
     /// Dumps the tree under `pid` with all its pages, and leaves nothing of it running.
@@ -121,6 +127,24 @@ impl<'a> Orchestrator<'a> {
         Side::start_program(self.rig, "lazy-restorer", &mut command)
     }
 
+    /// Starts `lazy-restorer lazy-pages` in the background with the command line of `criu lazy-pages`: its work directory
+    /// is `work`, and it says on a descriptor, the file `status` there, that it is ready.
+    pub fn start_daemon(&self, work: &Path) -> Result<Side> {
+        let mut command = self
+            .rig
+            .destination
+            .command(binaries::program("lazy-restorer")?);
+        command.args(["lazy-pages", "--page-server", "--images-dir"]);
+        command.arg(&self.copied).arg("--work-dir").arg(work);
+        command.args(["--address", &self.rig.source.address().to_string()]);
+        command.args(["--port", &PORT.to_string(), "-v4", "-o", "lazy.log"]);
+        command.args(["--daemon", "--pidfile", "lazy.pid"]);
+        command.arg("--identity").arg(&self.identities.destination);
+        let fd = pass_descriptor(&mut command, File::create(work.join("status"))?);
+        command.args(["--status-fd", &fd.to_string()]);
+        Side::start_program(self.rig, "lazy-restorer", &mut command)
+    }
+
     /// Starts `lazy-restorer restore` for copy number `copy`, which moves the images as well.
     pub fn start_restorer(&self, copy: usize, options: &[&str]) -> Result<Side> {
         let mut command = self
@@ -137,6 +161,12 @@ impl<'a> Orchestrator<'a> {
     /// Runs `criu restore` in `home`; the PID of the restored root there was `pid` on the source.
     pub fn restore(&self, home: &BaselineHome, pid: Pid) -> Result<Pid> {
         run(&mut self.restore_command(home))?;
+        task::outer_pid(home.init(), pid.as_raw()).context("the restored root is not there")
+    }
+
+    /// The same with a work directory that is not the images'.
+    pub fn restore_in(&self, home: &BaselineHome, pid: Pid, work: &Path) -> Result<Pid> {
+        run(self.restore_command(home).arg("--work-dir").arg(work))?;
         task::outer_pid(home.init(), pid.as_raw()).context("the restored root is not there")
     }
 

@@ -97,6 +97,19 @@ pub fn in_network_namespace(path: &PathBuf) -> Vec<Pid> {
         .collect()
 }
 
+/// How many sockets the process has open.
+pub fn sockets(pid: Pid) -> usize {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd"))
+        .into_iter()
+        .flatten();
+    let links = descriptors
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok());
+    links
+        .filter(|link| link.to_string_lossy().starts_with("socket:"))
+        .count()
+}
+
 /// The host's PID of the task that calls itself `inner` in the PID namespace of `init`.
 pub fn outer_pid(init: Pid, inner: i32) -> Option<Pid> {
     let wanted = inode(&PathBuf::from(format!("/proc/{init}/ns/pid")))?;

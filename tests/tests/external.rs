@@ -7,15 +7,20 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tests::binaries;
+use tests::container::Container;
 use tests::criu_baseline::BaselineHome;
 use tests::exit_code::{ABORTED_BY_PEER, RESTORE};
 use tests::external::Orchestrator;
 use tests::failure::expect_failure;
-use tests::harness::{self, MIGRATION, Need, Test};
+use tests::foreign_runc::RuncWork;
+use tests::harness::{self, CONTAINER_MIGRATION, MIGRATION, Need, Test};
 use tests::host::INTERFACE;
+use tests::leftovers::assert_moved;
 use tests::pair::{PATIENCE, Side, resume_restorer, resume_server, session_of, sessions};
 use tests::process::Process;
 use tests::random::seed_of_this_run;
+use tests::redis;
+use tests::redis_client::{ClientPlan, RedisClient};
 use tests::rig::Rig;
 use tests::shell;
 use tests::sleeper::Sleeper;
@@ -47,6 +52,21 @@ fn main() -> ExitCode {
             name: "a_failed_restore_gives_the_workload_back",
             needs: MIGRATION,
             body: a_failed_restore_gives_the_workload_back,
+        },
+        Test {
+            name: "a_foreign_runc_checkpoint_is_served",
+            needs: CONTAINER_MIGRATION,
+            body: a_foreign_runc_checkpoint_is_served,
+        },
+        Test {
+            name: "a_foreign_runc_checkpoint_is_rolled_back",
+            needs: CONTAINER_MIGRATION,
+            body: a_foreign_runc_checkpoint_is_rolled_back,
+        },
+        Test {
+            name: "a_daemon_is_started_as_criu_s_is",
+            needs: MIGRATION,
+            body: a_daemon_is_started_as_criu_s_is,
         },
         Test {
             name: "images_of_another_dump_are_refused",
@@ -189,6 +209,107 @@ fn a_failed_restore_gives_the_workload_back(rig: &Rig) -> Result<()> {
     dump.wait(PATIENCE)?;
     let foreign = torture.board.pulse.foreign_ticks.load(Ordering::Relaxed);
     ensure!(foreign == 0, "the copy ran");
+    torture.wait_for_rounds(200)?;
+    torture.finish()
+}
+
+/// A container with redis and its client.
+fn start_box(rig: &Rig) -> Result<(Container, RedisClient)> {
+    let words = redis::arguments("/tmp".as_ref());
+    // The container has a session of its own already.
+    let words: Vec<&str> = words.iter().skip(1).map(String::as_str).collect();
+    let container = Container::start(rig, &words)?;
+    let plan = ClientPlan {
+        mib: 24,
+        seed: seed_of_this_run(),
+        rate: 1000,
+    };
+    let address = rig.service.port(redis::PORT);
+    let client = RedisClient::start(rig.client.namespace(), address, plan)?;
+    client.wait_for_replies(200)?;
+    Ok((container, client))
+}
+
+/// runc checkpoints and restores as it would with CRIU's own daemons; the orchestrator moves the address.
+fn a_foreign_runc_checkpoint_is_served(rig: &Rig) -> Result<()> {
+    let (container, client) = start_box(rig)?;
+    let (orchestrator, work) = (Orchestrator::new(rig)?, RuncWork::new(rig)?);
+    let init = container.source.running()?;
+    let mut checkpoint = work.checkpoint(&orchestrator, &container)?;
+    let pid = init.to_string();
+    let mut server = orchestrator.start_server(&["attach", "--pid", &pid])?;
+    rig.source.shell(&rig.service.on_frozen())?;
+    orchestrator.copy_images()?;
+    rig.destination.shell(&rig.service.before_restore())?;
+    let work_dir = work.destination.display().to_string();
+    let mut daemon = orchestrator.start_lazy_pages_with(&["--work-dir", &work_dir])?;
+    work.restore(&orchestrator, &container)?;
+    rig.destination.shell(&rig.service.on_resumed())?;
+    daemon.expect_success()?;
+    server.expect_success()?;
+    let ended = checkpoint.wait(PATIENCE)?;
+    let said = checkpoint.stderr();
+    ensure!(ended.success(), "runc checkpoint: {ended}: {said}");
+    let there = container.destination.running()?;
+    ensure!(
+        container.source.state().is_none(),
+        "the source's runtime still knows it"
+    );
+    client.wait_for_replies(500)?;
+    assert_moved(rig, there)?;
+    client.end().context("the client noticed")?;
+    Ok(())
+}
+
+fn a_foreign_runc_checkpoint_is_rolled_back(rig: &Rig) -> Result<()> {
+    let (container, client) = start_box(rig)?;
+    let (orchestrator, work) = (Orchestrator::new(rig)?, RuncWork::new(rig)?);
+    let init = container.source.running()?;
+    let mut checkpoint = work.checkpoint(&orchestrator, &container)?;
+    let pid = init.to_string();
+    let mut server = orchestrator.start_server(&["attach", "--pid", &pid])?;
+    ensure!(task::is_frozen(init), "it runs while it is served");
+    ensure!(!server.terminate()?.success(), "it was stopped");
+    let ended = checkpoint.wait(PATIENCE)?;
+    ensure!(!ended.success(), "runc checkpoint says that it worked");
+    // runc calls a container whose cgroup is frozen `paused`.
+    ensure!(container.source.running()? == init, "another one");
+    client.wait_for_replies(500)?;
+    client.end().context("the client noticed")?;
+    let rules = rig.source.filter_rules()?;
+    ensure!(rules.is_empty(), "a lock is left: {rules}");
+    Ok(())
+}
+
+/// With the command line of `criu lazy-pages`, but for the program and the identity: files are relative to the work
+/// directory, and one that is there is not overwritten.
+fn a_daemon_is_started_as_criu_s_is(rig: &Rig) -> Result<()> {
+    let torture = start_torture(rig)?;
+    let orchestrator = Orchestrator::new(rig)?;
+    let home = BaselineHome::new(rig)?;
+    orchestrator.dump(torture.pid())?;
+    let mut server = orchestrator.start_server(&["serve"])?;
+    orchestrator.copy_images()?;
+    let work = rig.make_folder("work")?;
+    let pidfile = work.join("lazy.pid");
+    std::fs::write(&pidfile, "1")?;
+    let mut refused = orchestrator.start_daemon(&work)?;
+    let status = refused.process.wait(PATIENCE)?;
+    ensure!(status.code() == Some(2), "a PID file was there: {status}");
+    ensure!(std::fs::read_to_string(&pidfile)? == "1", "overwritten");
+    std::fs::remove_file(&pidfile)?;
+    let mut parent = orchestrator.start_daemon(&work)?;
+    parent.expect_success()?;
+    let said = std::fs::read(work.join("status"))?;
+    ensure!(said == [0], "on the status descriptor: {said:?}");
+    let pid = std::fs::read_to_string(&pidfile)?;
+    let daemon = Pid::from_raw(pid.parse().with_context(|| format!("{pid:?}"))?);
+    ensure!(task::name(daemon) == "lazy-restorer", "not the daemon");
+    orchestrator.restore_in(&home, torture.pid(), &work)?;
+    server.expect_success()?;
+    wait_until(PATIENCE, "the daemon to end", || !task::is_alive(daemon))?;
+    let log = std::fs::read_to_string(work.join("lazy.log"))?;
+    ensure!(log.contains("DEBUG"), "no such log: {log}");
     torture.wait_for_rounds(200)?;
     torture.finish()
 }

@@ -1,6 +1,7 @@
 //! A redis in a container of the real `runc` moves, or is refused, or comes back.
 
 use std::fs;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
@@ -9,6 +10,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 use tests::binaries;
 use tests::container::{Container, NAME, Place};
+use tests::crowd::Crowd;
 use tests::exit_code::{ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, REFUSED, RESTORE};
 use tests::failure::{assert_never_frozen, expect_failure, expect_refused_in_advise};
 use tests::gate::Gate;
@@ -16,6 +18,7 @@ use tests::harness::{self, Body, CONTAINER_MIGRATION, Need, Test};
 use tests::host::Host;
 use tests::leftovers::{Snapshot, assert_moved};
 use tests::namespace;
+use tests::newcomers::{self, Newcomers};
 use tests::pair::{PATIENCE, PairPlan, Side, session_of};
 use tests::random::seed_of_this_run;
 use tests::redis;
@@ -26,8 +29,9 @@ use tests::task;
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 18] = [
+    let tests: [(&'static str, Body); 19] = [
         ("a_container_moves", a_container_moves),
+        ("hundreds_of_connections", hundreds_of_connections),
         ("a_container_comes_back", a_container_comes_back),
         (
             "the_server_dies_while_it_is_frozen",
@@ -70,6 +74,10 @@ fn main() -> ExitCode {
         (
             "a_network_of_its_own_comes_back",
             a_network_of_its_own_comes_back,
+        ),
+        (
+            "a_network_of_its_own_with_newcomers",
+            a_network_of_its_own_with_newcomers,
         ),
         (
             "a_network_made_by_the_runtime_is_refused",
@@ -149,7 +157,11 @@ impl Boxed {
 
 fn a_container_moves(rig: &Rig) -> Result<()> {
     let boxed = Boxed::start(rig, 48)?;
-    let migration = boxed.plan.migrate(rig, boxed.pid()?)?;
+    let (mut plan, kept) = (boxed.plan.clone(), rig.make_folder("kept")?);
+    let files = "/run/postcopy-*/frozen-cgroup /run/postcopy-*/work/dump.log";
+    plan.on_frozen = format!("{} && cp {files} {}", plan.on_frozen, kept.display());
+    let migration = plan.migrate(rig, boxed.pid()?)?;
+    was_found_frozen(&kept)?;
     boxed.client.wait_for_replies(500)?;
     let there = boxed.container.destination.running()?;
     ensure!(
@@ -165,6 +177,29 @@ fn a_container_moves(rig: &Rig) -> Result<()> {
     let report = boxed.client.end()?;
     ensure!(report.sets > 0 && report.gets > 0, "{report:?}");
     Ok(())
+}
+
+/// Our hook had frozen the cgroup when CRIU looked: it waits in steps of 100 ms for one that is not.
+fn was_found_frozen(kept: &Path) -> Result<()> {
+    let noted = fs::read_to_string(kept.join("frozen-cgroup")).context("nothing was noted")?;
+    ensure!(noted.contains("postcopy-"), "another cgroup: {noted}");
+    let log = fs::read_to_string(kept.join("dump.log"))?;
+    ensure!(log.contains("freezing cgroup"), "CRIU froze it otherwise");
+    ensure!(!log.contains("attempts done"), "CRIU had to freeze it");
+    Ok(())
+}
+
+fn hundreds_of_connections(rig: &Rig) -> Result<()> {
+    const CONNECTIONS: usize = 200;
+    let boxed = Boxed::start(rig, 4)?;
+    let (from, address) = (rig.client.namespace(), rig.service.port(redis::PORT));
+    let crowd = Crowd::start(from, address, CONNECTIONS, seed_of_this_run())?;
+    let migration = boxed.plan.migrate(rig, boxed.pid()?)?;
+    crowd.wait_for_rounds(5)?;
+    crowd.end()?;
+    // In the end it counts keys, and these are not the only ones.
+    boxed.client.wait_for_replies(100)?;
+    assert_moved(rig, migration.pid)
 }
 
 fn a_container_comes_back(rig: &Rig) -> Result<()> {
@@ -503,21 +538,19 @@ fn a_container_is_thawed_by_force(rig: &Rig) -> Result<()> {
 struct Plugged {
     container: Container,
     networks: [Host; 2],
-    client: RedisClient,
     plan: PairPlan,
 }
 
 impl Plugged {
-    fn start(rig: &Rig) -> Result<Self> {
+    /// With `words` running in it.
+    fn start(rig: &Rig, words: &[&str]) -> Result<Self> {
         // The service address lies in the container's world, not on a host.
         rig.source.shell(&rig.service.on_frozen())?;
         let number = rig.service.0.octets()[3];
         let here = rig.plug_in("boxa", number)?;
         let there = rig.plug_in("boxb", number)?;
         rig.source.shell(&rig.set_port("boxb", "down"))?;
-        let words = redis::arguments("/tmp".as_ref());
-        let words: Vec<&str> = words.iter().skip(1).map(String::as_str).collect();
-        let container = Container::prepare(rig, &words)?;
+        let container = Container::prepare(rig, words)?;
         let networks = [here, there];
         for (place, network) in [&container.source, &container.destination]
             .into_iter()
@@ -526,14 +559,6 @@ impl Plugged {
             place.isolate(Some(&namespace::path(network.namespace())))?;
         }
         container.run()?;
-        let client_plan = ClientPlan {
-            mib: 16,
-            seed: seed_of_this_run(),
-            rate: 1000,
-        };
-        let address = rig.service.port(redis::PORT);
-        let client = RedisClient::start(rig.client.namespace(), address, client_plan)?;
-        client.wait_for_replies(200)?;
         let mut plan = container.plan(rig)?;
         let announce = format!(
             "{}; nsenter --net={} arping -q -U -c 1 -w 1 -I eth0 {} >/dev/null 2>&1 &",
@@ -549,9 +574,24 @@ impl Plugged {
         Ok(Self {
             container,
             networks,
-            client,
             plan,
         })
+    }
+
+    /// With redis, and a client of it.
+    fn with_redis(rig: &Rig) -> Result<(Self, RedisClient)> {
+        let words = redis::arguments("/tmp".as_ref());
+        let words: Vec<&str> = words.iter().skip(1).map(String::as_str).collect();
+        let plugged = Self::start(rig, &words)?;
+        let plan = ClientPlan {
+            mib: 16,
+            seed: seed_of_this_run(),
+            rate: 1000,
+        };
+        let address = rig.service.port(redis::PORT);
+        let client = RedisClient::start(rig.client.namespace(), address, plan)?;
+        client.wait_for_replies(200)?;
+        Ok((plugged, client))
     }
 
     fn assert_no_rules(&self) -> Result<()> {
@@ -564,10 +604,10 @@ impl Plugged {
 }
 
 fn a_network_of_its_own_by_path(rig: &Rig) -> Result<()> {
-    let plugged = Plugged::start(rig)?;
+    let (plugged, client) = Plugged::with_redis(rig)?;
     let pid = plugged.container.source.running()?;
     let migration = plugged.plan.migrate(rig, pid)?;
-    plugged.client.wait_for_replies(500)?;
+    client.wait_for_replies(500)?;
     ensure!(
         plugged.container.destination.running()? == migration.pid,
         "it runs elsewhere"
@@ -581,24 +621,48 @@ fn a_network_of_its_own_by_path(rig: &Rig) -> Result<()> {
         "it is in another network"
     );
     plugged.assert_no_rules()?;
-    plugged.client.end().context("the client noticed")?;
+    client.end().context("the client noticed")?;
     Ok(())
 }
 
 fn a_network_of_its_own_comes_back(rig: &Rig) -> Result<()> {
-    let plugged = Plugged::start(rig)?;
+    let (plugged, client) = Plugged::with_redis(rig)?;
     let pid = plugged.container.source.running()?;
     let mut plan = plugged.plan.clone();
     plan.before_restore = String::from("echo the hook says no >&2; exit 3");
     let (mut server, mut restorer) = start(rig, &plan, pid)?;
     expect_failure(&mut restorer, RESTORE, &["the hook says no"])?;
     expect_failure(&mut server, ABORTED_BY_PEER, &["the hook says no"])?;
-    plugged.client.wait_for_replies(200)?;
+    client.wait_for_replies(200)?;
     plugged.assert_no_rules()?;
     plugged.plan.migrate(rig, pid).context("the second try")?;
-    plugged.client.wait_for_replies(200)?;
-    plugged.client.end().context("the client noticed")?;
+    client.wait_for_replies(200)?;
+    client.end().context("the client noticed")?;
     Ok(())
+}
+
+/// Nobody comes in while the container is frozen, though its network is not the host's.
+fn a_network_of_its_own_with_newcomers(rig: &Rig) -> Result<()> {
+    let words = newcomers::server();
+    let plugged = Plugged::start(rig, &words.each_ref().map(String::as_str))?;
+    let newcomers = Newcomers::start(rig.client.namespace(), rig.service.0)?;
+    let mut plan = plugged.plan.clone();
+    plan.server.push("--verbose".into());
+    let (mut server, mut restorer) = start(rig, &plan, plugged.container.source.running()?)?;
+    restorer.expect_success()?;
+    server.expect_success()?;
+    let said = server.process.stderr();
+    ensure!(
+        said.contains("accepted who waited"),
+        "nobody waited: {said}"
+    );
+    newcomers.wait_for_answers(20)?;
+    newcomers.end()?;
+    for network in &plugged.networks {
+        let tables = network.shell("nft list tables")?;
+        ensure!(!tables.contains("postcopy"), "{network}: {tables}");
+    }
+    plugged.assert_no_rules()
 }
 
 /// runc has CRIU restore a network namespace that it made itself as an empty one.

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
+use nix::unistd::Pid;
 use tests::crowd::Crowd;
 use tests::harness::{self, Need, Test};
 use tests::leftovers::assert_moved;
@@ -16,6 +17,8 @@ use tests::task;
 
 /// Connections to each server.
 const CONNECTIONS: usize = 24;
+/// Processes of the server in Python.
+const WORKERS: usize = 4;
 /// Sessions of PostgreSQL: a process each.
 const SESSIONS: usize = 4;
 /// Rows of its table.
@@ -27,17 +30,17 @@ fn main() -> ExitCode {
         Test {
             name: "python_with_forked_workers",
             needs: needs(&[Need::Namespaces, Need::Criu, Need::Program("python3")]),
-            body: |rig| moves(rig, Language::Python),
+            body: python_with_forked_workers,
         },
         Test {
             name: "node",
             needs: needs(&[Need::Namespaces, Need::Criu, Need::Program("node")]),
-            body: |rig| moves(rig, Language::Node),
+            body: |rig| moves(rig, Language::Node).map(drop),
         },
         Test {
             name: "a_java_virtual_machine",
             needs: needs(&[Need::Namespaces, Need::Criu, Need::Program("javac")]),
-            body: |rig| moves(rig, Language::Java),
+            body: |rig| moves(rig, Language::Java).map(drop),
         },
         Test {
             name: "postgres_with_its_children",
@@ -47,7 +50,15 @@ fn main() -> ExitCode {
     ])
 }
 
-fn moves(rig: &Rig, language: Language) -> Result<()> {
+fn python_with_forked_workers(rig: &Rig) -> Result<()> {
+    let root = moves(rig, Language::Python)?;
+    let processes = 1 + task::descendants(root).len();
+    ensure!(processes == WORKERS, "{processes} processes");
+    Ok(())
+}
+
+/// Returns the root of the tree where it runs then.
+fn moves(rig: &Rig, language: Language) -> Result<Pid> {
     let server = Server::start(rig, language)?;
     let address = rig.service.port(redis::PORT);
     let crowd = Crowd::start(
@@ -58,6 +69,9 @@ fn moves(rig: &Rig, language: Language) -> Result<()> {
     )?;
     let migration = PairPlan::new(rig)?.migrate(rig, server.pid())?;
     crowd.wait_for_rounds(20)?;
+    if let Language::Python = language {
+        several_serve(migration.pid)?;
+    }
     let report = crowd.end()?;
     println!(
         "{language:?}: {} replies, longest stall {} ms, frozen for {} ms",
@@ -65,7 +79,20 @@ fn moves(rig: &Rig, language: Language) -> Result<()> {
         report.longest_stall.as_millis(),
         migration.source.cutover_us / 1000
     );
-    assert_moved(rig, migration.pid)
+    assert_moved(rig, migration.pid)?;
+    Ok(migration.pid)
+}
+
+/// While every connection is answered: more than one process of the tree has some besides what it listens on.
+fn several_serve(root: Pid) -> Result<()> {
+    let mut workers = task::descendants(root);
+    workers.push(root);
+    let sockets: Vec<usize> = workers.iter().map(|pid| task::sockets(*pid)).collect();
+    let connections: usize = sockets.iter().map(|sockets| sockets - 1).sum();
+    ensure!(connections == CONNECTIONS, "sockets: {sockets:?}");
+    let serving = sockets.iter().filter(|sockets| **sockets > 1).count();
+    ensure!(serving > 1, "one of {WORKERS} serves all: {sockets:?}");
+    Ok(())
 }
 
 fn postgres_with_its_children(rig: &Rig) -> Result<()> {

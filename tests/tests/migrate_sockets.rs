@@ -1,24 +1,17 @@
 //! Sockets of every kind move with what is in their buffers.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use tests::harness::{self, Need, Test};
 use tests::leftovers::assert_moved;
-use tests::namespace;
-use tests::pair::{PATIENCE, PairPlan};
+use tests::newcomers::{self, Newcomers};
+use tests::pair::PairPlan;
 use tests::process::Process;
 use tests::rig::Rig;
 use tests::sockets::Sockets;
-use tests::wait::wait_for;
 
 const NEEDS: &[Need] = &[Need::Namespaces, Need::Criu, Need::Program("python3")];
-/// The port of the server that accepts late.
-const PORT: u16 = 7011;
 
 fn main() -> ExitCode {
     harness::main([
@@ -28,9 +21,14 @@ fn main() -> ExitCode {
             body: buffers_full_of_data,
         },
         Test {
-            name: "a_backlog_that_is_never_empty_for_long",
+            name: "a_backlog_that_is_never_empty",
             needs: NEEDS,
-            body: a_backlog_that_is_never_empty_for_long,
+            body: a_backlog_that_is_never_empty,
+        },
+        Test {
+            name: "a_backlog_that_is_never_empty_behind_hooks",
+            needs: NEEDS,
+            body: a_backlog_that_is_never_empty_behind_hooks,
         },
     ])
 }
@@ -43,62 +41,33 @@ fn buffers_full_of_data(rig: &Rig) -> Result<()> {
     assert_moved(rig, migration.pid)
 }
 
-/// Looks only now and then whether somebody wants to come in, and answers each with what it was sent.
-const LAZY_SERVER: &str = r#"
-import socket, sys, time
-listener = socket.create_server(("0.0.0.0", int(sys.argv[1])), backlog=64)
-listener.setblocking(False)
-while True:
-    time.sleep(0.2)
-    try:
-        while True:
-            connection, _ = listener.accept()
-            connection.setblocking(True)
-            connection.sendall(connection.recv(100))
-            connection.close()
-    except BlockingIOError:
-        pass
-"#;
-
 /// CRIU cannot dump who waits in a backlog: they are let in before the freeze, while others wait before the door.
-fn a_backlog_that_is_never_empty_for_long(rig: &Rig) -> Result<()> {
-    let mut command = rig.source.command("setsid");
-    command
-        .args(["/usr/bin/python3", "-I", "-c", LAZY_SERVER])
-        .arg(PORT.to_string());
-    let server = Process::start_detached("lazy", &mut command)?;
-    let address = rig.service.port(PORT);
-    let stop = Arc::new(AtomicBool::new(false));
-    let newcomers: Vec<_> = (0..8)
-        .map(|_| {
-            let (from, stop) = (rig.client.namespace().to_owned(), stop.clone());
-            std::thread::spawn(move || -> Result<u32> {
-                namespace::enter(&from)?;
-                let connect = || TcpStream::connect(address).ok();
-                drop(wait_for(PATIENCE, "the server to listen", connect)?);
-                let mut answers = 0;
-                while !stop.load(Ordering::Relaxed) {
-                    let mut connection = TcpStream::connect(address).context("connecting")?;
-                    connection.set_read_timeout(Some(PATIENCE))?;
-                    connection.write_all(b"hello")?;
-                    let mut answer = [0; 5];
-                    connection.read_exact(&mut answer).context("the answer")?;
-                    ensure!(&answer == b"hello", "{answer:?}");
-                    answers += 1;
-                }
-                Ok(answers)
-            })
-        })
-        .collect();
+fn a_backlog_that_is_never_empty(rig: &Rig) -> Result<()> {
     let plan = PairPlan::new(rig)?.move_address(rig);
-    let migration = plan.migrate(rig, server.pid());
-    stop.store(true, Ordering::Relaxed);
-    for newcomer in newcomers {
-        let answers = newcomer.join().expect("no panic in a client");
-        ensure!(
-            answers.context("a client was turned away")? > 0,
-            "nobody came"
-        );
-    }
-    assert_moved(rig, migration?.pid)
+    newcomers_are_all_served(rig, plan)
+}
+
+/// The same where the operator's commands move the address.
+fn a_backlog_that_is_never_empty_behind_hooks(rig: &Rig) -> Result<()> {
+    newcomers_are_all_served(rig, PairPlan::new(rig)?)
+}
+
+fn newcomers_are_all_served(rig: &Rig, mut plan: PairPlan) -> Result<()> {
+    let mut command = rig.source.command("setsid");
+    let server = Process::start_detached("server", command.args(newcomers::server()))?;
+    let newcomers = Newcomers::start(rig.client.namespace(), rig.service.0)?;
+    plan.server.push("--verbose".into());
+    let mut page_server = plan.start_server(rig, server.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    restorer.expect_success()?;
+    page_server.expect_success()?;
+    // So somebody waited when the door was shut.
+    let said = page_server.process.stderr();
+    ensure!(
+        said.contains("accepted who waited"),
+        "nobody waited: {said}"
+    );
+    newcomers.wait_for_answers(20)?;
+    newcomers.end()?;
+    assert_moved(rig, restorer.restored_pid()?)
 }

@@ -6,10 +6,12 @@
 //!
 //! Formats: `include/uapi/linux/netfilter/nf_tables.h` and `nfnetlink.h`. Numbers are big-endian.
 
+use std::fs::File;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::thread;
 
+use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::SockProtocol;
 
 use super::MovingAddress;
@@ -65,13 +67,17 @@ pub struct Door {
 }
 
 impl Door {
+    fn new(name: &str, netlink: Netlink) -> Self {
+        Door {
+            table: format!("postcopy-{name}"),
+            netlink: Some(netlink),
+            has_arp: false,
+        }
+    }
+
     /// Shuts the door for `addresses`; `name` distinguishes it from all others of this host.
     pub fn shut(name: &str, addresses: &[MovingAddress], shut: Shut) -> io::Result<Self> {
-        let mut door = Door {
-            table: format!("postcopy-{name}"),
-            netlink: Some(Netlink::open(SockProtocol::NetlinkNetFilter)?),
-            has_arp: false,
-        };
+        let mut door = Door::new(name, Netlink::open(SockProtocol::NetlinkNetFilter)?);
         let ips = || addresses.iter().map(|address| address.ip);
         let rules: Vec<Vec<u8>> = match shut {
             Shut::Wholly => ips().flat_map(nothing_in).collect(),
@@ -150,6 +156,32 @@ impl Door {
         batch.extend(messages);
         batch.push(mark(BATCH.1));
         netlink.ask(&batch)
+    }
+}
+
+/// A way to the packet filter of another network namespace, found while that may be entered.
+#[derive(Debug)]
+pub struct Doorway(Netlink);
+
+impl Doorway {
+    /// That of `network`, a namespace's file.
+    pub fn find(network: &File) -> io::Result<Self> {
+        let open = || {
+            setns(network, CloneFlags::CLONE_NEWNET)?;
+            Netlink::open(SockProtocol::NetlinkNetFilter)
+        };
+        // By a thread of its own, which ends there.
+        let opened = thread::scope(|scope| scope.spawn(open).join());
+        let netlink = opened.map_err(|_| io::Error::other("a thread panicked"))??;
+        Ok(Doorway(netlink))
+    }
+
+    /// Keeps everybody out who wants to open a TCP connection to one of these `listeners`.
+    pub fn shut(self, name: &str, listeners: &[SocketAddr]) -> io::Result<Door> {
+        let mut door = Door::new(name, self.0);
+        let rules: Vec<Vec<u8>> = listeners.iter().map(no_connection_to).collect();
+        door.make(Family::Inet, &rules)?;
+        Ok(door)
     }
 }
 
@@ -233,6 +265,17 @@ fn no_connection_in(ip: IpAddr) -> Vec<u8> {
     rule(DROP, |list| {
         to(list, ip);
         opens_tcp(list);
+    })
+}
+
+/// A listener on all addresses may be one of both families.
+fn no_connection_to(listener: &SocketAddr) -> Vec<u8> {
+    rule(DROP, |list| {
+        if !listener.ip().is_unspecified() {
+            to(list, listener.ip());
+        }
+        opens_tcp(list);
+        header(list, TRANSPORT, 2, &listener.port().to_be_bytes());
     })
 }
 

@@ -9,7 +9,6 @@ use std::fmt;
 use std::io::{self, ErrorKind, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -33,8 +32,6 @@ const RATE_INTERVAL: Duration = Duration::from_millis(1);
 pub(super) struct Bursts {
     io: UdpSocket,
     state: UdpSocketState,
-    /// The last receive left nothing.
-    emptied: AtomicBool,
     /// `None`: everything is sent at once.
     joining: Option<Joining>,
 }
@@ -113,7 +110,6 @@ impl Bursts {
         let socket = Arc::new(Bursts {
             io: UdpSocket::from_std(socket)?,
             state,
-            emptied: AtomicBool::new(false),
             joining: joins.then(Joining::new),
         });
         if let Some(joining) = &socket.joining {
@@ -243,17 +239,15 @@ impl AsyncUdpSocket for Bursts {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        if self.emptied.swap(false, Ordering::Relaxed) {
-            // Whatever came since has not been reported by the poller yet, and will be: readiness is cleared as it is
-            // when a receive finds nothing.
-            let nothing = || Err::<(), _>(ErrorKind::WouldBlock.into());
-            let _ = self.io.try_io(Interest::READABLE, nothing);
-        }
         loop {
             ready!(self.io.poll_recv_ready(cx))?;
             let receive = || self.state.recv((&self.io).into(), bufs, meta);
             if let Ok(count) = self.io.try_io(Interest::READABLE, receive) {
-                self.emptied.store(count < bufs.len(), Ordering::Relaxed);
+                if count < bufs.len() {
+                    // The socket is empty, so what comes from now on is news to the poller, which has not run since.
+                    let nothing = || Err::<(), _>(ErrorKind::WouldBlock.into());
+                    let _ = self.io.try_io(Interest::READABLE, nothing);
+                }
                 return Poll::Ready(Ok(count));
             }
         }
@@ -308,6 +302,7 @@ impl fmt::Debug for Writable {
 #[cfg(test)]
 mod tests {
     use std::net::Ipv4Addr;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
 

@@ -325,6 +325,7 @@ impl Migration<'_> {
         if let Err(error) = operator::run("--on-thawed", on_thawed, State::Aborted, &facts).await {
             tracing::error!(%error, "the workload is thawed nevertheless");
         }
+        self.doors.clear();
         match workload.thaw().await {
             Ok(()) => {
                 // Also past the point of no return, when it could not be told to the hook.

@@ -45,7 +45,8 @@ pub async fn resume(
         stop,
         record,
         kept: Kept::taken_over(plan.remembered.store.clone(), file),
-        door: None,
+        doorway: None,
+        doors: Vec::new(),
     };
     let result = migration.go_on(&mut listen, &known, workload).await;
     migration.conclude(result)
