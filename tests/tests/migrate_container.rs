@@ -29,7 +29,7 @@ use tests::task;
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 19] = [
+    let tests: [(&'static str, Body); 20] = [
         ("a_container_moves", a_container_moves),
         ("hundreds_of_connections", hundreds_of_connections),
         ("a_container_comes_back", a_container_comes_back),
