@@ -261,6 +261,12 @@ impl<D: Descriptor> Memory<D> {
             .is_some_and(|mut family| family.check(key.member, &self.sink()))
     }
 
+    /// Whether no process has any of this memory any more: all have ended, or run other programs.
+    pub fn is_gone(&self) -> bool {
+        let mut pids = self.families.keys();
+        pids.all(|pid| self.family(*pid).is_none_or(|family| family.is_gone()))
+    }
+
     /// A process ended; what only it still missed is not needed any more.
     pub fn exited(&self, key: MemberKey) {
         if let Some(mut family) = self.family(key.pid) {

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use common::images::ImagePid;
 use common::proto::control::HugeAreas;
@@ -13,8 +14,10 @@ use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::sleep;
 
 use crate::connect::{Source, Threads};
+use crate::copy::Copy;
 use crate::exits;
 use crate::exits::bury;
 use crate::fetch::{self, Orders, TransferError};
@@ -25,11 +28,15 @@ use crate::keeper::Keeper;
 use crate::memory::{Memory, MemoryError, Order};
 use crate::push;
 use crate::rehearsal::{Rehearsal, RehearsalPlan};
-use crate::restore::{Anchor, Prepared, Restore, RestoreError, kill_copy};
+use crate::restore::{Anchor, Prepared, Restore, RestoreError};
 use crate::skeleton;
 
 /// Failures of transfer tasks that wait to be looked at.
 pub(crate) const FAILURES: usize = 8;
+/// Time killed processes have until the kernel has taken their memory down.
+const BURIAL: Duration = Duration::from_secs(10);
+/// Pause between looks at it.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// A restoring or restored workload.
 #[derive(Debug)]
@@ -44,7 +51,7 @@ pub struct Resident {
     restore: Option<Restore>,
     gate: Option<Gate>,
     keeper: Keeper,
-    /// Whose tree the copy is.
+    /// Whose tree the copy is, as long as that one is there for certain.
     anchor: Option<Anchor>,
     criu_ended: bool,
     handed_over: bool,
@@ -58,7 +65,7 @@ pub struct Resident {
     rehearsal: Rehearsal,
     root_image: Option<ImagePid>,
     root: Option<Pid>,
-    tasks: Vec<Task>,
+    copy: Copy,
     huge: Huge,
     directory: Directory,
 }
@@ -89,12 +96,10 @@ pub struct Successor {
     pub memory: Arc<Memory>,
     /// Its orders.
     pub orders: mpsc::UnboundedReceiver<Order>,
-    /// Whose tree the copy is.
-    pub anchor: Option<Anchor>,
     /// Its root.
     pub root: Option<Pid>,
     /// Its processes when it was let run.
-    pub tasks: Vec<Task>,
+    pub copy: Copy,
     /// Its directory.
     pub directory: PathBuf,
     /// Our keeper, which has been told everything.
@@ -178,8 +183,12 @@ impl Resident {
         let _ = requests.send(link.requests);
         let restore = prepared.start().await?;
         let anchor = restore.anchor();
+        let mut copy = Copy::default();
         if let Some(anchor) = anchor {
             keeper.anchor(anchor)?;
+        }
+        if let Some(init) = restore.init() {
+            copy.are_below(init);
         }
         Ok(Resident {
             memory,
@@ -200,7 +209,7 @@ impl Resident {
             rehearsal,
             root_image,
             root: None,
-            tasks: Vec::new(),
+            copy,
             huge: Huge::default(),
             directory: Directory::Ours(directory),
         })
@@ -227,7 +236,7 @@ impl Resident {
             failure: None,
             keeper: left.keeper,
             gate: None,
-            anchor: left.anchor,
+            anchor: None,
             criu_ended: true,
             handed_over: true,
             handovers,
@@ -239,7 +248,7 @@ impl Resident {
             rehearsal: Rehearsal::new(&RehearsalPlan::default(), &[]),
             root_image: None,
             root: left.root,
-            tasks: left.tasks,
+            copy: left.copy,
             // Whose memory is whose is not known any more: what was huge becomes it when the kernel sees fit.
             huge: Huge::default(),
             directory: Directory::Taken(left.directory),
@@ -265,6 +274,8 @@ impl Resident {
                 handover = self.handovers.recv(), if !self.handed_over => self.take_over(handover)?,
                 ended = finished(&mut self.restore), if !self.criu_ended => {
                     self.criu_ended = true;
+                    // A program that has ended anchors nothing: its PID is anybody's now.
+                    self.anchor = self.restore.as_ref().and_then(Restore::anchor);
                     ended?;
                     return Ok(Step::CriuEnded);
                 }
@@ -283,7 +294,7 @@ impl Resident {
                 self.keeper.watch(pid)?;
                 if let Some(task) = Task::find(pid.as_raw()) {
                     self.huge.restored(image, task);
-                    self.tasks.push(task);
+                    self.copy.add(task);
                 }
                 if self.root_image == Some(image) {
                     self.root = Some(pid);
@@ -345,7 +356,25 @@ impl Resident {
 
     /// The restored processes.
     pub fn tasks(&self) -> &[Task] {
-        &self.tasks
+        self.copy.tasks()
+    }
+
+    /// Kills the running copy, and waits until nothing is left of it. False when somebody lives on whom we do not find.
+    pub async fn kill(&self) -> bool {
+        bury(self.copy.kill()).await;
+        self.is_dead_within(BURIAL).await
+    }
+
+    /// Who was forked here and has lost its parents is found by nobody, but its descriptor is here.
+    async fn is_dead_within(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        while !self.memory.is_gone() {
+            if Instant::now() > deadline {
+                return false;
+            }
+            sleep(LOOK).await;
+        }
+        true
     }
 
     /// Whose tree the copy is.
@@ -373,10 +402,9 @@ impl Resident {
 
     /// Kills CRIU and whatever it restored.
     pub async fn abort(self) {
-        match (self.restore, self.anchor) {
-            (Some(restore), _) => restore.abort().await,
-            (None, Some(anchor)) => bury(kill_copy(anchor)).await,
-            (None, None) => {}
+        match self.restore {
+            Some(restore) => restore.abort().await,
+            None => bury(self.copy.kill()).await,
         }
         release(self.keeper);
         self.directory.remove();

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use common::criu::Criu;
 use common::mounts;
+use common::session_file::Task;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::all_processes;
@@ -220,6 +221,11 @@ impl Restore {
             pid,
             puts_away: matches!(self.plan.engine, Engine::Runc(_)),
         })
+    }
+
+    /// The init of the copy's own PID namespace, which lives as long as the copy.
+    pub fn init(&self) -> Option<Task> {
+        Task::find(self.nursery.as_ref()?.init.as_raw())
     }
 
     /// Waits until CRIU has ended; an error when it failed. May be cancelled.

@@ -18,7 +18,7 @@ use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
 use super::inheritance::hand_over;
 use super::{MESSAGE_BYTES, Setup, Told, link_of};
-use crate::exits::pidfd_open;
+use crate::exits::{has_ended, pidfd_open};
 use crate::gate::GO;
 use crate::journal::Journal;
 use crate::privileges;
@@ -56,7 +56,8 @@ fn live(socket: RawFd, parent: Pid) {
 #[derive(Default)]
 struct Known {
     setup: Setup,
-    anchor: Option<Anchor>,
+    /// With a descriptor that tells whether its PID is still its own.
+    anchor: Option<(Anchor, OwnedFd)>,
     processes: Vec<OwnedFd>,
     prepared: bool,
     committed: bool,
@@ -92,10 +93,11 @@ impl Known {
         match told {
             Told::Setup(setup) => self.setup = setup,
             Told::Anchor(pid, puts_away) => {
-                self.anchor = Some(Anchor {
+                let anchor = Anchor {
                     pid: Pid::from_raw(pid),
                     puts_away,
-                });
+                };
+                self.anchor = pidfd_open(anchor.pid).ok().map(|fd| (anchor, fd));
                 self.watch(pid);
             }
             Told::Prepared => self.prepared = true,
@@ -165,7 +167,9 @@ impl Known {
 
     /// Nothing has run here yet, and the source lets the workload run on: nothing may be left of the copy.
     fn abort(mut self) {
-        if let Some(anchor) = self.anchor {
+        if let Some((anchor, pidfd)) = self.anchor
+            && !has_ended(&pidfd)
+        {
             self.processes.extend(kill_copy(anchor));
         }
         // A task in a page fault that nobody answers dies all the same, but what reads its memory would wait.

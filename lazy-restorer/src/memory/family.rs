@@ -290,6 +290,11 @@ impl<D: Descriptor> LiveFamily<D> {
         self.uffds.remove(&member);
     }
 
+    /// Whether no member's process lives any more. Not asked of the map: it knows only ends that were noticed.
+    pub(super) fn is_gone(&self) -> bool {
+        self.uffds.values().all(|uffd| uffd.is_gone())
+    }
+
     /// Forgets a member whose process has ended without anyone noticing. False when it is not there (any more).
     pub(super) fn check(&mut self, member: MemberId, sink: &Sink<'_, D>) -> bool {
         if self.uffds.get(&member).is_some_and(|uffd| uffd.is_gone()) {

@@ -12,17 +12,14 @@ use common::proto::version::V3;
 use common::record::unix_us;
 use common::session::Event;
 use common::session_file::Side;
-use nix::unistd::Pid;
 use tokio::time::{interval, sleep, timeout};
 
 use super::{EXPLANATION, Migration, gave_up, lost, understood, unexpected};
 use crate::connect::{Source, reconnect};
-use crate::exits::bury;
 use crate::fetch::TransferError;
 use crate::huge::Huge;
 use crate::progress::Progress;
 use crate::resident::{Resident, ResidentError};
-use crate::restore::{kill_copy, kill_tree};
 
 /// Time between two looks at how far the memory has come.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -165,12 +162,7 @@ impl Migration<'_> {
             );
             return Ok(());
         }
-        let mut dying = resident.anchor().map(kill_copy).unwrap_or_default();
-        for task in resident.tasks().iter().filter(|task| task.is_alive()) {
-            dying.extend(kill_tree(Pid::from_raw(task.pid)));
-        }
-        // The source may let the original run as soon as it is told.
-        bury(dying).await;
+        self.kill_copy(resident).await;
         self.copy_may_run = false;
         self.withdraw();
         let noted = self.kept.change(|file| {
@@ -189,6 +181,22 @@ impl Migration<'_> {
             Failure::Lost,
             "the source did not come back in time; the copy was killed, as --on-lost says",
         ))
+    }
+
+    /// Kills the copy. The source may let the original run as soon as it is told, so this goes on until all of it is dead.
+    async fn kill_copy(&self, resident: &Resident) {
+        let mut said = false;
+        while !resident.kill().await {
+            if !said {
+                eprintln!(
+                    "lazy-restorer: error: destination host {}, phase {}: a process of the copy that was forked here, and \
+                     whose parents have ended, is still there; kill it",
+                    host::name(),
+                    self.state()
+                );
+            }
+            said = true;
+        }
     }
 
     /// Says that the copy is dead, and waits until the source has heard it: it lets the original run, and ends.
