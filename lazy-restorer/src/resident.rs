@@ -19,7 +19,7 @@ use tokio::time::sleep;
 use crate::connect::{Source, Threads};
 use crate::copy::Copy;
 use crate::exits;
-use crate::exits::bury;
+use crate::exits::{bury, has_ended, pidfd_open};
 use crate::fetch::{self, Orders, TransferError};
 use crate::gate::{Call, Gate, Held};
 use crate::handover::{self, Handover, HandoverError};
@@ -53,6 +53,8 @@ pub struct Resident {
     keeper: Keeper,
     /// Whose tree the copy is, as long as that one is there for certain.
     anchor: Option<Anchor>,
+    /// A descriptor of that one.
+    restoring: Option<OwnedFd>,
     criu_ended: bool,
     handed_over: bool,
     handovers: mpsc::UnboundedReceiver<Result<Handover, HandoverError>>,
@@ -198,6 +200,7 @@ impl Resident {
             keeper,
             gate: Some(gate),
             anchor,
+            restoring: anchor.and_then(|anchor| pidfd_open(anchor.pid).ok()),
             criu_ended: false,
             handed_over: false,
             handovers,
@@ -237,6 +240,7 @@ impl Resident {
             keeper: left.keeper,
             gate: None,
             anchor: None,
+            restoring: None,
             criu_ended: true,
             handed_over: true,
             handovers,
@@ -393,6 +397,11 @@ impl Resident {
     /// The process that holds everything with us.
     pub fn keeper(&self) -> &Keeper {
         &self.keeper
+    }
+
+    /// Whether CRIU, or what it restores under, has ended without being told anything.
+    pub fn has_lost_criu(&self) -> bool {
+        self.restoring.as_ref().is_none_or(has_ended)
     }
 
     /// The copy is about to run: by us, or by the keeper with `gate` should we be killed.

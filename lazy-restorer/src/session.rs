@@ -532,7 +532,11 @@ impl Migration<'_> {
             }
             Err(error) => return Err(error),
         }
-        // Written before it can happen: a restart must not take a copy for dead that runs.
+        if resident.has_lost_criu() {
+            return Err(self.fail(Failure::Restore, LOST_CRIU));
+        }
+        // Written before it can happen: a restart must not take a copy for dead that runs. Should we be killed before the
+        // keeper knows it too, the keeper kills the copy, and then takes this back.
         let may_run = self.kept.change(|file| {
             if let Side::Destination(side) = &mut file.side {
                 side.may_run = true;
@@ -547,10 +551,7 @@ impl Migration<'_> {
         if let Err(error) = held.open().await {
             // CRIU or its script was killed while we asked: nobody got the word that lets the tasks run.
             self.copy_may_run = false;
-            return Err(self.fail(
-                Failure::Restore,
-                format!("CRIU was lost before the cutover was granted: {error}"),
-            ));
+            return Err(self.fail(Failure::Restore, format!("{LOST_CRIU}: {error}")));
         }
         let told = resident.keeper().opened();
         told.map_err(|error| self.fail(Failure::Internal, error))?;
@@ -626,13 +627,14 @@ impl Migration<'_> {
         })
     }
 
-    /// Waits until CRIU has let the tasks run. An error means that it killed them instead.
+    /// Waits until CRIU has let the tasks run. An error means that it killed them instead; of a CRIU that was killed itself
+    /// nobody knows that.
     async fn until_resumed(&mut self, resident: &mut Resident) -> Result<(), SessionError> {
         loop {
             match resident.next().await {
                 Ok(Step::Resumed) => return Ok(()),
                 Ok(Step::CriuEnded | Step::Armed(_)) => {}
-                Err(ResidentError::Restore(error)) => {
+                Err(ResidentError::Restore(error)) if error.is_certain() => {
                     // CRIU lets tasks run in its very last step; failing before, it has killed them.
                     self.copy_may_run = false;
                     return Err(self.fail(Failure::Restore, error));
@@ -687,6 +689,9 @@ async fn announce(plan: MigratePlan, facts: Facts) {
         address::announce(&plan.addresses);
     }
 }
+
+/// Nobody got the word that lets the tasks run.
+const LOST_CRIU: &str = "CRIU was lost before the cutover was granted";
 
 /// Time after which the addresses are announced once more.
 const SECOND_ANNOUNCEMENT: Duration = Duration::from_millis(200);

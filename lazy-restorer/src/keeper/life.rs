@@ -6,9 +6,11 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use common::session_file::{Side, Store};
 use common::{address, mounts};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -178,10 +180,16 @@ impl Known {
                 close(Some(fd));
             }
         }
+        let mut dead = true;
         for process in &self.processes {
             let limit = PollTimeout::try_from(BURIAL).unwrap_or(PollTimeout::MAX);
             let mut waiting = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
             while poll(&mut waiting, limit) == Err(Errno::EINTR) {}
+            dead &= has_ended(process);
+        }
+        if dead {
+            // `lazy-restorer` may have been killed when it had written that the copy may run, and had not told us.
+            note_death(&self.setup.session);
         }
         if self.prepared {
             let _ = address::remove(&self.setup.addresses);
@@ -200,6 +208,19 @@ impl Known {
             let _ = fs::remove_dir_all(&self.setup.directory);
         }
     }
+}
+
+/// Whoever resumes the session tells the source that the copy is dead. Before the cutover was asked for there is no file.
+fn note_death(session: &Path) {
+    let Some(directory) = session.parent() else {
+        return;
+    };
+    // Nobody reads what we say; the source then waits for its operator.
+    let _ = Store::of_destination(directory).change(session, |file| {
+        if let Side::Destination(side) = &mut file.side {
+            side.may_run = false;
+        }
+    });
 }
 
 /// Waits until there is something to hear; true when `lazy-restorer` is gone and has nothing left to say.
