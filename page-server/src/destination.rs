@@ -23,6 +23,7 @@ use crate::book::Book;
 use crate::compression::Paying;
 use crate::listen::{Call, Listen, accept_bulk};
 use crate::memory::PageSource;
+use crate::pending::Said;
 use crate::serve::serve;
 use crate::transfer::TransferError;
 
@@ -313,10 +314,8 @@ impl Destination {
 pub struct PresentMap {
     /// Lazy pages of each process there is.
     slots: HashMap<ImagePid, usize>,
-    /// Pages that came.
-    pub received: HashMap<ImagePid, Vec<u64>>,
-    /// Pages that it was promised never to get.
-    pub withheld: HashMap<ImagePid, Vec<u64>>,
+    /// What it said.
+    pub said: Said,
 }
 
 /// Why a destination that came again was not served again.
@@ -339,12 +338,12 @@ impl PresentMap {
 
     /// Takes a part of what came.
     pub fn receive(&mut self, part: Present) -> Result<(), Unsettled> {
-        append(&self.slots, &mut self.received, part)
+        append(&self.slots, &mut self.said.received, part)
     }
 
     /// Takes a part of what never will.
     pub fn withhold(&mut self, part: Present) -> Result<(), Unsettled> {
-        append(&self.slots, &mut self.withheld, part)
+        append(&self.slots, &mut self.said.withheld, part)
     }
 }
 

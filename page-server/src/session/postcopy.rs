@@ -437,18 +437,11 @@ pub(crate) async fn settle(
 ) -> Result<(), Unsettled> {
     let nonsense = || Unsettled::Lost(String::from("it claims pages that it cannot have"));
     let present = destination.present(book.slots()).await?;
-    let (mut lost, mut known) = (0_u64, 0_u64);
-    for (pid, words) in present.received {
-        let recovered = book.recover(pid, words).ok_or_else(nonsense)?;
-        lost = lost.wrapping_add(digest_of(source, &recovered.lost)?);
-        known = known.wrapping_add(digest_of(source, &recovered.known)?);
-    }
-    for (pid, words) in present.withheld {
-        if !book.recover_withheld(pid, words) {
-            return Err(nonsense());
-        }
-    }
-    book.begin_anew(lost, known);
+    let recovery = book.recovery(present.said).ok_or_else(nonsense)?;
+    // Read before anything is changed: what cannot be read now is asked for again when the destination comes again.
+    let lost = digest_of(source, &recovery.lost)?;
+    let known = digest_of(source, &recovery.known)?;
+    book.recover(recovery, lost, known);
     Ok(())
 }
 
