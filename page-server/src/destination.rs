@@ -378,6 +378,20 @@ pub fn abort(state: State, text: &str) -> Abort {
 }
 
 impl Destination {
+    /// Says why it is not served on, as long as it may be heard.
+    pub async fn tell_why(&mut self, state: State, reason: &str) {
+        let abort = ToDestination::Abort(abort(state, reason));
+        if timeout(LAST_WORD, self.control.send(&abort)).await.is_err() {
+            tracing::debug!("the destination does not hear why");
+        }
+    }
+
+    /// The same, and waits for nobody to hear it.
+    pub fn dismiss(self, state: State, reason: &str) {
+        let abort = ToDestination::Abort(abort(state, reason));
+        tokio::spawn(async move { self.control.farewell(&abort).await });
+    }
+
     /// What it is known by when it comes again.
     pub fn acquaintance(&self) -> Acquaintance {
         Acquaintance {

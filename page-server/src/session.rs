@@ -100,6 +100,8 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
         stop,
         record,
         kept: Kept::nothing(plan.remembered.store.clone()),
+        refusal: None,
+        complaint: None,
         door: None,
     };
     let result = migration.perform(&mut listen).await;
@@ -120,6 +122,10 @@ struct Migration<'a> {
     stop: StopSignal,
     record: &'a mut Record,
     kept: Kept,
+    /// Why the destination is not served any more, whatever it says, unless it says that its copy is dead.
+    refusal: Option<String>,
+    /// What the operator was told last.
+    complaint: Option<String>,
     /// Keeps new connections to the service addresses out: one that was made while the workload is frozen would be lost.
     door: Option<Door>,
 }

@@ -106,6 +106,10 @@ pub struct Visit {
     phases: Phases,
     book: Arc<Book>,
     record: Record,
+    /// Why the destination is not served any more, whatever it says, unless it says that its copy is dead.
+    refusal: Option<String>,
+    /// What the operator was told last.
+    complaint: Option<String>,
     /// What a restart must know, when there is something to restart.
     file: SessionFile,
     kept: Kept,
@@ -169,6 +173,8 @@ impl Visit {
             session: Session::default(),
             phases: Phases::start(State::Hello),
             record,
+            refusal: None,
+            complaint: None,
             file,
             kept,
         }
@@ -367,12 +373,36 @@ impl Visit {
                 };
             }
             link = match self.until_drained(&hold, &mut transfer).await {
-                Ok(Served::Drained(tally)) => return self.complete(hold, tally).await,
+                Ok(Served::Drained(tally)) => match self.agree(tally) {
+                    Ok(()) => return self.complete(hold).await,
+                    Err(error) => {
+                        self.refusal = Some(error.text.clone());
+                        Err(self.break_off(&hold, error).await?)
+                    }
+                },
                 Ok(Served::CopyDead(dead)) => return Err(self.copy_died(hold, dead).await),
                 Ok(Served::LinkLost(text)) => Err(text),
-                Err(error) => return Err(keep(&hold, error).await),
+                Err(error) => Err(self.break_off(&hold, error).await?),
             };
         }
+    }
+
+    /// There is no way on over this link, and both operators are to know why. Frozen tasks are kept: they may be running on
+    /// the destination, which may come again. Images need nobody to decide about them: the error ends the visit.
+    async fn break_off(
+        &mut self,
+        hold: &Hold,
+        error: SessionError,
+    ) -> Result<String, SessionError> {
+        let Hold::Dump(_) = hold else {
+            return Err(error);
+        };
+        if self.complaint.as_ref() != Some(&error.text) {
+            complain(&error);
+            self.complaint = Some(error.text.clone());
+        }
+        self.destination.tell_why(error.state, &error.text).await;
+        Ok(error.text)
     }
 
     async fn copy_died(&mut self, hold: Hold, error: SessionError) -> SessionError {
@@ -450,12 +480,24 @@ impl Visit {
             self.advance(Event::Reconnected)?;
             let source = self.offer.source.clone();
             match settle(&mut self.destination, &self.book, source.as_ref()).await {
-                Ok(()) => break,
+                Ok(()) => match self.refusal.clone() {
+                    None => break,
+                    Some(reason) => {
+                        self.destination
+                            .tell_why(self.session.state(), &reason)
+                            .await;
+                        self.destination.take_push();
+                        self.advance(Event::LinkLost)?;
+                    }
+                },
                 Err(Unsettled::CopyDead(abort)) => {
                     return Ok(Err(self.destination.gave_up(self.state(), &abort)));
                 }
                 Err(Unsettled::Lost(reason)) => {
                     tracing::warn!(reason, "the destination is lost again");
+                    self.destination
+                        .tell_why(self.session.state(), &reason)
+                        .await;
                     self.destination.take_push();
                     self.advance(Event::LinkLost)?;
                 }
@@ -489,14 +531,17 @@ impl Visit {
         transfer
     }
 
-    async fn complete(&mut self, hold: Hold, theirs: Tally) -> Result<(), SessionError> {
+    fn agree(&mut self, theirs: Tally) -> Result<(), SessionError> {
         self.advance(Event::AllPresent)?;
         let ours = self.book.tally();
         if ours != theirs || self.book.owed() > 0 {
             let text = format!("the ends disagree (source {ours:?}, destination {theirs:?})");
-            let error = self.fail(Failure::Lost, text);
-            return Err(keep(&hold, error).await);
+            return Err(self.fail(Failure::Lost, text));
         }
+        Ok(())
+    }
+
+    async fn complete(&mut self, hold: Hold) -> Result<(), SessionError> {
         self.advance(Event::Agreed)?;
         // A destination that misses this word has all pages nevertheless.
         let told = self.send(ToDestination::Complete).await;
@@ -522,10 +567,14 @@ async fn stopped(stop: &mut watch::Receiver<Option<&'static str>>) -> &'static s
 /// There is no way on. Frozen tasks are kept until the operator comes: they may be running on the destination.
 async fn keep(hold: &Hold, error: SessionError) -> SessionError {
     let Hold::Dump(_) = hold else { return error };
+    complain(&error);
+    std::future::pending().await
+}
+
+fn complain(error: &SessionError) {
     eprintln!(
         "page-server: error: source host {}, {error}; the destination may be running the workload, so it stays \
          frozen here; kill this program only after deciding which copy shall live",
         host::name()
     );
-    std::future::pending().await
 }

@@ -45,6 +45,8 @@ pub async fn resume(
         stop,
         record,
         kept: Kept::taken_over(plan.remembered.store.clone(), file),
+        refusal: None,
+        complaint: None,
         door: None,
     };
     let result = migration.go_on(&mut listen, &known, workload).await;
