@@ -63,6 +63,8 @@ pub enum Command {
     Sessions(Sessions),
     /// Let the frozen original of a session run again
     Thaw(Thaw),
+    /// Kill the frozen original of a session whose copy has every page, when the destination cannot say so itself
+    Release(Release),
     /// Used by page-server itself: cleans up should it be killed
     #[command(hide = true)]
     Guard {
@@ -257,6 +259,21 @@ pub struct Thaw {
     /// workload run, and what either does cannot be undone
     #[arg(long)]
     pub i_know_the_copy_is_dead: bool,
+}
+
+/// Options of `release`.
+#[derive(Debug, Args)]
+pub struct Release {
+    /// Where sessions are.
+    #[command(flatten)]
+    pub state: StateDirectory,
+    /// The session, or how its name begins
+    #[arg(long, value_name = "ID")]
+    pub session: String,
+    /// The destination's copy has every page: its lazy-restorer said so. If it has not, what is missing is lost, and the
+    /// copy waits for it for ever
+    #[arg(long)]
+    pub i_know_the_copy_is_whole: bool,
 }
 
 /// Options of `resume`.
