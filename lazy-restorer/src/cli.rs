@@ -379,6 +379,8 @@ pub struct LazyPages {
     #[arg(long, hide = true)]
     no_push: bool,
     #[command(flatten)]
+    lost: Lost,
+    #[command(flatten)]
     state: StateDirectory,
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
@@ -412,6 +414,7 @@ impl LazyPages {
                 status_fd: self.status_fd,
                 pidfile: self.pidfile.clone(),
             },
+            lost: self.lost.plan(),
             remembered: remembered(&self.state, &self.identity, &self.accept),
         })
     }

@@ -6,13 +6,23 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use common::session_file::Task;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use procfs::process::{Process, Stat, all_processes};
+use tokio::time::sleep;
 
-use crate::exits::{has_ended, pidfd_open, pidfd_send};
+use crate::exits::{bury, has_ended, pidfd_open, pidfd_send};
+use crate::memory::Memory;
+
+/// Time killed processes have until the kernel has taken their memory down.
+const BURIAL: Duration = Duration::from_secs(10);
+/// Pause between looks at it.
+const LOOK: Duration = Duration::from_millis(20);
+/// Of a copy that could not be killed wholly.
+pub(crate) const SURVIVOR: &str = "a process of the copy that was forked here, and whose parents have ended, is still there; kill it";
 
 /// A process whose PID may be another's by now, and a descriptor that never is.
 #[derive(Debug)]
@@ -84,6 +94,20 @@ impl Copy {
         found.into_iter().map(|process| process.pidfd).collect()
     }
 
+    /// Kills all of them, and waits until nobody has `memory` any more. False when somebody lives on whom we do not find.
+    pub async fn kill_all(&self, memory: &Memory) -> bool {
+        bury(self.kill()).await;
+        let deadline = Instant::now() + BURIAL;
+        // Who was forked here and has lost its parents is found by nobody, but its descriptor is here.
+        while !memory.is_gone() {
+            if Instant::now() > deadline {
+                return false;
+            }
+            sleep(LOOK).await;
+        }
+        true
+    }
+
     /// Processes of the copy that are not among `found`.
     fn others(&self, found: &[Named]) -> Vec<Named> {
         let stats = all_processes().into_iter().flatten().flatten();
@@ -130,7 +154,6 @@ mod tests {
     use std::process::{Child, Command, Stdio};
 
     use super::*;
-    use crate::exits::bury;
 
     /// A shell in a session of its own, which says the PID of what it leaves behind and does `then`.
     fn start(then: &str) -> (Child, i32) {

@@ -17,7 +17,7 @@ use common::control::ControlError;
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::images::{ImagesDigest, images_digest, read_processes};
-use common::limits::RECONNECT_PAUSE;
+use common::lost::{LostPlan, OnLost};
 use common::operator::Facts;
 use common::proto::control::{Abort, ToDestination, ToSource};
 use common::proto::version::V3;
@@ -36,18 +36,20 @@ use tokio::task::JoinSet;
 use tokio::time::{interval, sleep, timeout};
 
 use crate::advise::{self, Leniency};
-use crate::connect::{ConnectPlan, Source, Threads, connect, reconnect};
+use crate::connect::{ConnectPlan, Source, Threads, connect};
+use crate::copy::Copy;
 use crate::engine::Engine;
 use crate::exits::{self, pidfd_kill, pidfd_open};
 use crate::fetch::{Orders, TransferError};
 use crate::handover::{self, Handover, HandoverError, Handovers, SOCKET_NAME};
 use crate::keeper::{Keeper, Setup};
 use crate::memory::{Memory, ProcessImage};
+use crate::outage::{Ending, Outage, Teller, say_dead};
 use crate::progress::Progress;
 use crate::ready::Ready;
 use crate::report::Record;
 use crate::resident::{Credits, FAILURES, Link, reported};
-use crate::session::parts;
+use crate::session::{TELLING, over, parts};
 use crate::{push, skeleton};
 
 /// Time between two looks at how far the memory has come.
@@ -70,6 +72,8 @@ pub struct ExternalPlan {
     pub push: bool,
     /// Whom to tell when `criu restore` may begin.
     pub ready: Ready,
+    /// What is done about a source that cannot be reached.
+    pub lost: LostPlan,
     /// What a restart must know besides.
     pub remembered: Remembered,
 }
@@ -113,12 +117,16 @@ async fn perform(
         session: Session::default(),
         source,
         copy_may_run: false,
+        rolled_back: false,
+        outage: None,
         keeper: Some(keeper),
         kept: Kept::nothing(plan.remembered.store.clone()),
     };
     let result = external.migrate(dump).await;
-    // A workload whose memory is not whole is held, and this is not reached.
-    external.kept.end();
+    // A workload whose memory is not whole is held, and this is not reached. What is lost is the source's to learn.
+    if !matches!(&result, Err(error) if error.failure == Failure::Lost) {
+        external.kept.end();
+    }
     let last = match &result {
         // A source that gave up before the point of no return knows all there is to know.
         Err(error) if error.failure == Failure::Peer && error.state.source_may_thaw() => None,
@@ -162,6 +170,10 @@ struct External<'a> {
     source: Source,
     /// CRIU may have let the tasks run.
     copy_may_run: bool,
+    /// The source said instead of granting the cutover that it gives up: it has kept the workload.
+    rolled_back: bool,
+    /// Since the link was lost, until another one has proved to be good.
+    outage: Option<Outage>,
     keeper: Option<Keeper>,
     kept: Kept,
 }
@@ -178,18 +190,10 @@ struct Filling {
     link_tasks: JoinSet<()>,
     /// The restored tasks.
     tasks: Vec<OwnedFd>,
-    /// The same, named for good.
-    named: Vec<Task>,
+    /// The same, for when they run.
+    copy: Copy,
     /// For the keeper, which removes it, and for a successor.
     directory: TempDir,
-}
-
-/// What ends a stretch of waiting.
-enum Ended {
-    /// The source cannot be reached any more.
-    LinkLost(String),
-    /// What was waited for.
-    Done,
 }
 
 impl External<'_> {
@@ -289,16 +293,10 @@ impl External<'_> {
         self.send(ToSource::Staged).await?;
         self.advance(Event::Staged)?;
         self.remember(&filling)?;
-        self.send(ToSource::CutoverRequest).await?;
         self.advance(Event::CutoverAsked)?;
-        let granted = self.source.control.next().await;
-        match self.understood(granted) {
-            Ok(ToDestination::CutoverGranted) => self.advance(Event::CutoverGranted)?,
-            Ok(message) => return Err(self.unexpected(&message)),
-            Err(error) if error.failure == Failure::Connection => {
-                self.recover(&mut filling, &error.text, true).await?;
-            }
-            Err(error) => return Err(error),
+        if let Err(error) = self.ask(&mut filling).await {
+            release(filling.keeper);
+            return Err(self.take_back(error).await);
         }
         // CRIU waits for nobody, so its tasks may run from the moment it finds the socket.
         let noted = self.note(|side| side.may_run = true);
@@ -309,7 +307,10 @@ impl External<'_> {
         if let Err(error) = provided {
             // No task has run, and those there were are killed: there is nothing to keep.
             release(filling.keeper);
-            return Err(error);
+            if let Err(error) = self.note(|side| side.may_run = false) {
+                tracing::warn!(%error, "a restart does not know that the copy is dead");
+            }
+            return Err(self.take_back(error).await);
         }
         let counted = self.until_whole(&mut filling).await;
         self.record.count(&filling.memory);
@@ -318,7 +319,35 @@ impl External<'_> {
                 release(filling.keeper);
                 Ok(())
             }
+            Err(error) if !self.copy_may_run => {
+                release(filling.keeper);
+                Err(self.take_back(error).await)
+            }
+            // Whole, only not acknowledged: the workload needs nothing from anyone any more.
+            Err(error)
+                if filling.memory.counts().owed == 0
+                    && (is_of_link(&error) || error.failure == Failure::Lost) =>
+            {
+                self.end_whole(filling).await
+            }
             Err(error) => Err(self.hold(error, filling).await),
+        }
+    }
+
+    /// Asks for the workload. A source that takes us back after the link was lost has given it away.
+    async fn ask(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
+        self.send(ToSource::CutoverRequest).await?;
+        let granted = self.source.control.next().await;
+        match self.understood(granted) {
+            Ok(ToDestination::CutoverGranted) => self.advance(Event::CutoverGranted),
+            Ok(message) => Err(self.unexpected(&message)),
+            Err(error) if error.failure == Failure::Connection => {
+                self.recover(filling, &error.text, true).await
+            }
+            Err(error) => {
+                self.rolled_back = error.failure == Failure::Peer;
+                Err(error)
+            }
         }
     }
 
@@ -397,7 +426,7 @@ impl External<'_> {
             credits: Some(link.credits),
             link_tasks: link.tasks,
             tasks: Vec::new(),
-            named: Vec::new(),
+            copy: Copy::default(),
             directory,
         })
     }
@@ -433,6 +462,7 @@ impl External<'_> {
                 pidfile: None,
                 addresses: Vec::new(),
                 on_resumed: None,
+                whole: None,
             }),
         };
         let written = self.kept.begin(file);
@@ -535,7 +565,7 @@ impl External<'_> {
                         .memory
                         .restored()
                         .map_err(|error| self.fail(Failure::Restore, error))?;
-                    let named = filling.named.clone();
+                    let named = filling.copy.tasks().to_vec();
                     if let Err(error) = self.note(|side| side.tasks = named) {
                         tracing::warn!(%error, "a restart does not know the tasks");
                     }
@@ -575,7 +605,9 @@ impl External<'_> {
     ) -> Result<(), String> {
         // One that has ended already needs no end.
         filling.tasks.extend(pidfd_open(pid).ok());
-        filling.named.extend(Task::find(pid.as_raw()));
+        if let Some(task) = Task::find(pid.as_raw()) {
+            filling.copy.add(task);
+        }
         let key = filling.memory.attach(image, uffd);
         let key = key.map_err(|error| error.to_string())?;
         filling
@@ -590,50 +622,59 @@ impl External<'_> {
     /// The tasks run. Waits until their memory is whole, over as many links as it takes.
     async fn until_whole(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
         self.record.resumed_at_unix_us = unix_us(SystemTime::now());
-        let mut told = match self.send(ToSource::Resumed).await {
-            Ok(()) => Ended::Done,
-            Err(error) if error.failure == Failure::Connection => Ended::LinkLost(error.text),
-            Err(error) => return Err(error),
+        let mut whole = match self.send(ToSource::Resumed).await {
+            Ok(()) => self.until_agreed(filling).await,
+            Err(error) => Err(error),
         };
-        loop {
-            if let Ended::LinkLost(text) = told {
-                self.recover(filling, &text, true).await?;
+        while let Err(error) = &whole
+            && is_of_link(error)
+        {
+            if error.failure == Failure::Peer {
+                // Its operator is to learn it, too; a source that gave up does not listen.
+                let abort = self.abort(error);
+                let _ = timeout(EXPLANATION, self.source.control.send(&abort)).await;
             }
-            if let Ended::LinkLost(text) = self.until_settled(filling).await? {
-                told = Ended::LinkLost(text);
-                continue;
-            }
-            self.advance(Event::AllPresent)?;
-            let drained = ToSource::Drained(filling.memory.tally());
-            let answer = match self.send(drained).await {
-                Ok(()) => {
-                    let answer = self.source.control.next().await;
-                    self.understood(answer)
-                }
+            let text = error.text.clone();
+            whole = match self.recover(filling, &text, true).await {
+                Ok(()) => self.until_agreed(filling).await,
                 Err(error) => Err(error),
             };
-            match answer {
-                Ok(ToDestination::Complete) => return self.advance(Event::Agreed),
-                Ok(message) => return Err(self.unexpected(&message)),
-                Err(error) if error.failure == Failure::Connection => {
-                    told = Ended::LinkLost(error.text);
-                }
-                Err(error) => return Err(error),
+        }
+        whole
+    }
+
+    async fn until_agreed(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
+        self.until_settled(filling).await?;
+        self.advance(Event::AllPresent)?;
+        self.send(ToSource::Drained(filling.memory.tally())).await?;
+        let answer = self.source.control.next().await;
+        match self.understood(answer)? {
+            ToDestination::Complete => {
+                self.reunite();
+                self.advance(Event::Agreed)
             }
+            message => Err(self.unexpected(&message)),
         }
     }
 
-    async fn until_settled(&mut self, filling: &mut Filling) -> Result<Ended, SessionError> {
+    async fn until_settled(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
         if self.plan.push {
             filling.begin_push(&self.source, &self.threads);
         }
         let memory = filling.memory.clone();
         let progress = Progress::start(&memory);
         let mut shown = interval(PROGRESS_INTERVAL);
+        let (began, owed) = (Instant::now(), memory.counts().owed);
         loop {
             let step = tokio::select! {
-                () = memory.settled() => return Ok(Ended::Done),
-                _ = shown.tick() => { progress.show(&memory); continue }
+                () = memory.settled() => return Ok(()),
+                _ = shown.tick() => {
+                    progress.show(&memory);
+                    if memory.counts().owed < owed || began.elapsed() > EXPLANATION {
+                        self.reunite();
+                    }
+                    continue;
+                }
                 message = self.source.control.next() => Step::Message(Box::new(message)),
                 Some(error) = filling.failures.recv() => Step::Failure(error),
                 name = self.stop.wait() => {
@@ -644,71 +685,203 @@ impl External<'_> {
             };
             match step {
                 Step::Failure(TransferError::Link) => {
-                    return match timeout(EXPLANATION, self.source.control.next()).await {
-                        Ok(said) => match self.understood(said) {
-                            Err(error) if error.failure == Failure::Peer => Err(error),
-                            _ => Ok(Ended::LinkLost(String::from("the connection broke"))),
-                        },
-                        Err(_) => Ok(Ended::LinkLost(String::from("a stream broke"))),
-                    };
-                }
-                Step::Failure(error) => return Err(self.fail(Failure::Lost, error)),
-                Step::Message(message) => match self.understood(*message) {
-                    Err(error) if error.failure == Failure::Connection => {
-                        return Ok(Ended::LinkLost(error.text));
+                    let said = timeout(EXPLANATION, self.source.control.next()).await;
+                    if let Ok(said) = said {
+                        self.understood(said)?;
                     }
-                    Err(error) => return Err(error),
-                    Ok(message) => return Err(self.unexpected(&message)),
-                },
+                    return Err(self.fail(Failure::Connection, "a stream of pages broke"));
+                }
+                Step::Failure(error) if error.is_of_source() => {
+                    return Err(self.fail(Failure::Peer, error));
+                }
+                Step::Failure(error) => return Err(self.fail(Failure::Restore, error)),
+                Step::Message(message) => {
+                    let message = self.understood(*message)?;
+                    return Err(self.unexpected(&message));
+                }
                 Step::Handover(_) => {}
             }
         }
     }
 
-    /// Tries to reach the source again: for as long as anyone here needs it, else for a while.
+    /// The link is lost, or the source does not serve us. Tries to reach it again and to settle what has come: for as long
+    /// as anyone here needs it, else for a while.
     async fn recover(
         &mut self,
         filling: &mut Filling,
         text: &str,
         needed: bool,
     ) -> Result<(), SessionError> {
-        eprintln!(
-            "lazy-restorer: {text}; threads that touch a missing page wait, trying to reconnect"
-        );
+        match &mut self.outage {
+            Some(outage) => outage.say(text),
+            None => eprintln!(
+                "lazy-restorer: {text}; threads that touch a missing page wait, trying to reconnect"
+            ),
+        }
         self.advance(Event::LinkLost)?;
-        let mut pause = RECONNECT_PAUSE.0;
-        let lost_since = Instant::now();
-        self.source = loop {
-            let welcome = self.source.welcome.clone();
-            match reconnect(&self.plan.connect, &self.threads, &welcome).await {
-                Ok(source) => break source,
-                Err(error) if error.failure != Failure::Connection => {
-                    return Err(self.fail(Failure::Lost, error.text));
+        loop {
+            self.source = self.find_again(filling, needed).await?;
+            self.advance(Event::Reconnected)?;
+            match self.settle(filling).await {
+                Err(error) if is_of_link(&error) => {
+                    self.outage().say(&error.to_string());
+                    self.advance(Event::LinkLost)?;
                 }
-                Err(error) => tracing::info!(%error, "not yet"),
+                settled => return settled,
             }
+        }
+    }
+
+    fn outage(&mut self) -> &mut Outage {
+        let patience = self.plan.lost.give_up_after;
+        self.outage.get_or_insert_with(|| Outage::begin(patience))
+    }
+
+    /// The link has proved to be good.
+    fn reunite(&mut self) {
+        if self.outage.take().is_some() {
+            eprintln!("lazy-restorer: reconnected");
+        }
+    }
+
+    async fn find_again(
+        &mut self,
+        filling: &mut Filling,
+        needed: bool,
+    ) -> Result<Source, SessionError> {
+        let (plan, welcome) = (self.plan, self.source.welcome.clone());
+        let patience = plan.lost.give_up_after;
+        loop {
             let needed = needed && filling.memory.counts().owed > 0;
-            if !needed && lost_since.elapsed() > RETURN_TIMEOUT {
-                return Err(self.fail(Failure::Lost, "the source cannot be reached"));
-            }
+            let outage = self.outage.get_or_insert_with(|| Outage::begin(patience));
             tokio::select! {
-                () = sleep(pause) => {}
+                () = sleep(outage.pause()) => {}
                 name = self.stop.wait() => match needed {
                     true => tracing::warn!("{name} ignored: the workload needs the source"),
                     false => return Err(interrupted(self.session.state(), name)),
                 },
             }
-            pause = (pause * 2).min(RECONNECT_PAUSE.1);
-        };
-        self.advance(Event::Reconnected)?;
+            // Also when attempts are successful, and each time the source breaks off at once.
+            if !needed && outage.lasted() > RETURN_TIMEOUT {
+                return Err(self.fail(Failure::Lost, "the source cannot be reached"));
+            }
+            if needed && self.copy_may_run && outage.exhausts_patience() {
+                self.give_up(filling).await?;
+                continue;
+            }
+            let reached = outage.attempt(&plan.connect, &self.threads, &welcome);
+            if let Some(source) = reached.await {
+                return Ok(source);
+            }
+        }
+    }
+
+    /// The operator's limit has passed. An error when the copy was killed for it.
+    async fn give_up(&mut self, filling: &Filling) -> Result<(), SessionError> {
+        if self.plan.lost.on_lost == OnLost::KeepPaused {
+            eprintln!(
+                "lazy-restorer: error: destination host {}, phase {}: the source did not come back in time; the workload \
+                 runs here, but threads that touch a missing page wait",
+                host::name(),
+                self.state()
+            );
+            return Ok(());
+        }
+        while !filling.copy.kill_all(&filling.memory).await {
+            tracing::error!("{}", crate::copy::SURVIVOR);
+        }
+        self.copy_may_run = false;
+        if let Err(error) = self.note(|side| side.may_run = false) {
+            tracing::warn!(%error, "a restart does not know that the copy is dead");
+        }
+        Err(self.fail(
+            Failure::Lost,
+            "the source did not come back in time; the copy was killed, as --on-lost says",
+        ))
+    }
+
+    /// The source is there again: settles with it what has come.
+    async fn settle(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
         filling.unlink().await;
         self.tell_present(&filling.memory).await?;
         filling
             .reconnect(&mut self.source, &self.threads)
             .await
             .map_err(|error| self.fail(Failure::Connection, error))?;
-        eprintln!("lazy-restorer: reconnected");
         self.advance(Event::Settled)
+    }
+
+    /// The copy is dead, or whole, and the source may not know it.
+    async fn tell(&mut self, limit: Option<Duration>, ending: Ending<'_>) -> Result<(), String> {
+        let welcome = self.source.welcome.clone();
+        let mut teller = Teller {
+            connect: &self.plan.connect,
+            threads: &self.threads,
+            welcome: &welcome,
+            stop: &mut self.stop,
+        };
+        let patience = self.plan.lost.give_up_after;
+        let mut outage = Outage::begin(patience);
+        teller.tell(&mut outage, limit, ending).await
+    }
+
+    /// No task runs here. A source that may have given the workload away would wait for us.
+    async fn take_back(&mut self, error: SessionError) -> SessionError {
+        if error.state.source_may_thaw() || self.rolled_back {
+            return error;
+        }
+        if say_dead(&mut self.source, error.state).await.is_ok() {
+            self.kept.end();
+            return error;
+        }
+        eprintln!("lazy-restorer: {error}; the copy is dead, trying to tell the source");
+        let limit = match self.plan.lost.on_lost {
+            // The operator wants the source to know it, and has nothing to lose here.
+            OnLost::ThawSource => None,
+            OnLost::KeepPaused | OnLost::Kill => Some(TELLING),
+        };
+        match self.tell(limit, Ending::Dead(error.state)).await {
+            Ok(()) => {
+                self.kept.end();
+                error
+            }
+            Err(reason) => {
+                let text = format!(
+                    "{reason}; the source does not know yet that the copy is dead; `lazy-restorer resume` tells it"
+                );
+                self.fail(Failure::Lost, text)
+            }
+        }
+    }
+
+    /// Every page is here, and the source cannot be told. The workload needs nobody: what is left to do is to tell.
+    async fn end_whole(&mut self, filling: Filling) -> Result<(), SessionError> {
+        let whole = filling.memory.whole();
+        let noted = self.note(|side| side.whole = Some(whole.clone()));
+        let held = match noted {
+            Ok(()) => {
+                release(filling.keeper);
+                None
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the memory is held on: a restart would not know that it is whole");
+                Some(filling)
+            }
+        };
+        eprintln!(
+            "lazy-restorer: every page is here and the workload needs the source no more, but the source does not know \
+             that; trying to tell it"
+        );
+        let told = self.tell(None, Ending::Whole(&whole)).await;
+        drop(held);
+        told.map_err(|reason| {
+            let text = format!(
+                "{reason}; the workload is whole here, and the source does not know it: `lazy-restorer resume` tells it"
+            );
+            self.fail(Failure::Lost, text)
+        })?;
+        self.kept.end();
+        Ok(())
     }
 
     /// Tells the source which pages have come.
@@ -724,23 +897,44 @@ impl External<'_> {
         self.send(ToSource::PresentEnd).await
     }
 
-    /// There is no way on. Holds the workload's memory: threads that touch a missing page wait, and never read zeros.
+    /// There is no way on. Holds the workload's memory: threads that touch a missing page wait, and never read zeros. The
+    /// operator's limit ends it as it ends a lost link.
     async fn hold(&mut self, error: SessionError, filling: Filling) -> SessionError {
-        if filling.memory.counts().owed == 0 {
-            // Whole, only not acknowledged: the workload needs nothing from anyone any more.
-            release(filling.keeper);
-            return error;
-        }
         eprintln!(
             "lazy-restorer: error: destination host {}, {error}; the workload runs here, but threads that touch a \
              missing page wait; kill the workload to give it up",
             host::name()
         );
+        let abort = self.abort(&error);
+        let _ = timeout(EXPLANATION, self.source.control.send(&abort)).await;
+        let mut limit = self.plan.lost.give_up_after;
         loop {
-            self.stop.wait().await;
-            tracing::warn!("still holding the memory of the workload");
+            tokio::select! {
+                _ = self.stop.wait() => tracing::warn!("still holding the memory of the workload"),
+                () = over(limit) => {
+                    limit = None;
+                    if let Err(error) = self.give_up(&filling).await {
+                        release(filling.keeper);
+                        return self.take_back(error).await;
+                    }
+                }
+            }
         }
     }
+
+    fn abort(&self, error: &SessionError) -> ToSource {
+        ToSource::Abort(Abort {
+            host: host::name(),
+            state: error.state,
+            text: error.text.clone(),
+            copy_is_dead: !self.copy_may_run,
+        })
+    }
+}
+
+/// Whether another link may do better.
+fn is_of_link(error: &SessionError) -> bool {
+    matches!(error.failure, Failure::Connection | Failure::Peer)
 }
 
 /// What may happen while CRIU restores, or the memory is filled.

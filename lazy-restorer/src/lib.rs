@@ -36,6 +36,7 @@ pub mod journal;
 pub mod keeper;
 pub mod memory;
 pub mod nursery;
+mod outage;
 pub mod pacing;
 pub mod privileges;
 pub mod progress;

@@ -21,6 +21,7 @@ use common::page::PageRange;
 use common::proto::control::Tally;
 use common::proto::demand::DemandFrame;
 use common::proto::pages::DataHeader;
+use common::session_file::{Runs, Whole, WholeProcess};
 use tokio::sync::{Notify, mpsc};
 
 use self::descriptor::{Descriptor, Lock};
@@ -243,6 +244,20 @@ impl<D: Descriptor> Memory<D> {
         let pids = self.families.keys();
         pids.filter_map(|pid| Some((*pid, self.family(*pid)?.present_map())))
             .collect()
+    }
+
+    /// What the source is still to be told when every page is here.
+    pub fn whole(&self) -> Whole {
+        let processes = self.present_map().into_iter();
+        let processes = processes.map(|(pid, map)| WholeProcess {
+            pid,
+            received: Runs::of(&map.received),
+            withheld: Runs::of(&map.withheld),
+        });
+        Whole {
+            tally: self.tally(),
+            processes: processes.collect(),
+        }
     }
 
     /// Orders again what a lost link took with it.

@@ -4,7 +4,6 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use common::images::ImagePid;
 use common::proto::control::HugeAreas;
@@ -14,7 +13,6 @@ use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::sleep;
 
 use crate::connect::{Source, Threads};
 use crate::copy::Copy;
@@ -33,11 +31,6 @@ use crate::skeleton;
 
 /// Failures of transfer tasks that wait to be looked at.
 pub(crate) const FAILURES: usize = 8;
-/// Time killed processes have until the kernel has taken their memory down.
-const BURIAL: Duration = Duration::from_secs(10);
-/// Pause between looks at it.
-const LOOK: Duration = Duration::from_millis(20);
-
 /// A restoring or restored workload.
 #[derive(Debug)]
 pub struct Resident {
@@ -365,20 +358,7 @@ impl Resident {
 
     /// Kills the running copy, and waits until nothing is left of it. False when somebody lives on whom we do not find.
     pub async fn kill(&self) -> bool {
-        bury(self.copy.kill()).await;
-        self.is_dead_within(BURIAL).await
-    }
-
-    /// Who was forked here and has lost its parents is found by nobody, but its descriptor is here.
-    async fn is_dead_within(&self, limit: Duration) -> bool {
-        let deadline = Instant::now() + limit;
-        while !self.memory.is_gone() {
-            if Instant::now() > deadline {
-                return false;
-            }
-            sleep(LOOK).await;
-        }
-        true
+        self.copy.kill_all(&self.memory).await
     }
 
     /// Whose tree the copy is.

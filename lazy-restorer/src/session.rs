@@ -7,7 +7,7 @@
 mod postcopy;
 mod resume;
 
-pub(crate) use self::postcopy::parts;
+pub(crate) use self::postcopy::{over, parts};
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -39,6 +39,7 @@ use crate::engine::Engine;
 use crate::files::{Files, Pass};
 use crate::gate::Held;
 use crate::keeper::{Keeper, Setup};
+use crate::outage::{Ending, Outage, Teller, say_dead};
 use crate::rehearsal::RehearsalPlan;
 use crate::report::Record;
 use crate::resident::{Resident, ResidentError, Step, images_directory};
@@ -103,6 +104,8 @@ pub async fn run(
         record,
         copy_may_run: false,
         kept: Kept::nothing(plan.remembered.store.clone()),
+        rolled_back: false,
+        outage: None,
         door: None,
     };
     let result = migration.perform(keeper).await;
@@ -121,6 +124,10 @@ struct Migration<'a> {
     /// The restored tasks were let run, and nothing says for certain that they did not.
     copy_may_run: bool,
     kept: Kept,
+    /// The source said instead of granting the cutover that it gives up: it has kept the workload.
+    rolled_back: bool,
+    /// Since the link was lost, until another one has proved to be good.
+    outage: Option<Outage>,
     /// Keeps packets for the service addresses out as long as no socket is there to take them.
     door: Option<Door>,
 }
@@ -476,18 +483,32 @@ impl Migration<'_> {
         };
         match opened {
             Ok(()) => Ok(resident),
-            Err(error) if self.copy_may_run => Err(self.hold(error, resident).await),
+            Err(error) if self.copy_may_run => Err(self.hold(Some(source), error, resident).await),
             Err(error) => {
                 resident.abort().await;
-                if error.failure == Failure::Lost && !error.state.source_may_thaw() {
-                    // The source may have given the workload away, and would wait for us.
-                    eprintln!(
-                        "lazy-restorer: {error}; the copy never ran and is dead, trying to tell the source"
-                    );
-                    return Err(self.tell_dead(&source.welcome.clone(), Some(TELLING)).await);
-                }
-                Err(error)
+                Err(self.take_back(source, error).await)
             }
+        }
+    }
+
+    /// The copy never ran and is dead. A source that may have given the workload away would wait for us.
+    async fn take_back(&mut self, source: &mut Source, error: SessionError) -> SessionError {
+        if error.state.source_may_thaw() || self.rolled_back {
+            return error;
+        }
+        let lost = matches!(error.failure, Failure::Connection | Failure::Lost);
+        if !lost && say_dead(source, error.state).await.is_ok() {
+            return error;
+        }
+        eprintln!(
+            "lazy-restorer: {error}; the copy never ran and is dead, trying to tell the source"
+        );
+        let welcome = source.welcome.clone();
+        let told = self.tell_dead(&welcome, Some(TELLING)).await;
+        // What it failed of is more than that it could be told.
+        match told.failure {
+            Failure::Peer if !lost => error,
+            _ => told,
         }
     }
 
@@ -530,7 +551,10 @@ impl Migration<'_> {
                 self.recover(source, resident, &error, Some(GRANT_TIMEOUT))
                     .await?;
             }
-            Err(error) => return Err(error),
+            Err(error) => {
+                self.rolled_back = error.failure == Failure::Peer;
+                return Err(error);
+            }
         }
         if resident.has_lost_criu() {
             return Err(self.fail(Failure::Restore, LOST_CRIU));
@@ -616,6 +640,7 @@ impl Migration<'_> {
                     .as_ref()
                     .map(|path| path.display().to_string()),
                 on_resumed: self.plan.on_resumed.clone(),
+                whole: None,
             }),
         };
         let written = self.kept.begin(file);
@@ -700,7 +725,7 @@ const SECOND_ANNOUNCEMENT: Duration = Duration::from_millis(200);
 const GRANT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Time to try to tell a source that our copy is dead, which never ran. Afterwards `resume` still can.
-const TELLING: Duration = Duration::from_secs(600);
+pub(crate) const TELLING: Duration = Duration::from_secs(600);
 
 /// Time we have to take descriptors that CRIU has sent already.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);

@@ -66,6 +66,21 @@ pub enum MemoryError {
     Refused(ImagePid, PageRange, Errno),
 }
 
+impl MemoryError {
+    /// Whether the source speaks of what is not, rather than the kernel refusing.
+    pub fn is_of_source(&self) -> bool {
+        match self {
+            MemoryError::UnknownProcess(_)
+            | MemoryError::UnknownPages(..)
+            | MemoryError::TooEarly(_) => true,
+            MemoryError::AttachedTwice(_)
+            | MemoryError::Read(_)
+            | MemoryError::Journal(..)
+            | MemoryError::Refused(..) => false,
+        }
+    }
+}
+
 /// What of a frame had not come before.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct NewPages {

@@ -61,11 +61,14 @@ pub async fn resume(
         record,
         copy_may_run: side.may_run,
         kept: Kept::taken_over(plan.remembered.store.clone(), file),
+        rolled_back: false,
+        outage: None,
         door: None,
     };
-    let result = match side.may_run {
-        true => migration.take_over(&side, &welcome, keeper).await,
-        false => Err(migration.never_ran(&side, &welcome).await),
+    let result = match (&side.whole, side.may_run) {
+        (Some(whole), _) => migration.tell_whole(&welcome, whole).await,
+        (None, true) => migration.take_over(&side, &welcome, keeper).await,
+        (None, false) => Err(migration.never_ran(&side, &welcome).await),
     };
     migration.conclude(result)
 }
@@ -108,7 +111,7 @@ impl Migration<'_> {
                 resident.abort().await;
                 return Err(error);
             }
-            Err(error) => return Err(self.hold(error, resident).await),
+            Err(error) => return self.end_without(None, welcome, error, resident).await,
         };
         let result = match self.go_on(&mut source, &mut resident).await {
             Ok(()) => self.postcopy(&mut source, resident).await,
