@@ -78,6 +78,7 @@ impl Mischief {
             Scenario::Holds(kind) | Scenario::LosesBefore(kind) | Scenario::LosesAfter(kind) => {
                 kind
             }
+            Scenario::LosesAtCutover(_) => super::Message::CUTOVER,
             _ => return Passage::Send(vec![message]),
         };
         if self.done && !matches!(scenario, Scenario::Holds(_)) {
@@ -102,6 +103,7 @@ impl Mischief {
                 | Scenario::Holds(_)
                 | Scenario::LosesBefore(_)
                 | Scenario::LosesAfter(_)
+                | Scenario::LosesAtCutover(_)
         )
     }
 

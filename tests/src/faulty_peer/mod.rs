@@ -65,6 +65,9 @@ pub enum Scenario {
     LosesBefore(Message),
     /// The path is lost when the first message of this kind has passed, and comes back.
     LosesAfter(Message),
+    /// The path is lost when the question for the cutover has passed, comes back, and is lost again before the first message
+    /// of this kind passes.
+    LosesAtCutover(Message),
 }
 
 impl Scenario {
@@ -90,10 +93,19 @@ impl Scenario {
             Self::Holds(message) => format!("holds:{message}"),
             Self::LosesBefore(message) => format!("loses-before:{message}"),
             Self::LosesAfter(message) => format!("loses-after:{message}"),
+            Self::LosesAtCutover(message) => format!("loses-at-cutover:{message}"),
             plain => {
                 let found = Self::ALL.iter().find(|(scenario, _)| *scenario == plain);
                 found.map_or_else(String::new, |(_, name)| (*name).to_owned())
             }
+        }
+    }
+
+    /// What takes its place when it has lost the path.
+    pub fn next(self) -> Self {
+        match self {
+            Self::LosesAtCutover(message) => Self::LosesBefore(message),
+            _ => Self::Passes,
         }
     }
 
@@ -108,6 +120,7 @@ impl Scenario {
             "holds" => Some(Self::Holds(message)),
             "loses-before" => Some(Self::LosesBefore(message)),
             "loses-after" => Some(Self::LosesAfter(message)),
+            "loses-at-cutover" => Some(Self::LosesAtCutover(message)),
             _ => None,
         }
     }

@@ -251,12 +251,16 @@ async fn allowed<T>(passage: Passage<T>, let_go: &Notify) -> Vec<T> {
     }
 }
 
-/// All connections are gone without a word, and another one of us that lets everything pass takes our place.
+/// All connections are gone without a word, and another one of us takes our place.
 fn lose_everything() -> ! {
+    let scenario = std::env::args()
+        .nth(1)
+        .and_then(|name| Scenario::named(&name));
+    let next = scenario.map_or(Scenario::Passes, Scenario::next);
     let arguments = std::env::args().skip(2);
     let own = std::env::current_exe().unwrap_or_default();
     let mut command = Command::new(own);
-    let error = command.arg(Scenario::Passes.name()).args(arguments).exec();
+    let error = command.arg(next.name()).args(arguments).exec();
     eprintln!("cannot go on: {error}");
     std::process::exit(1)
 }
