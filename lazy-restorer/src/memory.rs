@@ -14,6 +14,7 @@ use std::ops::DerefMut;
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use common::images::{DumpedVma, ImagePid};
 use common::lazy_map::LazyMap;
@@ -332,6 +333,13 @@ impl<D: Descriptor> Memory<D> {
     /// Faults on pages without content so far.
     pub fn zero_faults(&self) -> u64 {
         self.totals.zero_faults.load(Ordering::Relaxed)
+    }
+
+    /// Since when the thread waits that waits longest.
+    pub fn waits_since(&self) -> Option<Instant> {
+        let pids = self.families.keys();
+        pids.filter_map(|pid| self.family(*pid)?.waits_since())
+            .min()
     }
 
     /// How long threads waited for pages, over all families.

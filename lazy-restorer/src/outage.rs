@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::exit::Failure;
 use common::host;
-use common::limits::RECONNECT_PAUSE;
+use common::limits::{RECONNECT_PAUSE, UNANSWERED_TIMEOUT};
 use common::proto::control::{Abort, ToDestination, ToSource, Welcome};
 use common::proto::version::V3;
 use common::session::State;
@@ -17,6 +17,7 @@ use common::stop::StopSignal;
 use tokio::time::{sleep, timeout};
 
 use crate::connect::{ConnectPlan, Source, Threads, reconnect};
+use crate::memory::Memory;
 use crate::session::parts;
 
 /// Reasons that are told apart.
@@ -92,6 +93,37 @@ impl Outage {
         let pause = self.pause;
         self.pause = (pause * 2).clamp(RECONNECT_PAUSE.0, RECONNECT_PAUSE.1);
         pause
+    }
+}
+
+/// What is said of a source that is there and sends nothing.
+pub(crate) const UNANSWERED: &str =
+    "the source answers no requests, although the link is alive; giving this link up";
+
+/// A source that sends no page while a thread waits for one.
+#[derive(Debug)]
+pub(crate) struct Silence {
+    since: Instant,
+    owed: u64,
+}
+
+impl Silence {
+    /// The link is new.
+    pub(crate) fn begin(memory: &Memory) -> Self {
+        Silence {
+            since: Instant::now(),
+            owed: memory.counts().owed,
+        }
+    }
+
+    /// Whether it has lasted too long. To be asked every now and then.
+    pub(crate) fn is_too_long(&mut self, memory: &Memory) -> bool {
+        let owed = memory.counts().owed;
+        let Some(waits_since) = memory.waits_since().filter(|_| owed == self.owed) else {
+            *self = Silence::begin(memory);
+            return false;
+        };
+        self.since.max(waits_since).elapsed() > UNANSWERED_TIMEOUT
     }
 }
 

@@ -144,6 +144,10 @@ impl<D: Descriptor> LiveFamily<D> {
         self.family.fetch_singly();
     }
 
+    pub(super) fn waits_since(&self) -> Option<Instant> {
+        self.waiting.values().min().copied()
+    }
+
     pub(super) fn blocktime(&self) -> &Blocktime {
         &self.blocktime
     }

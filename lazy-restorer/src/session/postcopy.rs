@@ -21,6 +21,7 @@ use crate::connect::Source;
 use crate::copy::SURVIVOR;
 use crate::fetch::TransferError;
 use crate::huge::Huge;
+use crate::outage::{Silence, UNANSWERED};
 use crate::progress::Progress;
 use crate::resident::{Resident, ResidentError};
 
@@ -402,6 +403,7 @@ impl Migration<'_> {
         let memory = resident.memory.clone();
         let progress = Progress::start(&memory);
         let mut shown = interval(PROGRESS_INTERVAL);
+        let mut silence = Silence::begin(&memory);
         let (began, owed) = (Instant::now(), memory.counts().owed);
         loop {
             tokio::select! {
@@ -411,6 +413,9 @@ impl Migration<'_> {
                     self.note_announced(resident);
                     if memory.counts().owed < owed || began.elapsed() > EXPLANATION {
                         self.reunite();
+                    }
+                    if silence.is_too_long(&memory) {
+                        return Err(self.fail(Failure::Connection, UNANSWERED));
                     }
                 }
                 step = resident.next() => if let Err(error) = step {

@@ -50,6 +50,8 @@ pub enum Passage<T> {
 pub struct Mischief {
     scenario: Scenario,
     done: bool,
+    /// No page passes for now.
+    keeps_pages: bool,
 }
 
 impl Mischief {
@@ -58,6 +60,7 @@ impl Mischief {
         Self {
             scenario,
             done: false,
+            keeps_pages: false,
         }
     }
 
@@ -100,6 +103,7 @@ impl Mischief {
         !matches!(
             self.scenario,
             Scenario::Passes
+                | Scenario::KeepsPages
                 | Scenario::Holds(_)
                 | Scenario::LosesBefore(_)
                 | Scenario::LosesAfter(_)
@@ -120,6 +124,8 @@ impl Mischief {
             ToSource::CutoverRequest if self.strikes(Scenario::Vanishes) => {
                 return Passage::Vanish;
             }
+            ToSource::Resumed if self.strikes(Scenario::KeepsPages) => self.keeps_pages = true,
+            ToSource::Resume(_) => self.keeps_pages = false,
             ToSource::Drained(tally) if self.strikes(Scenario::CountsWrong) => tally.digest ^= 1,
             _ => {}
         }
@@ -146,8 +152,16 @@ impl Mischief {
         Passage::Send(frames)
     }
 
+    /// Whether answers pass.
+    pub fn lets_answers_pass(&self) -> bool {
+        !self.keeps_pages
+    }
+
     /// A frame of the bulk stream.
     pub fn bulk(&mut self, frame: BulkFrame) -> Passage<BulkFrame> {
+        if self.keeps_pages {
+            return Passage::Stall;
+        }
         match frame.header {
             BulkHeader::File { .. } => self.file(frame),
             BulkHeader::Data(header) => Passage::Send(self.pages(header, frame)),

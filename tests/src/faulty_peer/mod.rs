@@ -35,6 +35,8 @@ const LET_GO: Signal = Signal::SIGUSR1;
 pub enum Scenario {
     /// A source that says nothing more from the skeleton on.
     Stalls,
+    /// A source that sends no more pages once the workload runs, until the destination comes again.
+    KeepsPages,
     /// A source that sends every pushed page twice.
     Replays,
     /// A source that sends pages of a process nobody dumped.
@@ -71,7 +73,8 @@ pub enum Scenario {
 }
 
 impl Scenario {
-    const ALL: [(Self, &str); 13] = [
+    const ALL: [(Self, &str); 14] = [
+        (Self::KeepsPages, "keeps-pages"),
         (Self::Passes, "passes"),
         (Self::Stalls, "stalls"),
         (Self::Replays, "replays"),

@@ -125,7 +125,7 @@ async fn pass_fault(below: Connection, above: Connection, mischief: Shared) -> R
         spawn(async move {
             let (send, recv) = below.accept_bi().await?;
             let (above_send, above_recv) = above.open_bi().await?;
-            let answers = spawn(copy(above_recv, send));
+            let answers = spawn(answers(above_recv, send, mischief.clone()));
             requests(recv, above_send, mischief).await?;
             answers.await?
         })
@@ -220,6 +220,16 @@ fn body_bytes(header: &BulkHeader) -> usize {
         BulkHeader::Packed(packed) => packed.payload as usize,
         BulkHeader::SkeletonEnd { .. } => 0,
     }
+}
+
+async fn answers(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> Result<()> {
+    while let Ok(Some(chunk)) = from.read_chunk(usize::MAX, true).await {
+        if !lock(&mischief.mischief).lets_answers_pass() {
+            return std::future::pending().await;
+        }
+        to.write_chunk(chunk.bytes).await?;
+    }
+    end(to).await
 }
 
 async fn copy(mut from: RecvStream, mut to: SendStream) -> Result<()> {
