@@ -71,6 +71,12 @@ async fn welcome(
 ) -> Result<Destination, String> {
     match call.message {
         ToSource::Hello(hello) => welcome_hello(listen, call.control, hello, session, token).await,
+        // Its operator is to learn that the port is another's now.
+        ToSource::Resume(_) => {
+            let text = String::from(OTHER_SESSION);
+            refuse(call.control, &text);
+            Err(text)
+        }
         _ => Err(String::from("it does not begin with a hello")),
     }
 }
@@ -211,7 +217,7 @@ fn recognise<'a>(
 ) -> Result<&'a Acquaintance, String> {
     let old = known.get(&resume.session);
     let old = old.filter(|old| resume.secret.matches(&old.secret));
-    let old = old.ok_or("this page-server serves another session")?;
+    let old = old.ok_or(OTHER_SESSION)?;
     if resume.version != old.version {
         return Err(format!(
             "this session speaks version {}, and no other",
@@ -227,6 +233,9 @@ struct Known {
     secret: Secret,
     version: u16,
 }
+
+/// What a destination is told that comes again to the wrong program.
+const OTHER_SESSION: &str = "this page-server serves another session";
 
 /// Completes a destination by its bulk connection.
 async fn take_bulk(
