@@ -19,7 +19,7 @@ use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::limits::IDLE_TIMEOUT;
-use common::lost::LostPlan;
+use common::lost::{Limit, LostPlan};
 use common::operator::{self, Facts};
 use common::proto::control::{Abort, ToDestination, ToSource, WorkloadFacts};
 use common::proto::version::V3;
@@ -31,7 +31,7 @@ use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::advise::{self, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
@@ -79,6 +79,8 @@ pub struct MigratePlan {
     pub on_resumed: Option<String>,
     /// Command for when the migration failed here.
     pub on_aborted: Option<String>,
+    /// How long the workload may stand still before the point of no return.
+    pub freeze_limit: Limit,
     /// What is done about a source that cannot be reached.
     pub lost: LostPlan,
     /// What a restart must know besides.
@@ -104,6 +106,7 @@ pub async fn run(
         record,
         copy_may_run: false,
         kept: Kept::nothing(plan.remembered.store.clone()),
+        thaw_by: None,
         rolled_back: false,
         outage: None,
         door: None,
@@ -124,6 +127,8 @@ struct Migration<'a> {
     /// The restored tasks were let run, and nothing says for certain that they did not.
     copy_may_run: bool,
     kept: Kept,
+    /// When a workload that stands still must run again, as long as it has not been asked for.
+    thaw_by: Option<Instant>,
     /// The source said instead of granting the cutover that it gives up: it has kept the workload.
     rolled_back: bool,
     /// Since the link was lost, until another one has proved to be good.
@@ -197,6 +202,7 @@ impl Migration<'_> {
         self.send(source, &ToSource::Ready).await?;
         self.advance(Event::Ready)?;
         self.expect(source, ToDestination::Freezing).await?;
+        self.thaw_by = self.plan.freeze_limit.0.map(|limit| Instant::now() + limit);
         let staged = self.skeleton(source, directory).await?;
         self.bring_files(source, Pass::Last).await?;
         keeper
@@ -253,11 +259,13 @@ impl Migration<'_> {
         }
     }
 
-    /// The next message, unless the source gives up, is lost, or the operator stops us.
+    /// The next message, unless the source gives up, is lost, or the operator stops us, or the workload has stood still for
+    /// too long.
     async fn next(&mut self, source: &mut Source) -> Result<ToDestination, SessionError> {
-        let state = self.state();
+        let (state, limit) = (self.state(), self.plan.freeze_limit);
         tokio::select! {
             message = source.control.next() => understood(state, message),
+            () = until(self.thaw_by) => Err(SessionError::new(Failure::Restore, state, limit.exceeded())),
             name = self.stop.wait() => Err(interrupted(state, name)),
         }
     }
@@ -400,6 +408,9 @@ impl Migration<'_> {
         let bulk = source.bulk.clone();
         let brought = tokio::select! {
             brought = plan.files.pass(&bulk, pass) => brought,
+            () = until(self.thaw_by) => {
+                return Err(SessionError::new(Failure::Restore, state, plan.freeze_limit.exceeded()));
+            }
             name = self.stop.wait() => return Err(interrupted(state, name)),
         };
         let Err(error) = brought else { return Ok(()) };
@@ -735,6 +746,14 @@ const EXPLANATION: Duration = Duration::from_millis(500);
 
 /// Time the source has to say why the skeleton's stream broke; a lost link shows within it.
 const FINAL_WORD: Duration = IDLE_TIMEOUT.saturating_add(Duration::from_secs(1));
+
+/// Waits until then; for ever without a limit.
+async fn until(limit: Option<Instant>) {
+    match limit {
+        Some(limit) => sleep_until(limit).await,
+        None => std::future::pending().await,
+    }
+}
 
 fn understood(
     state: State,

@@ -12,7 +12,7 @@ use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::host::{self, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
 use common::identity::{Fingerprint, Identity, Trust};
-use common::lost::{LostPlan, OnLost, parse_duration};
+use common::lost::{FREEZE_LIMIT, Limit, LostPlan, OnLost, parse_duration, parse_limit};
 use common::proto::control::Secret;
 use common::proto::version::V3;
 use common::quic::PathProfile;
@@ -184,6 +184,9 @@ pub struct Serve {
     /// Directory for images, best on a tmpfs [default: /run, /dev/shm or /tmp, the first that is a tmpfs]
     #[arg(long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
+    /// Let the workload run on when it has stood still for this long before the cutover, such as 90s or 5m; 0 for no limit
+    #[arg(long, value_name = "DURATION", default_value = FREEZE_LIMIT, value_parser = parse_limit)]
+    freeze_limit: Limit,
     #[command(flatten)]
     lost: Lost,
     #[command(flatten)]
@@ -397,6 +400,7 @@ impl Resume {
             work_dir: None,
             on_frozen: None,
             on_thawed: source.on_thawed.clone(),
+            freeze_limit: Limit::default(),
             lost: self.lost.plan(),
             remembered: remembered_by(file, store),
         })
@@ -535,6 +539,7 @@ impl Serve {
             work_dir: self.work_dir.clone(),
             on_frozen: self.on_frozen.clone(),
             on_thawed: self.on_thawed.clone(),
+            freeze_limit: self.freeze_limit,
             lost: self.lost.plan(),
             remembered: self.remembered(),
         })

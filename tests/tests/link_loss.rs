@@ -13,7 +13,7 @@ use tests::gate::Gate;
 use tests::harness::{self, MIGRATION, REDIS_MIGRATION, Test};
 use tests::host::INTERFACE;
 use tests::leftovers::assert_moved;
-use tests::matrix::{fast_link, set_link, slow_link};
+use tests::matrix::{fast_link, set_link, shaped_link};
 use tests::pair::{PATIENCE, PairPlan, Side, sessions};
 use tests::random::seed_of_this_run;
 use tests::redis;
@@ -101,7 +101,9 @@ fn what_came_before_an_outage_is_not_sent_again(rig: &Rig) -> Result<()> {
         },
     )?;
     let mut plan = PairPlan::new(rig)?;
-    plan.on_resumed = format!("{}; {}", slow_link(rig), plan.on_resumed);
+    // Slow enough to be cut in the middle.
+    let bucket = "rate 100mbit burst 64kb latency 50ms";
+    plan.on_resumed = format!("{}; {}", shaped_link(rig, bucket), plan.on_resumed);
     let mut server = plan.start_server(rig, torture.pid())?;
     let mut restorer = plan.start_restorer(rig)?;
     let copy = restorer.wait_for_copy()?;

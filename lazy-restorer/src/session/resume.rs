@@ -61,6 +61,7 @@ pub async fn resume(
         record,
         copy_may_run: side.may_run,
         kept: Kept::taken_over(plan.remembered.store.clone(), file),
+        thaw_by: None,
         rolled_back: false,
         outage: None,
         door: None,

@@ -398,7 +398,8 @@ impl Migration<'_> {
     }
 }
 
-async fn until(limit: Option<Instant>) {
+/// Waits until then; for ever without a limit.
+pub(crate) async fn until(limit: Option<Instant>) {
     match limit {
         Some(limit) => sleep_until(limit).await,
         None => std::future::pending().await,

@@ -45,6 +45,7 @@ pub async fn resume(
         stop,
         record,
         kept: Kept::taken_over(plan.remembered.store.clone(), file),
+        thaw_by: None,
         refusal: None,
         complaint: None,
         door: None,
