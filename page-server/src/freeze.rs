@@ -151,11 +151,14 @@ impl FreezePlan {
                 return Err(self.dump_error(status));
             }
             () = until(thaw_by) => {
+                // Nobody is to run before the connections are put right; this stop catches them when ptrace lets go.
+                signal_all(&self.workload.pids(), Signal::SIGSTOP);
                 // With what it started: its script, or the CRIU of a runtime.
                 killpg(Pid::from_raw(child.id().unwrap_or_default().cast_signed()), Signal::SIGKILL)
                     .map_err(prepare("killing CRIU"))?;
                 let status = child.wait().await.map_err(prepare("waiting for CRIU"))?;
                 self.rescue_after(status);
+                signal_all(&self.workload.pids(), Signal::SIGCONT);
                 return Err(FreezeError::TooLong(self.limit));
             }
         };
