@@ -348,10 +348,6 @@ impl Resume {
         left: Vec<SessionFile>,
         store: Store,
     ) -> Result<ExternalPlan, SessionError> {
-        if self.lost.give_up_after.is_some() {
-            let text = "--give-up-after is not for sessions of `attach` and `serve --images`";
-            return Err(SessionError::new(Failure::BadInput, State::Paused, text));
-        }
         Ok(ExternalPlan {
             images: PathBuf::from(images),
             attach_to,
@@ -366,6 +362,7 @@ impl Resume {
             token: None,
             work_dir: None,
             ready: |address| println!("listening on {address}"),
+            lost: self.lost.plan(),
             remembered: remembered_by(file, store),
             left,
         })
@@ -481,6 +478,7 @@ impl Serve {
             token: self.token_file.as_deref().map(new_token).transpose()?,
             work_dir: self.work_dir.clone(),
             ready: |address| println!("listening on {address}"),
+            lost: self.lost.plan(),
             remembered: self.remembered(),
             left: Vec::new(),
         }))
@@ -598,6 +596,8 @@ pub struct Attach {
     #[arg(long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
     #[command(flatten)]
+    lost: Lost,
+    #[command(flatten)]
     state: StateDirectory,
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
@@ -639,6 +639,7 @@ impl Attach {
             token: self.token_file.as_deref().map(new_token).transpose()?,
             work_dir: self.work_dir.clone(),
             ready: |address| println!("listening on {address}"),
+            lost: self.lost.plan(),
             remembered: remembered(&self.state, &self.identity, &self.accept),
             left: Vec::new(),
         })

@@ -6,12 +6,14 @@ use std::time::SystemTime;
 
 use common::exit::{Failure, SessionError};
 use common::host;
+use common::lost::{LostPlan, OnLost};
 use common::proto::control::{SessionId, Tally, ToDestination, ToSource};
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
 use common::session_file::{Kept, SessionFile};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 use crate::attach::{AttachError, ForeignDump};
 use crate::book::Book;
@@ -21,7 +23,7 @@ use crate::framer::Form;
 use crate::offer::Offer;
 use crate::push::Push;
 use crate::report::{Record, WireBytes};
-use crate::session::{interrupted, settle};
+use crate::session::{interrupted, settle, until};
 use crate::transfer::Transfer;
 
 /// What keeps the offered memory as it is.
@@ -85,6 +87,8 @@ pub struct House {
     pub threads: Threads,
     /// The signal that asks us to stop.
     pub stop: watch::Receiver<Option<&'static str>>,
+    /// What is done about a destination that does not come back.
+    pub lost: LostPlan,
 }
 
 /// A destination's visit.
@@ -102,6 +106,7 @@ pub struct Visit {
     pub threads: Threads,
     /// The signal that asks us to stop.
     pub stop: watch::Receiver<Option<&'static str>>,
+    lost: LostPlan,
     session: Session,
     phases: Phases,
     book: Arc<Book>,
@@ -170,6 +175,7 @@ impl Visit {
             offer: house.offer,
             threads: house.threads,
             stop: house.stop,
+            lost: house.lost,
             session: Session::default(),
             phases: Phases::start(State::Hello),
             record,
@@ -191,6 +197,7 @@ impl Visit {
         let result = match self.settle().await {
             Ok(Ok(transfer)) => self.serve(hold, Ok(()), transfer).await,
             Ok(Err(dead)) => Err(self.copy_died(hold, dead).await),
+            Err(error) if self.state() == State::Lost => Err(gave_up(hold, error).await),
             Err(error) => Err(keep(&hold, error).await),
         };
         self.conclude(result).await
@@ -367,9 +374,13 @@ impl Visit {
             if let Err(text) = link {
                 // Nothing of the old link may be sent while it is settled what has come.
                 transfer.stop().await;
-                transfer = match self.recover(&text).await? {
-                    Ok(transfer) => transfer,
-                    Err(dead) => return Err(self.copy_died(hold, dead).await),
+                transfer = match self.recover(&text).await {
+                    Ok(Ok(transfer)) => transfer,
+                    Ok(Err(dead)) => return Err(self.copy_died(hold, dead).await),
+                    Err(error) if self.state() == State::Lost => {
+                        return Err(gave_up(hold, error).await);
+                    }
+                    Err(error) => return Err(error),
                 };
             }
             link = match self.until_drained(&hold, &mut transfer).await {
@@ -470,11 +481,18 @@ impl Visit {
 
     /// Waits for the destination to come again, if it has not, and settles what is owed.
     async fn settle(&mut self) -> Result<Result<Transfer, SessionError>, SessionError> {
+        let mut limit = self.lost.give_up_after.map(|limit| Instant::now() + limit);
         loop {
             while !self.destination.is_new() {
-                match self.returns.recv().await {
-                    Some(again) => self.destination = again,
-                    None => return Err(self.fail(Failure::Lost, "the listener ended")),
+                tokio::select! {
+                    again = self.returns.recv() => match again {
+                        Some(again) => self.destination = again,
+                        None => return Err(self.fail(Failure::Lost, "the listener ended")),
+                    },
+                    () = until(limit) => {
+                        limit = None;
+                        self.give_up()?;
+                    }
                 }
             }
             self.advance(Event::Reconnected)?;
@@ -506,6 +524,25 @@ impl Visit {
         eprintln!("page-server: the destination is back");
         self.advance(Event::Settled)?;
         Ok(Ok(self.serve_again()))
+    }
+
+    /// The operator's limit has passed. An error when that is the end.
+    fn give_up(&mut self) -> Result<(), SessionError> {
+        let text = "the destination did not come back in time";
+        if self.lost.on_lost != OnLost::Kill {
+            let error = self.fail(Failure::Lost, text);
+            eprintln!(
+                "page-server: error: source host {}, {error}; still waiting for it",
+                host::name()
+            );
+            return Ok(());
+        }
+        let error = self.fail(
+            Failure::Lost,
+            format!("{text}; its memory is given up, as --on-lost says"),
+        );
+        self.advance(Event::GaveUp)?;
+        Err(error)
     }
 
     fn form(&self) -> Form {
@@ -562,6 +599,14 @@ async fn stopped(stop: &mut watch::Receiver<Option<&'static str>>) -> &'static s
         Some(name) => name,
         None => std::future::pending().await,
     }
+}
+
+/// The operator's limit has passed, and what is frozen was to die then.
+async fn gave_up(hold: Hold, error: SessionError) -> SessionError {
+    if let Err(error) = hold.release().await {
+        tracing::warn!(%error, "the frozen original is killed nevertheless");
+    }
+    error
 }
 
 /// There is no way on. Frozen tasks are kept until the operator comes: they may be running on the destination.
