@@ -76,6 +76,10 @@ pub const MAX_BULK_WINDOW_BYTES: u64 = 64 << 20;
 /// Time without a packet after which a connection counts as lost.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
 
+/// Time without a page for a thread that waits for one, after which a source that is there counts as lost nevertheless:
+/// longer than a disk or swap makes it wait.
+pub const UNANSWERED_TIMEOUT: Duration = Duration::from_secs(15);
+
 /// Time between keep-alive packets; several fit into [`IDLE_TIMEOUT`].
 pub const KEEP_ALIVE: Duration = Duration::from_millis(800);
 

@@ -48,6 +48,31 @@ impl FromStr for OnLost {
     }
 }
 
+/// How long a workload may stand still before the point of no return, unless the operator says otherwise: longer than a
+/// skeleton takes on a slow link, shorter than anyone waits.
+pub const FREEZE_LIMIT: &str = "5m";
+
+/// A limit as operators write it: a time, or 0 for none.
+pub fn parse_limit(text: &str) -> Result<Limit, LostError> {
+    let limit = parse_duration(text)?;
+    Ok(Limit((!limit.is_zero()).then_some(limit)))
+}
+
+/// A limit of time, if there is one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limit(pub Option<Duration>);
+
+impl Limit {
+    /// What exceeding it is called.
+    pub fn exceeded(self) -> String {
+        let seconds = self.0.unwrap_or_default().as_secs();
+        format!(
+            "the workload stood still for longer than --freeze-limit allows ({seconds} s); it runs on the source, and a larger \
+             limit, or 0 for none, gives it more time"
+        )
+    }
+}
+
 /// A time as operators write it: a number of seconds, or with `s`, `m` or `h` behind it.
 pub fn parse_duration(text: &str) -> Result<Duration, LostError> {
     let bad = || LostError::Duration(text.to_owned());
@@ -75,6 +100,14 @@ mod tests {
         for text in ["", "s", "-1", "5d", "99999999999999999999", "ä"] {
             assert!(seconds(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn no_time_is_no_limit() {
+        assert_eq!(parse_limit("0"), Ok(Limit(None)));
+        let default = parse_limit(FREEZE_LIMIT).expect("it is a time");
+        assert_eq!(default, Limit(Some(Duration::from_secs(300))));
+        assert!(default.exceeded().contains("300 s"));
     }
 
     #[test]

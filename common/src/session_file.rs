@@ -8,6 +8,7 @@ mod kept;
 mod listing;
 mod store;
 mod task;
+mod whole;
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -19,6 +20,7 @@ pub use self::kept::Kept;
 pub use self::listing::Listed;
 pub use self::store::{DEFAULT_DIRECTORY, Entry, Store, StoreError};
 pub use self::task::{Task, boot_id};
+pub use self::whole::{Runs, Whole, WholeProcess};
 use crate::address::MovingAddress;
 use crate::proto::control::{Secret, SessionId};
 use crate::session::State;
@@ -152,6 +154,8 @@ pub struct DestinationSide {
     pub pidfile: Option<String>,
     /// The operator's command for when the copy runs, until it has been run.
     pub on_resumed: Option<String>,
+    /// The copy has every page and needs nobody any more; only the source is still to be told so.
+    pub whole: Option<Whole>,
 }
 
 /// Whether a session may be gone on with.
@@ -206,8 +210,10 @@ impl SessionFile {
         }
         let held = match &self.side {
             Side::Source(source) => source.original.is_there(),
-            // That the copy is dead and never ran is worth telling the source.
-            Side::Destination(destination) => !destination.may_run || destination.keeper.is_alive(),
+            // That the copy is dead, or whole, is worth telling the source.
+            Side::Destination(destination) => {
+                !destination.may_run || destination.whole.is_some() || destination.keeper.is_alive()
+            }
         };
         if !held {
             return Standing::Stale(Staleness::TasksGone);

@@ -12,7 +12,7 @@ use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::identity::{Fingerprint, Identity, Trust};
-use common::lost::{LostPlan, OnLost, parse_duration};
+use common::lost::{FREEZE_LIMIT, Limit, LostPlan, OnLost, parse_duration, parse_limit};
 use common::proto::version;
 use common::quic::PathProfile;
 use common::session::State;
@@ -201,6 +201,7 @@ impl Resume {
             rehearsal: RehearsalPlan::default(),
             files: Files::default(),
             addresses: side.addresses.clone(),
+            freeze_limit: Limit::default(),
             lost: self.lost.plan(),
             remembered: Remembered {
                 store,
@@ -328,6 +329,9 @@ pub struct Restore {
     /// Directory for images, best on a tmpfs [default: /run, /dev/shm or /tmp, the first that is a tmpfs]
     #[arg(long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
+    /// Give up when the workload has stood still for this long before the cutover, such as 90s or 5m; 0 for no limit
+    #[arg(long, value_name = "DURATION", default_value = FREEZE_LIMIT, value_parser = parse_limit)]
+    freeze_limit: Limit,
     #[command(flatten)]
     lost: Lost,
     #[command(flatten)]
@@ -399,6 +403,8 @@ pub struct LazyPages {
     #[arg(long, hide = true)]
     no_push: bool,
     #[command(flatten)]
+    lost: Lost,
+    #[command(flatten)]
     state: StateDirectory,
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
@@ -437,6 +443,7 @@ impl LazyPages {
                 status_fd: self.status_fd,
                 pidfile,
             },
+            lost: self.lost.plan(),
             remembered: remembered(&self.state, &self.identity, &self.accept),
         })
     }
@@ -603,6 +610,7 @@ impl Restore {
             before_restore: self.before_restore.clone(),
             on_resumed: self.on_resumed.clone(),
             on_aborted: self.on_aborted.clone(),
+            freeze_limit: self.freeze_limit,
             lost: self.lost.plan(),
             remembered: remembered(&self.state, &self.identity, &self.accept),
         })

@@ -1,10 +1,12 @@
 //! Notices the end of restored processes: userfaultfd does not report it.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -58,11 +60,22 @@ pub fn pidfd_open(pid: Pid) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// Kills the process that `pidfd` names; one that has ended already is as good.
-pub fn pidfd_kill(pidfd: &OwnedFd) {
-    let (pidfd, signal) = (pidfd.as_raw_fd(), libc::SIGKILL);
+/// Whether the process that `pidfd` names has ended.
+pub fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut looked_at = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut looked_at, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
+/// Sends a signal to the process that `pidfd` names; one that has ended already needs none.
+pub fn pidfd_send(pidfd: &OwnedFd, signal: Signal) {
+    let (pidfd, signal) = (pidfd.as_raw_fd(), signal as libc::c_int);
     // SAFETY: the call takes numbers and no signal information.
     unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd, signal, 0, 0) };
+}
+
+/// Kills the process that `pidfd` names; one that has ended already is as good.
+pub fn pidfd_kill(pidfd: &OwnedFd) {
+    pidfd_send(pidfd, Signal::SIGKILL);
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@
 //! after it said that they are restored. Therefore the source gives the workload away *before* the socket is bound. A
 //! restore that fails gives it back: the tasks that were rebuilt are killed first, and never ran.
 
+mod lost;
+
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -17,7 +19,7 @@ use common::control::ControlError;
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::images::{ImagesDigest, images_digest, read_processes};
-use common::limits::RECONNECT_PAUSE;
+use common::lost::LostPlan;
 use common::operator::Facts;
 use common::proto::control::{Abort, ToDestination, ToSource};
 use common::proto::version::V3;
@@ -33,10 +35,11 @@ use tempfile::TempDir;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{interval, sleep, timeout};
+use tokio::time::{interval, timeout};
 
 use crate::advise::{Checks, Leniency};
-use crate::connect::{ConnectPlan, Source, Threads, connect, reconnect};
+use crate::connect::{ConnectPlan, Source, Threads, connect};
+use crate::copy::Copy;
 use crate::engine::Engine;
 use crate::exits::{self, pidfd_kill, pidfd_open};
 use crate::fetch::{Orders, TransferError};
@@ -44,6 +47,7 @@ use crate::files::Files;
 use crate::handover::{self, Handover, HandoverError, Handovers, SOCKET_NAME};
 use crate::keeper::{Keeper, Setup};
 use crate::memory::{Memory, ProcessImage};
+use crate::outage::{Outage, Silence, UNANSWERED};
 use crate::progress::Progress;
 use crate::ready::Ready;
 use crate::report::Record;
@@ -55,8 +59,6 @@ use crate::{push, skeleton};
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// Time in which the control stream may explain better why another stream broke.
 const EXPLANATION: Duration = Duration::from_millis(500);
-/// Time to try to reach a source again that nobody here needs.
-const RETURN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Everything the operator decided.
 #[derive(Clone, Debug)]
@@ -71,6 +73,8 @@ pub struct ExternalPlan {
     pub push: bool,
     /// Whom to tell when `criu restore` may begin.
     pub ready: Ready,
+    /// What is done about a source that cannot be reached.
+    pub lost: LostPlan,
     /// What a restart must know besides.
     pub remembered: Remembered,
 }
@@ -114,12 +118,16 @@ async fn perform(
         session: Session::default(),
         source,
         copy_may_run: false,
+        rolled_back: false,
+        outage: None,
         keeper: Some(keeper),
         kept: Kept::nothing(plan.remembered.store.clone()),
     };
     let result = external.migrate(dump).await;
-    // A workload whose memory is not whole is held, and this is not reached.
-    external.kept.end();
+    // A workload whose memory is not whole is held, and this is not reached. What is lost is the source's to learn.
+    if !matches!(&result, Err(error) if error.failure == Failure::Lost) {
+        external.kept.end();
+    }
     let last = match &result {
         // A source that gave up before the point of no return knows all there is to know.
         Err(error) if error.failure == Failure::Peer && error.state.source_may_thaw() => None,
@@ -163,6 +171,10 @@ struct External<'a> {
     source: Source,
     /// CRIU may have let the tasks run.
     copy_may_run: bool,
+    /// The source said instead of granting the cutover that it gives up: it has kept the workload.
+    rolled_back: bool,
+    /// Since the link was lost, until another one has proved to be good.
+    outage: Option<Outage>,
     keeper: Option<Keeper>,
     kept: Kept,
 }
@@ -179,18 +191,10 @@ struct Filling {
     link_tasks: JoinSet<()>,
     /// The restored tasks.
     tasks: Vec<OwnedFd>,
-    /// The same, named for good.
-    named: Vec<Task>,
+    /// The same, for when they run.
+    copy: Copy,
     /// For the keeper, which removes it, and for a successor.
     directory: TempDir,
-}
-
-/// What ends a stretch of waiting.
-enum Ended {
-    /// The source cannot be reached any more.
-    LinkLost(String),
-    /// What was waited for.
-    Done,
 }
 
 impl External<'_> {
@@ -299,16 +303,10 @@ impl External<'_> {
         self.send(ToSource::Staged).await?;
         self.advance(Event::Staged)?;
         self.remember(&filling)?;
-        self.send(ToSource::CutoverRequest).await?;
         self.advance(Event::CutoverAsked)?;
-        let granted = self.source.control.next().await;
-        match self.understood(granted) {
-            Ok(ToDestination::CutoverGranted) => self.advance(Event::CutoverGranted)?,
-            Ok(message) => return Err(self.unexpected(&message)),
-            Err(error) if error.failure == Failure::Connection => {
-                self.recover(&mut filling, &error.text, true).await?;
-            }
-            Err(error) => return Err(error),
+        if let Err(error) = self.ask(&mut filling).await {
+            release(filling.keeper);
+            return Err(self.take_back(error).await);
         }
         // CRIU waits for nobody, so its tasks may run from the moment it finds the socket.
         let noted = self.note(|side| side.may_run = true);
@@ -319,7 +317,10 @@ impl External<'_> {
         if let Err(error) = provided {
             // No task has run, and those there were are killed: there is nothing to keep.
             release(filling.keeper);
-            return Err(error);
+            if let Err(error) = self.note(|side| side.may_run = false) {
+                tracing::warn!(%error, "a restart does not know that the copy is dead");
+            }
+            return Err(self.take_back(error).await);
         }
         let counted = self.until_whole(&mut filling).await;
         self.record.count(&filling.memory);
@@ -328,7 +329,35 @@ impl External<'_> {
                 release(filling.keeper);
                 Ok(())
             }
+            Err(error) if !self.copy_may_run => {
+                release(filling.keeper);
+                Err(self.take_back(error).await)
+            }
+            // Whole, only not acknowledged: the workload needs nothing from anyone any more.
+            Err(error)
+                if filling.memory.counts().owed == 0
+                    && (is_of_link(&error) || error.failure == Failure::Lost) =>
+            {
+                self.end_whole(filling).await
+            }
             Err(error) => Err(self.hold(error, filling).await),
+        }
+    }
+
+    /// Asks for the workload. A source that takes us back after the link was lost has given it away.
+    async fn ask(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
+        self.send(ToSource::CutoverRequest).await?;
+        let granted = self.source.control.next().await;
+        match self.understood(granted) {
+            Ok(ToDestination::CutoverGranted) => self.advance(Event::CutoverGranted),
+            Ok(message) => Err(self.unexpected(&message)),
+            Err(error) if error.failure == Failure::Connection => {
+                self.recover(filling, &error.text, true).await
+            }
+            Err(error) => {
+                self.rolled_back = error.failure == Failure::Peer;
+                Err(error)
+            }
         }
     }
 
@@ -407,7 +436,7 @@ impl External<'_> {
             credits: Some(link.credits),
             link_tasks: link.tasks,
             tasks: Vec::new(),
-            named: Vec::new(),
+            copy: Copy::default(),
             directory,
         })
     }
@@ -443,6 +472,7 @@ impl External<'_> {
                 pidfile: None,
                 addresses: Vec::new(),
                 on_resumed: None,
+                whole: None,
             }),
         };
         let written = self.kept.begin(file);
@@ -545,7 +575,7 @@ impl External<'_> {
                         .memory
                         .restored()
                         .map_err(|error| self.fail(Failure::Restore, error))?;
-                    let named = filling.named.clone();
+                    let named = filling.copy.tasks().to_vec();
                     if let Err(error) = self.note(|side| side.tasks = named) {
                         tracing::warn!(%error, "a restart does not know the tasks");
                     }
@@ -585,7 +615,9 @@ impl External<'_> {
     ) -> Result<(), String> {
         // One that has ended already needs no end.
         filling.tasks.extend(pidfd_open(pid).ok());
-        filling.named.extend(Task::find(pid.as_raw()));
+        if let Some(task) = Task::find(pid.as_raw()) {
+            filling.copy.add(task);
+        }
         let key = filling.memory.attach(image, uffd);
         let key = key.map_err(|error| error.to_string())?;
         filling
@@ -600,50 +632,63 @@ impl External<'_> {
     /// The tasks run. Waits until their memory is whole, over as many links as it takes.
     async fn until_whole(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
         self.record.resumed_at_unix_us = unix_us(SystemTime::now());
-        let mut told = match self.send(ToSource::Resumed).await {
-            Ok(()) => Ended::Done,
-            Err(error) if error.failure == Failure::Connection => Ended::LinkLost(error.text),
-            Err(error) => return Err(error),
+        let mut whole = match self.send(ToSource::Resumed).await {
+            Ok(()) => self.until_agreed(filling).await,
+            Err(error) => Err(error),
         };
-        loop {
-            if let Ended::LinkLost(text) = told {
-                self.recover(filling, &text, true).await?;
+        while let Err(error) = &whole
+            && is_of_link(error)
+        {
+            if error.failure == Failure::Peer {
+                // Its operator is to learn it, too; a source that gave up does not listen.
+                let abort = self.abort(error);
+                let _ = timeout(EXPLANATION, self.source.control.send(&abort)).await;
             }
-            if let Ended::LinkLost(text) = self.until_settled(filling).await? {
-                told = Ended::LinkLost(text);
-                continue;
-            }
-            self.advance(Event::AllPresent)?;
-            let drained = ToSource::Drained(filling.memory.tally());
-            let answer = match self.send(drained).await {
-                Ok(()) => {
-                    let answer = self.source.control.next().await;
-                    self.understood(answer)
-                }
+            let text = error.text.clone();
+            whole = match self.recover(filling, &text, true).await {
+                Ok(()) => self.until_agreed(filling).await,
                 Err(error) => Err(error),
             };
-            match answer {
-                Ok(ToDestination::Complete) => return self.advance(Event::Agreed),
-                Ok(message) => return Err(self.unexpected(&message)),
-                Err(error) if error.failure == Failure::Connection => {
-                    told = Ended::LinkLost(error.text);
-                }
-                Err(error) => return Err(error),
+        }
+        whole
+    }
+
+    async fn until_agreed(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
+        self.until_settled(filling).await?;
+        self.advance(Event::AllPresent)?;
+        self.send(ToSource::Drained(filling.memory.tally())).await?;
+        let answer = self.source.control.next().await;
+        match self.understood(answer)? {
+            ToDestination::Complete => {
+                self.reunite();
+                self.advance(Event::Agreed)
             }
+            message => Err(self.unexpected(&message)),
         }
     }
 
-    async fn until_settled(&mut self, filling: &mut Filling) -> Result<Ended, SessionError> {
+    async fn until_settled(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
         if self.plan.push {
             filling.begin_push(&self.source, &self.threads);
         }
         let memory = filling.memory.clone();
         let progress = Progress::start(&memory);
         let mut shown = interval(PROGRESS_INTERVAL);
+        let mut silence = Silence::begin(&memory);
+        let (began, owed) = (Instant::now(), memory.counts().owed);
         loop {
             let step = tokio::select! {
-                () = memory.settled() => return Ok(Ended::Done),
-                _ = shown.tick() => { progress.show(&memory); continue }
+                () = memory.settled() => return Ok(()),
+                _ = shown.tick() => {
+                    progress.show(&memory);
+                    if memory.counts().owed < owed || began.elapsed() > EXPLANATION {
+                        self.reunite();
+                    }
+                    if silence.is_too_long(&memory) {
+                        return Err(self.fail(Failure::Connection, UNANSWERED));
+                    }
+                    continue;
+                }
                 message = self.source.control.next() => Step::Message(Box::new(message)),
                 Some(error) = filling.failures.recv() => Step::Failure(error),
                 name = self.stop.wait() => {
@@ -654,71 +699,23 @@ impl External<'_> {
             };
             match step {
                 Step::Failure(TransferError::Link) => {
-                    return match timeout(EXPLANATION, self.source.control.next()).await {
-                        Ok(said) => match self.understood(said) {
-                            Err(error) if error.failure == Failure::Peer => Err(error),
-                            _ => Ok(Ended::LinkLost(String::from("the connection broke"))),
-                        },
-                        Err(_) => Ok(Ended::LinkLost(String::from("a stream broke"))),
-                    };
-                }
-                Step::Failure(error) => return Err(self.fail(Failure::Lost, error)),
-                Step::Message(message) => match self.understood(*message) {
-                    Err(error) if error.failure == Failure::Connection => {
-                        return Ok(Ended::LinkLost(error.text));
+                    let said = timeout(EXPLANATION, self.source.control.next()).await;
+                    if let Ok(said) = said {
+                        self.understood(said)?;
                     }
-                    Err(error) => return Err(error),
-                    Ok(message) => return Err(self.unexpected(&message)),
-                },
+                    return Err(self.fail(Failure::Connection, "a stream of pages broke"));
+                }
+                Step::Failure(error) if error.is_of_source() => {
+                    return Err(self.fail(Failure::Peer, error));
+                }
+                Step::Failure(error) => return Err(self.fail(Failure::Restore, error)),
+                Step::Message(message) => {
+                    let message = self.understood(*message)?;
+                    return Err(self.unexpected(&message));
+                }
                 Step::Handover(_) => {}
             }
         }
-    }
-
-    /// Tries to reach the source again: for as long as anyone here needs it, else for a while.
-    async fn recover(
-        &mut self,
-        filling: &mut Filling,
-        text: &str,
-        needed: bool,
-    ) -> Result<(), SessionError> {
-        eprintln!(
-            "lazy-restorer: {text}; threads that touch a missing page wait, trying to reconnect"
-        );
-        self.advance(Event::LinkLost)?;
-        let mut pause = RECONNECT_PAUSE.0;
-        let lost_since = Instant::now();
-        self.source = loop {
-            let welcome = self.source.welcome.clone();
-            match reconnect(&self.plan.connect, &self.threads, &welcome).await {
-                Ok(source) => break source,
-                Err(error) if error.failure != Failure::Connection => {
-                    return Err(self.fail(Failure::Lost, error.text));
-                }
-                Err(error) => tracing::info!(%error, "not yet"),
-            }
-            let needed = needed && filling.memory.counts().owed > 0;
-            if !needed && lost_since.elapsed() > RETURN_TIMEOUT {
-                return Err(self.fail(Failure::Lost, "the source cannot be reached"));
-            }
-            tokio::select! {
-                () = sleep(pause) => {}
-                name = self.stop.wait() => match needed {
-                    true => tracing::warn!("{name} ignored: the workload needs the source"),
-                    false => return Err(interrupted(self.session.state(), name)),
-                },
-            }
-            pause = (pause * 2).min(RECONNECT_PAUSE.1);
-        };
-        self.advance(Event::Reconnected)?;
-        filling.unlink().await;
-        self.tell_present(&filling.memory).await?;
-        filling
-            .reconnect(&mut self.source, &self.threads)
-            .await
-            .map_err(|error| self.fail(Failure::Connection, error))?;
-        eprintln!("lazy-restorer: reconnected");
-        self.advance(Event::Settled)
     }
 
     /// Tells the source which pages have come.
@@ -733,24 +730,11 @@ impl External<'_> {
         }
         self.send(ToSource::PresentEnd).await
     }
+}
 
-    /// There is no way on. Holds the workload's memory: threads that touch a missing page wait, and never read zeros.
-    async fn hold(&mut self, error: SessionError, filling: Filling) -> SessionError {
-        if filling.memory.counts().owed == 0 {
-            // Whole, only not acknowledged: the workload needs nothing from anyone any more.
-            release(filling.keeper);
-            return error;
-        }
-        eprintln!(
-            "lazy-restorer: error: destination host {}, {error}; the workload runs here, but threads that touch a \
-             missing page wait; kill the workload to give it up",
-            host::name()
-        );
-        loop {
-            self.stop.wait().await;
-            tracing::warn!("still holding the memory of the workload");
-        }
-    }
+/// Whether another link may do better.
+fn is_of_link(error: &SessionError) -> bool {
+    matches!(error.failure, Failure::Connection | Failure::Peer)
 }
 
 /// What may happen while CRIU restores, or the memory is filled.

@@ -43,6 +43,17 @@ pub enum TransferError {
     Watch(std::io::Error),
 }
 
+impl TransferError {
+    /// Whether the source did something wrong; else this host cannot go on.
+    pub fn is_of_source(&self) -> bool {
+        match self {
+            TransferError::Link | TransferError::Proto(_) => true,
+            TransferError::Memory(error) => error.is_of_source(),
+            TransferError::Decompressor(_) | TransferError::Watch(_) => false,
+        }
+    }
+}
+
 impl From<ReadExactError> for TransferError {
     fn from(_: ReadExactError) -> Self {
         TransferError::Link

@@ -7,6 +7,7 @@
 //! | [`connect`], [`advise`] | reaching the source, and saying early what cannot work |
 //! | [`skeleton`], [`restore`], [`gate`], [`nursery`] | staging the images, CRIU, and holding it at the point of no return |
 //! | [`handover`], [`keeper`], [`exits`] | userfault descriptors and processes as they come and go |
+//! | [`copy`] | the processes of the copy: named for good, and killed |
 //! | [`journal`] | what a successor must know, in memory that outlives us |
 //! | [`session_command`] | which sessions there are |
 //! | [`privileges`] | what is given up after set-up |
@@ -22,6 +23,7 @@ pub mod advise;
 pub mod blocktime;
 pub mod cli;
 pub mod connect;
+pub mod copy;
 pub mod engine;
 pub mod exits;
 pub mod external;
@@ -34,6 +36,7 @@ pub mod journal;
 pub mod keeper;
 pub mod memory;
 pub mod nursery;
+mod outage;
 pub mod pacing;
 pub mod privileges;
 pub mod progress;

@@ -14,6 +14,7 @@ use std::ops::DerefMut;
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use common::images::{DumpedVma, ImagePid};
 use common::lazy_map::LazyMap;
@@ -21,6 +22,7 @@ use common::page::PageRange;
 use common::proto::control::Tally;
 use common::proto::demand::DemandFrame;
 use common::proto::pages::DataHeader;
+use common::session_file::{Runs, Whole, WholeProcess};
 use tokio::sync::{Notify, mpsc};
 
 use self::descriptor::{Descriptor, Lock};
@@ -245,6 +247,20 @@ impl<D: Descriptor> Memory<D> {
             .collect()
     }
 
+    /// What the source is still to be told when every page is here.
+    pub fn whole(&self) -> Whole {
+        let processes = self.present_map().into_iter();
+        let processes = processes.map(|(pid, map)| WholeProcess {
+            pid,
+            received: Runs::of(&map.received),
+            withheld: Runs::of(&map.withheld),
+        });
+        Whole {
+            tally: self.tally(),
+            processes: processes.collect(),
+        }
+    }
+
     /// Orders again what a lost link took with it.
     pub fn reconnect(&self) {
         for pid in self.families.keys() {
@@ -259,6 +275,12 @@ impl<D: Descriptor> Memory<D> {
     pub fn check(&self, key: MemberKey) -> bool {
         self.family(key.pid)
             .is_some_and(|mut family| family.check(key.member, &self.sink()))
+    }
+
+    /// Whether no process has any of this memory any more: all have ended, or run other programs.
+    pub fn is_gone(&self) -> bool {
+        let mut pids = self.families.keys();
+        pids.all(|pid| self.family(*pid).is_none_or(|family| family.is_gone()))
     }
 
     /// A process ended; what only it still missed is not needed any more.
@@ -311,6 +333,13 @@ impl<D: Descriptor> Memory<D> {
     /// Faults on pages without content so far.
     pub fn zero_faults(&self) -> u64 {
         self.totals.zero_faults.load(Ordering::Relaxed)
+    }
+
+    /// Since when the thread waits that waits longest.
+    pub fn waits_since(&self) -> Option<Instant> {
+        let pids = self.families.keys();
+        pids.filter_map(|pid| self.family(*pid)?.waits_since())
+            .min()
     }
 
     /// How long threads waited for pages, over all families.

@@ -15,8 +15,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::connect::{Source, Threads};
+use crate::copy::Copy;
 use crate::exits;
-use crate::exits::bury;
+use crate::exits::{bury, has_ended, pidfd_open};
 use crate::fetch::{self, Orders, TransferError};
 use crate::gate::{Call, Gate, Held};
 use crate::handover::{self, Handover, HandoverError};
@@ -25,12 +26,11 @@ use crate::keeper::Keeper;
 use crate::memory::{Memory, MemoryError, Order};
 use crate::push;
 use crate::rehearsal::{Rehearsal, RehearsalPlan};
-use crate::restore::{Anchor, Prepared, Restore, RestoreError, kill_copy};
+use crate::restore::{Anchor, Prepared, Restore, RestoreError};
 use crate::skeleton;
 
 /// Failures of transfer tasks that wait to be looked at.
 pub(crate) const FAILURES: usize = 8;
-
 /// A restoring or restored workload.
 #[derive(Debug)]
 pub struct Resident {
@@ -44,8 +44,10 @@ pub struct Resident {
     restore: Option<Restore>,
     gate: Option<Gate>,
     keeper: Keeper,
-    /// Whose tree the copy is.
+    /// Whose tree the copy is, as long as that one is there for certain.
     anchor: Option<Anchor>,
+    /// A descriptor of that one.
+    restoring: Option<OwnedFd>,
     criu_ended: bool,
     handed_over: bool,
     handovers: mpsc::UnboundedReceiver<Result<Handover, HandoverError>>,
@@ -58,7 +60,7 @@ pub struct Resident {
     rehearsal: Rehearsal,
     root_image: Option<ImagePid>,
     root: Option<Pid>,
-    tasks: Vec<Task>,
+    copy: Copy,
     huge: Huge,
     directory: Directory,
 }
@@ -89,12 +91,10 @@ pub struct Successor {
     pub memory: Arc<Memory>,
     /// Its orders.
     pub orders: mpsc::UnboundedReceiver<Order>,
-    /// Whose tree the copy is.
-    pub anchor: Option<Anchor>,
     /// Its root.
     pub root: Option<Pid>,
     /// Its processes when it was let run.
-    pub tasks: Vec<Task>,
+    pub copy: Copy,
     /// Its directory.
     pub directory: PathBuf,
     /// Our keeper, which has been told everything.
@@ -178,8 +178,12 @@ impl Resident {
         let _ = requests.send(link.requests);
         let restore = prepared.start().await?;
         let anchor = restore.anchor();
+        let mut copy = Copy::default();
         if let Some(anchor) = anchor {
             keeper.anchor(anchor)?;
+        }
+        if let Some(init) = restore.init() {
+            copy.are_below(init);
         }
         Ok(Resident {
             memory,
@@ -189,6 +193,7 @@ impl Resident {
             keeper,
             gate: Some(gate),
             anchor,
+            restoring: anchor.and_then(|anchor| pidfd_open(anchor.pid).ok()),
             criu_ended: false,
             handed_over: false,
             handovers,
@@ -200,7 +205,7 @@ impl Resident {
             rehearsal,
             root_image,
             root: None,
-            tasks: Vec::new(),
+            copy,
             huge: Huge::default(),
             directory: Directory::Ours(directory),
         })
@@ -227,7 +232,8 @@ impl Resident {
             failure: None,
             keeper: left.keeper,
             gate: None,
-            anchor: left.anchor,
+            anchor: None,
+            restoring: None,
             criu_ended: true,
             handed_over: true,
             handovers,
@@ -239,7 +245,7 @@ impl Resident {
             rehearsal: Rehearsal::new(&RehearsalPlan::default(), &[]),
             root_image: None,
             root: left.root,
-            tasks: left.tasks,
+            copy: left.copy,
             // Whose memory is whose is not known any more: what was huge becomes it when the kernel sees fit.
             huge: Huge::default(),
             directory: Directory::Taken(left.directory),
@@ -265,6 +271,8 @@ impl Resident {
                 handover = self.handovers.recv(), if !self.handed_over => self.take_over(handover)?,
                 ended = finished(&mut self.restore), if !self.criu_ended => {
                     self.criu_ended = true;
+                    // A program that has ended anchors nothing: its PID is anybody's now.
+                    self.anchor = self.restore.as_ref().and_then(Restore::anchor);
                     ended?;
                     return Ok(Step::CriuEnded);
                 }
@@ -283,7 +291,7 @@ impl Resident {
                 self.keeper.watch(pid)?;
                 if let Some(task) = Task::find(pid.as_raw()) {
                     self.huge.restored(image, task);
-                    self.tasks.push(task);
+                    self.copy.add(task);
                 }
                 if self.root_image == Some(image) {
                     self.root = Some(pid);
@@ -345,7 +353,12 @@ impl Resident {
 
     /// The restored processes.
     pub fn tasks(&self) -> &[Task] {
-        &self.tasks
+        self.copy.tasks()
+    }
+
+    /// Kills the running copy, and waits until nothing is left of it. False when somebody lives on whom we do not find.
+    pub async fn kill(&self) -> bool {
+        self.copy.kill_all(&self.memory).await
     }
 
     /// Whose tree the copy is.
@@ -366,6 +379,11 @@ impl Resident {
         &self.keeper
     }
 
+    /// Whether CRIU, or what it restores under, has ended without being told anything.
+    pub fn has_lost_criu(&self) -> bool {
+        self.restoring.as_ref().is_none_or(has_ended)
+    }
+
     /// The copy is about to run: by us, or by the keeper with `gate` should we be killed.
     pub fn commit(&mut self, gate: OwnedFd) -> std::io::Result<()> {
         self.keeper.commit(Some(gate))
@@ -373,10 +391,9 @@ impl Resident {
 
     /// Kills CRIU and whatever it restored.
     pub async fn abort(self) {
-        match (self.restore, self.anchor) {
-            (Some(restore), _) => restore.abort().await,
-            (None, Some(anchor)) => bury(kill_copy(anchor)).await,
-            (None, None) => {}
+        match self.restore {
+            Some(restore) => restore.abort().await,
+            None => bury(self.copy.kill()).await,
         }
         release(self.keeper);
         self.directory.remove();

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use common::criu::Criu;
 use common::mounts;
+use common::session_file::Task;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::all_processes;
@@ -25,6 +26,8 @@ use crate::nursery::{EXIT_LINE, INIT_LINE};
 
 /// Any byte will do.
 const GO: u8 = b'G';
+/// Init reports a command that was killed by this plus the signal's number, as shells do.
+const KILLED: i32 = 128;
 /// Time a runtime has to put away what it made, when its CRIU was killed.
 pub(crate) const PUTTING_AWAY: Duration = Duration::from_secs(10);
 
@@ -45,20 +48,32 @@ pub struct RestorePlan {
     pub shell_job: bool,
 }
 
-/// Why the workload could not be restored. Nothing of it is left here.
+/// Why the workload could not be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
     /// CRIU cannot be started.
     #[error("cannot start CRIU: {0}")]
     Start(#[from] io::Error),
-    /// CRIU failed.
+    /// CRIU failed, or was killed.
     #[error("CRIU could not restore the workload ({status}): {log}")]
     Restore {
         /// How it ended.
         status: String,
+        /// It ended by itself, and has killed the tasks before. One that was killed may have let them run.
+        by_itself: bool,
         /// Its error lines.
         log: String,
     },
+}
+
+impl RestoreError {
+    /// Whether nothing of the workload has run, and nothing is left of it.
+    pub fn is_certain(&self) -> bool {
+        match self {
+            RestoreError::Start(_) => false,
+            RestoreError::Restore { by_itself, .. } => *by_itself,
+        }
+    }
 }
 
 /// A CRIU that is restoring.
@@ -178,6 +193,7 @@ impl Nursery {
     async fn open(mut command: Command) -> Result<(Child, Self), RestoreError> {
         let no_init = || RestoreError::Restore {
             status: String::from("no init"),
+            by_itself: true,
             log: String::from("the PID namespace could not be made"),
         };
         let mut child = command
@@ -222,24 +238,30 @@ impl Restore {
         })
     }
 
+    /// The init of the copy's own PID namespace, which lives as long as the copy.
+    pub fn init(&self) -> Option<Task> {
+        Task::find(self.nursery.as_ref()?.init.as_raw())
+    }
+
     /// Waits until CRIU has ended; an error when it failed. May be cancelled.
     pub async fn finished(&mut self) -> Result<(), RestoreError> {
-        let status = match &mut self.nursery {
+        let (status, by_itself) = match &mut self.nursery {
             None => {
                 let status = self.child.wait().await?;
                 if status.success() {
                     return Ok(());
                 }
-                status.to_string()
+                (status.to_string(), status.code().is_some())
             }
             Some(nursery) => match next_report(&mut nursery.reports, EXIT_LINE).await? {
                 Some(0) => return Ok(()),
-                Some(code) => format!("exit status: {code}"),
-                None => String::from("the namespace's init is gone"),
+                Some(code) => (format!("exit status: {code}"), code < KILLED),
+                None => (String::from("the namespace's init is gone"), false),
             },
         };
         Err(RestoreError::Restore {
             status,
+            by_itself,
             log: self
                 .plan
                 .engine

@@ -7,7 +7,7 @@
 mod postcopy;
 mod resume;
 
-pub(crate) use self::postcopy::parts;
+pub(crate) use self::postcopy::{over, parts};
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::limits::IDLE_TIMEOUT;
-use common::lost::LostPlan;
+use common::lost::{Limit, LostPlan};
 use common::operator::{self, Facts};
 use common::proto::control::{Abort, ToDestination, ToSource, WorkloadFacts};
 use common::proto::version::V3;
@@ -31,7 +31,7 @@ use nix::unistd::Pid;
 use quinn::{RecvStream, SendStream};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::advise::{self, Checks, Leniency, Objection};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
@@ -39,6 +39,7 @@ use crate::engine::Engine;
 use crate::files::{Files, Pass};
 use crate::gate::Held;
 use crate::keeper::{Keeper, Setup};
+use crate::outage::{Ending, Outage, Teller, say_dead};
 use crate::rehearsal::RehearsalPlan;
 use crate::report::Record;
 use crate::resident::{Resident, ResidentError, Step, images_directory};
@@ -78,6 +79,8 @@ pub struct MigratePlan {
     pub on_resumed: Option<String>,
     /// Command for when the migration failed here.
     pub on_aborted: Option<String>,
+    /// How long the workload may stand still before the point of no return.
+    pub freeze_limit: Limit,
     /// What is done about a source that cannot be reached.
     pub lost: LostPlan,
     /// What a restart must know besides.
@@ -104,6 +107,9 @@ pub async fn run(
         record,
         copy_may_run: false,
         kept: Kept::nothing(plan.remembered.store.clone()),
+        thaw_by: None,
+        rolled_back: false,
+        outage: None,
         door: None,
     };
     let result = migration.perform(keeper).await;
@@ -123,6 +129,12 @@ struct Migration<'a> {
     /// The restored tasks were let run, and nothing says for certain that they did not.
     copy_may_run: bool,
     kept: Kept,
+    /// When a workload that stands still must run again, as long as it has not been asked for.
+    thaw_by: Option<Instant>,
+    /// The source said instead of granting the cutover that it gives up: it has kept the workload.
+    rolled_back: bool,
+    /// Since the link was lost, until another one has proved to be good.
+    outage: Option<Outage>,
     /// Keeps packets for the service addresses out as long as no socket is there to take them.
     door: Option<Door>,
 }
@@ -192,6 +204,7 @@ impl Migration<'_> {
         self.send(source, &ToSource::Ready).await?;
         self.advance(Event::Ready)?;
         self.expect(source, ToDestination::Freezing).await?;
+        self.thaw_by = self.plan.freeze_limit.0.map(|limit| Instant::now() + limit);
         let staged = self.skeleton(source, directory).await?;
         self.bring_files(source, Pass::Last).await?;
         keeper
@@ -248,11 +261,13 @@ impl Migration<'_> {
         }
     }
 
-    /// The next message, unless the source gives up, is lost, or the operator stops us.
+    /// The next message, unless the source gives up, is lost, or the operator stops us, or the workload has stood still for
+    /// too long.
     async fn next(&mut self, source: &mut Source) -> Result<ToDestination, SessionError> {
-        let state = self.state();
+        let (state, limit) = (self.state(), self.plan.freeze_limit);
         tokio::select! {
             message = source.control.next() => understood(state, message),
+            () = until(self.thaw_by) => Err(SessionError::new(Failure::Restore, state, limit.exceeded())),
             name = self.stop.wait() => Err(interrupted(state, name)),
         }
     }
@@ -413,6 +428,9 @@ impl Migration<'_> {
         let bulk = source.bulk.clone();
         let brought = tokio::select! {
             brought = plan.files.pass(&bulk, pass) => brought,
+            () = until(self.thaw_by) => {
+                return Err(SessionError::new(Failure::Restore, state, plan.freeze_limit.exceeded()));
+            }
             name = self.stop.wait() => return Err(interrupted(state, name)),
         };
         let error = match brought {
@@ -505,18 +523,32 @@ impl Migration<'_> {
         };
         match opened {
             Ok(()) => Ok(resident),
-            Err(error) if self.copy_may_run => Err(self.hold(error, resident).await),
+            Err(error) if self.copy_may_run => Err(self.hold(Some(source), error, resident).await),
             Err(error) => {
                 resident.abort().await;
-                if error.failure == Failure::Lost && !error.state.source_may_thaw() {
-                    // The source may have given the workload away, and would wait for us.
-                    eprintln!(
-                        "lazy-restorer: {error}; the copy never ran and is dead, trying to tell the source"
-                    );
-                    return Err(self.tell_dead(&source.welcome.clone(), Some(TELLING)).await);
-                }
-                Err(error)
+                Err(self.take_back(source, error).await)
             }
+        }
+    }
+
+    /// The copy never ran and is dead. A source that may have given the workload away would wait for us.
+    async fn take_back(&mut self, source: &mut Source, error: SessionError) -> SessionError {
+        if error.state.source_may_thaw() || self.rolled_back {
+            return error;
+        }
+        let lost = matches!(error.failure, Failure::Connection | Failure::Lost);
+        if !lost && say_dead(source, error.state).await.is_ok() {
+            return error;
+        }
+        eprintln!(
+            "lazy-restorer: {error}; the copy never ran and is dead, trying to tell the source"
+        );
+        let welcome = source.welcome.clone();
+        let told = self.tell_dead(&welcome, Some(TELLING)).await;
+        // What it failed of is more than that it could be told.
+        match told.failure {
+            Failure::Peer if !lost => error,
+            _ => told,
         }
     }
 
@@ -559,9 +591,16 @@ impl Migration<'_> {
                 self.recover(source, resident, &error, Some(GRANT_TIMEOUT))
                     .await?;
             }
-            Err(error) => return Err(error),
+            Err(error) => {
+                self.rolled_back = error.failure == Failure::Peer;
+                return Err(error);
+            }
         }
-        // Written before it can happen: a restart must not take a copy for dead that runs.
+        if resident.has_lost_criu() {
+            return Err(self.fail(Failure::Restore, LOST_CRIU));
+        }
+        // Written before it can happen: a restart must not take a copy for dead that runs. Should we be killed before the
+        // keeper knows it too, the keeper kills the copy, and then takes this back.
         let may_run = self.kept.change(|file| {
             if let Side::Destination(side) = &mut file.side {
                 side.may_run = true;
@@ -576,10 +615,7 @@ impl Migration<'_> {
         if let Err(error) = held.open().await {
             // CRIU or its script was killed while we asked: nobody got the word that lets the tasks run.
             self.copy_may_run = false;
-            return Err(self.fail(
-                Failure::Restore,
-                format!("CRIU was lost before the cutover was granted: {error}"),
-            ));
+            return Err(self.fail(Failure::Restore, format!("{LOST_CRIU}: {error}")));
         }
         let told = resident.keeper().opened();
         told.map_err(|error| self.fail(Failure::Internal, error))?;
@@ -644,6 +680,7 @@ impl Migration<'_> {
                     .as_ref()
                     .map(|path| path.display().to_string()),
                 on_resumed: self.plan.on_resumed.clone(),
+                whole: None,
             }),
         };
         let written = self.kept.begin(file);
@@ -655,13 +692,14 @@ impl Migration<'_> {
         })
     }
 
-    /// Waits until CRIU has let the tasks run. An error means that it killed them instead.
+    /// Waits until CRIU has let the tasks run. An error means that it killed them instead; of a CRIU that was killed itself
+    /// nobody knows that.
     async fn until_resumed(&mut self, resident: &mut Resident) -> Result<(), SessionError> {
         loop {
             match resident.next().await {
                 Ok(Step::Resumed) => return Ok(()),
                 Ok(Step::CriuEnded | Step::Armed(_)) => {}
-                Err(ResidentError::Restore(error)) => {
+                Err(ResidentError::Restore(error)) if error.is_certain() => {
                     // CRIU lets tasks run in its very last step; failing before, it has killed them.
                     self.copy_may_run = false;
                     return Err(self.fail(Failure::Restore, error));
@@ -717,6 +755,9 @@ async fn announce(plan: MigratePlan, facts: Facts) {
     }
 }
 
+/// Nobody got the word that lets the tasks run.
+const LOST_CRIU: &str = "CRIU was lost before the cutover was granted";
+
 /// Time after which the addresses are announced once more.
 const SECOND_ANNOUNCEMENT: Duration = Duration::from_millis(200);
 
@@ -724,7 +765,7 @@ const SECOND_ANNOUNCEMENT: Duration = Duration::from_millis(200);
 const GRANT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Time to try to tell a source that our copy is dead, which never ran. Afterwards `resume` still can.
-const TELLING: Duration = Duration::from_secs(600);
+pub(crate) const TELLING: Duration = Duration::from_secs(600);
 
 /// Time we have to take descriptors that CRIU has sent already.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -734,6 +775,14 @@ const EXPLANATION: Duration = Duration::from_millis(500);
 
 /// Time the source has to say why the skeleton's stream broke; a lost link shows within it.
 const FINAL_WORD: Duration = IDLE_TIMEOUT.saturating_add(Duration::from_secs(1));
+
+/// Waits until then; for ever without a limit.
+async fn until(limit: Option<Instant>) {
+    match limit {
+        Some(limit) => sleep_until(limit).await,
+        None => std::future::pending().await,
+    }
+}
 
 fn understood(
     state: State,

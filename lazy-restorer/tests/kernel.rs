@@ -18,6 +18,8 @@ mod sys;
 #[path = "kernel/workload.rs"]
 mod workload;
 
+use lazy_restorer::copy::Copy;
+
 use crate::frozen::Frozen;
 use crate::session::Session;
 use crate::workload::{GO, READY};
@@ -193,6 +195,26 @@ fn the_end_of_a_process_shows_without_a_report() {
     assert!(session.is_alive());
     session.kill();
     assert!(!session.is_alive());
+    session.settle();
+}
+
+/// Nobody's descendant any more, but its descriptor says that it is there, and its session that it belongs to the copy.
+#[test]
+fn an_orphan_of_the_copy_is_found_and_killed() {
+    let mut session = Session::start("orphan", frozen(seed(), 64));
+    let mut copy = Copy::default();
+    copy.add(session.task());
+    if !session.attach() {
+        return;
+    }
+    session.bury_parent();
+    assert!(!session.is_gone(), "the child has the memory");
+    assert_eq!(copy.kill().len(), 1);
+    let deadline = Instant::now() + session::PATIENCE;
+    while !session.is_gone() {
+        assert!(Instant::now() < deadline, "the child lives on");
+        std::thread::yield_now();
+    }
     session.settle();
 }
 

@@ -9,7 +9,7 @@ use common::priority_lock::{PriorityGuard, PriorityLock};
 use common::proto::control::Tally;
 
 use crate::framer::PushedFrame;
-use crate::pending::{PageState, Pending, PendingError, Recovered, Run};
+use crate::pending::{PageState, Pending, PendingError, Recovery, Run, Said};
 use crate::push_order::PushOrder;
 use crate::skeleton::{eager_runs, hot_runs};
 
@@ -192,24 +192,17 @@ impl Book {
         pids.map(|pid| (pid, pending.slots(pid))).collect()
     }
 
-    /// The destination says what of a process it has received.
-    pub fn recover(&self, pid: ImagePid, words: Vec<u64>) -> Option<Recovered> {
-        self.lock().pending.recover(pid, words)
+    /// What follows from what the destination says. Nothing is changed. `None` when it cannot be so.
+    pub fn recovery(&self, said: Said) -> Option<Recovery> {
+        self.lock().pending.recovery(said)
     }
 
-    /// The destination says what of a process it was promised never to get. False when it cannot be so.
-    pub fn recover_withheld(&self, pid: ImagePid, words: Vec<u64>) -> bool {
-        self.lock().pending.recover_withheld(pid, words)
-    }
-
-    /// Pages with the hashes `lost` did not arrive, such with the hashes `known` did although we did not send them; the
-    /// walk over what is owed begins anew.
-    pub fn begin_anew(&self, lost: u64, known: u64) {
+    /// That becomes so: pages with the hashes `lost` did not arrive, such with the hashes `known` did although we did not
+    /// send them; the walk over what is owed begins anew.
+    pub fn recover(&self, recovery: Recovery, lost: u64, known: u64) {
         let mut book = self.lock();
         let Pages { pending, order, .. } = &mut *book;
-        pending.settled();
-        pending.take_digest(lost);
-        pending.add_digest(known);
+        pending.recover(recovery, lost, known);
         order.rewind(pending);
     }
 

@@ -11,7 +11,7 @@ use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::identity::{Fingerprint, Identity, Trust};
-use common::lost::{LostPlan, OnLost, parse_duration};
+use common::lost::{FREEZE_LIMIT, Limit, LostPlan, OnLost, parse_duration, parse_limit};
 use common::proto::control::Secret;
 use common::proto::version::V3;
 use common::quic::PathProfile;
@@ -63,6 +63,8 @@ pub enum Command {
     Sessions(Sessions),
     /// Let the frozen original of a session run again
     Thaw(Thaw),
+    /// Kill the frozen original of a session whose copy has every page, when the destination cannot say so itself
+    Release(Release),
     /// Used by page-server itself: cleans up should it be killed
     #[command(hide = true)]
     Guard {
@@ -182,6 +184,9 @@ pub struct Serve {
     /// Directory for images, best on a tmpfs [default: /run, /dev/shm or /tmp, the first that is a tmpfs]
     #[arg(long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
+    /// Let the workload run on when it has stood still for this long before the cutover, such as 90s or 5m; 0 for no limit
+    #[arg(long, value_name = "DURATION", default_value = FREEZE_LIMIT, value_parser = parse_limit)]
+    freeze_limit: Limit,
     #[command(flatten)]
     lost: Lost,
     #[command(flatten)]
@@ -259,6 +264,21 @@ pub struct Thaw {
     pub i_know_the_copy_is_dead: bool,
 }
 
+/// Options of `release`.
+#[derive(Debug, Args)]
+pub struct Release {
+    /// Where sessions are.
+    #[command(flatten)]
+    pub state: StateDirectory,
+    /// The session, or how its name begins
+    #[arg(long, value_name = "ID")]
+    pub session: String,
+    /// The destination's copy has every page: its lazy-restorer said so. If it has not, what is missing is lost, and the
+    /// copy waits for it for ever
+    #[arg(long)]
+    pub i_know_the_copy_is_whole: bool,
+}
+
 /// Options of `resume`.
 #[derive(Debug, Args)]
 pub struct Resume {
@@ -328,10 +348,6 @@ impl Resume {
         left: Vec<SessionFile>,
         store: Store,
     ) -> Result<ExternalPlan, SessionError> {
-        if self.lost.give_up_after.is_some() {
-            let text = "--give-up-after is not for sessions of `attach` and `serve --images`";
-            return Err(SessionError::new(Failure::BadInput, State::Paused, text));
-        }
         Ok(ExternalPlan {
             images: PathBuf::from(images),
             attach_to,
@@ -346,6 +362,7 @@ impl Resume {
             token: None,
             work_dir: None,
             ready: |address| println!("listening on {address}"),
+            lost: self.lost.plan(),
             remembered: remembered_by(file, store),
             left,
         })
@@ -380,6 +397,7 @@ impl Resume {
             work_dir: None,
             on_frozen: None,
             on_thawed: source.on_thawed.clone(),
+            freeze_limit: Limit::default(),
             lost: self.lost.plan(),
             remembered: remembered_by(file, store),
         })
@@ -460,6 +478,7 @@ impl Serve {
             token: self.token_file.as_deref().map(new_token).transpose()?,
             work_dir: self.work_dir.clone(),
             ready: |address| println!("listening on {address}"),
+            lost: self.lost.plan(),
             remembered: self.remembered(),
             left: Vec::new(),
         }))
@@ -520,6 +539,7 @@ impl Serve {
             work_dir: self.work_dir.clone(),
             on_frozen: self.on_frozen.clone(),
             on_thawed: self.on_thawed.clone(),
+            freeze_limit: self.freeze_limit,
             lost: self.lost.plan(),
             remembered: self.remembered(),
         })
@@ -578,6 +598,8 @@ pub struct Attach {
     #[arg(long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
     #[command(flatten)]
+    lost: Lost,
+    #[command(flatten)]
     state: StateDirectory,
     /// Largest UDP payload to send [default: found out by probing, up to 1452]
     #[arg(long, value_name = "BYTES")]
@@ -619,6 +641,7 @@ impl Attach {
             token: self.token_file.as_deref().map(new_token).transpose()?,
             work_dir: self.work_dir.clone(),
             ready: |address| println!("listening on {address}"),
+            lost: self.lost.plan(),
             remembered: remembered(&self.state, &self.identity, &self.accept),
             left: Vec::new(),
         })

@@ -23,6 +23,7 @@ use crate::book::Book;
 use crate::compression::Paying;
 use crate::listen::{Call, Listen, accept_bulk};
 use crate::memory::PageSource;
+use crate::pending::Said;
 use crate::serve::serve;
 use crate::transfer::TransferError;
 
@@ -70,6 +71,12 @@ async fn welcome(
 ) -> Result<Destination, String> {
     match call.message {
         ToSource::Hello(hello) => welcome_hello(listen, call.control, hello, session, token).await,
+        // Its operator is to learn that the port is another's now.
+        ToSource::Resume(_) => {
+            let text = String::from(OTHER_SESSION);
+            refuse(call.control, &text);
+            Err(text)
+        }
         _ => Err(String::from("it does not begin with a hello")),
     }
 }
@@ -210,7 +217,7 @@ fn recognise<'a>(
 ) -> Result<&'a Acquaintance, String> {
     let old = known.get(&resume.session);
     let old = old.filter(|old| resume.secret.matches(&old.secret));
-    let old = old.ok_or("this page-server serves another session")?;
+    let old = old.ok_or(OTHER_SESSION)?;
     if resume.version != old.version {
         return Err(format!(
             "this session speaks version {}, and no other",
@@ -226,6 +233,9 @@ struct Known {
     secret: Secret,
     version: u16,
 }
+
+/// What a destination is told that comes again to the wrong program.
+const OTHER_SESSION: &str = "this page-server serves another session";
 
 /// Completes a destination by its bulk connection.
 async fn take_bulk(
@@ -313,10 +323,8 @@ impl Destination {
 pub struct PresentMap {
     /// Lazy pages of each process there is.
     slots: HashMap<ImagePid, usize>,
-    /// Pages that came.
-    pub received: HashMap<ImagePid, Vec<u64>>,
-    /// Pages that it was promised never to get.
-    pub withheld: HashMap<ImagePid, Vec<u64>>,
+    /// What it said.
+    pub said: Said,
 }
 
 /// Why a destination that came again was not served again.
@@ -339,12 +347,12 @@ impl PresentMap {
 
     /// Takes a part of what came.
     pub fn receive(&mut self, part: Present) -> Result<(), Unsettled> {
-        append(&self.slots, &mut self.received, part)
+        append(&self.slots, &mut self.said.received, part)
     }
 
     /// Takes a part of what never will.
     pub fn withhold(&mut self, part: Present) -> Result<(), Unsettled> {
-        append(&self.slots, &mut self.withheld, part)
+        append(&self.slots, &mut self.said.withheld, part)
     }
 }
 
@@ -379,6 +387,20 @@ pub fn abort(state: State, text: &str) -> Abort {
 }
 
 impl Destination {
+    /// Says why it is not served on, as long as it may be heard.
+    pub async fn tell_why(&mut self, state: State, reason: &str) {
+        let abort = ToDestination::Abort(abort(state, reason));
+        if timeout(LAST_WORD, self.control.send(&abort)).await.is_err() {
+            tracing::debug!("the destination does not hear why");
+        }
+    }
+
+    /// The same, and waits for nobody to hear it.
+    pub fn dismiss(self, state: State, reason: &str) {
+        let abort = ToDestination::Abort(abort(state, reason));
+        tokio::spawn(async move { self.control.farewell(&abort).await });
+    }
+
     /// What it is known by when it comes again.
     pub fn acquaintance(&self) -> Acquaintance {
         Acquaintance {

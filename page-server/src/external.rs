@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use common::exit::{Failure, SessionError};
 use common::host;
+use common::lost::LostPlan;
 use common::proto::control::{Secret, SessionId};
 use common::session::State;
 use common::session_file::{
@@ -52,6 +53,8 @@ pub struct ExternalPlan {
     pub work_dir: Option<PathBuf>,
     /// Called when destinations may come.
     pub ready: fn(std::net::SocketAddr),
+    /// What is done about a destination that does not come back.
+    pub lost: LostPlan,
     /// What a restart must know besides.
     pub remembered: Remembered,
     /// Sessions of a killed program that are gone on with; then there are no others.
@@ -311,6 +314,7 @@ impl<'a> Reception<'a> {
                 bulk: self.listen.bulk.thread.handle().clone(),
             },
             stop: self.stop.subscribe(),
+            lost: self.plan.lost,
         }
     }
 

@@ -11,7 +11,8 @@ use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, SystemTime};
 
 use common::criu::{Criu, log_time};
-use nix::sys::signal::Signal;
+use common::lost::Limit;
+use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use procfs::process::Process;
 use tokio::io::AsyncWriteExt;
@@ -25,6 +26,7 @@ use crate::guard::{Guard, note_committed};
 use crate::hook::{ON_THAWED_VARIABLE, SOCKET_VARIABLE, Verdict};
 use crate::network_lock::{self, Network};
 use crate::rescue::{dump_log, put_addresses_back, rescue};
+use crate::session::until;
 use crate::workload::{Workload, signal_all};
 
 /// Time CRIU has to let tasks go, or to kill them.
@@ -53,6 +55,8 @@ pub struct FreezePlan {
     pub criu_args: Vec<String>,
     /// The operator's command for a rollback that the hook must do alone.
     pub on_thawed: Option<String>,
+    /// How long the dump may take.
+    pub limit: Limit,
 }
 
 /// Why the workload could not be frozen, or not be let go as asked.
@@ -76,6 +80,9 @@ pub enum FreezeError {
         /// Its error lines.
         log: String,
     },
+    /// CRIU took too long, and was killed.
+    #[error("{}", .0.exceeded())]
+    TooLong(Limit),
     /// CRIU does not end.
     #[error("CRIU did not end within {} s of being told to", RELEASE_TIMEOUT.as_secs())]
     Stuck,
@@ -136,6 +143,7 @@ impl FreezePlan {
         let socket = self.directory.join("hook");
         let listener = UnixListener::bind(&socket).map_err(prepare("hook socket"))?;
         let started = SystemTime::now();
+        let thaw_by = self.limit.0.map(|limit| Instant::now() + limit);
         let mut child = self.spawn(&socket, &guard)?;
         let hook = tokio::select! {
             accepted = listener.accept() => accepted.map_err(prepare("hook connection"))?.0,
@@ -143,6 +151,17 @@ impl FreezePlan {
                 let status = status.map_err(prepare("waiting for CRIU"))?;
                 self.rescue_after(status);
                 return Err(self.dump_error(status));
+            }
+            () = until(thaw_by) => {
+                // Nobody is to run before the connections are put right; this stop catches them when ptrace lets go.
+                signal_all(&self.workload.pids(), Signal::SIGSTOP);
+                // With what it started: its script, or the CRIU of a runtime.
+                killpg(Pid::from_raw(child.id().unwrap_or_default().cast_signed()), Signal::SIGKILL)
+                    .map_err(prepare("killing CRIU"))?;
+                let status = child.wait().await.map_err(prepare("waiting for CRIU"))?;
+                self.rescue_after(status);
+                signal_all(&self.workload.pids(), Signal::SIGCONT);
+                return Err(FreezeError::TooLong(self.limit));
             }
         };
         let criu = script_of(&hook);

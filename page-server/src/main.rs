@@ -7,7 +7,7 @@ use clap::Parser;
 use common::exit::{Failure, SessionError};
 use common::{host, logging};
 use nix::unistd::Pid;
-use page_server::cli::{Attach, Cli, Command, Resume, Resumption, Serve, Thaw};
+use page_server::cli::{Attach, Cli, Command, Release, Resume, Resumption, Serve, Thaw};
 use page_server::report::Record;
 use page_server::{external, guard, hook, identity_command, session, session_command};
 
@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         Command::Resume(command) => concluded(resume(&command)),
         Command::Sessions(command) => concluded(session_command::list(&command)),
         Command::Thaw(command) => concluded(thaw(&command)),
+        Command::Release(command) => concluded(release(&command)),
     }
 }
 
@@ -83,6 +84,10 @@ fn resume(command: &Resume) -> Result<(), SessionError> {
 
 fn thaw(command: &Thaw) -> Result<(), SessionError> {
     runtime()?.block_on(session_command::thaw(command))
+}
+
+fn release(command: &Release) -> Result<(), SessionError> {
+    runtime()?.block_on(session_command::release(command))
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, SessionError> {

@@ -6,7 +6,7 @@ use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
 
 use common::images::ImagePid;
-use common::page::PageRange;
+use common::page::{PAGE_SIZE, PageRange};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 
@@ -92,19 +92,25 @@ impl PageSource for FrozenProcesses {
 
 impl FrozenProcess {
     /// True when everything was read; mappings without read permission end it early.
+    ///
+    /// The first page is read last, and not by the PID: that it can be read says that the process lived until then, so
+    /// that its number was no other's.
     fn read_vectored(&self, pages: PageRange, buffer: &mut [u8]) -> bool {
-        let wanted = buffer.len();
+        let (first, rest) = buffer.split_at_mut(PAGE_SIZE);
+        let wanted = rest.len();
         let remote = RemoteIoVec {
-            base: pages.start.addr().0 as usize,
+            base: pages.start.forward(1).addr().0 as usize,
             len: wanted,
         };
-        process_vm_readv(self.pid, &mut [IoSliceMut::new(buffer)], &[remote]) == Ok(wanted)
+        let read = process_vm_readv(self.pid, &mut [IoSliceMut::new(rest)], &[remote]);
+        let start = pages.start.addr().0;
+        read == Ok(wanted) && self.mem.read_exact_at(first, start).is_ok()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use common::page::{PAGE_SIZE, VirtAddr};
+    use common::page::VirtAddr;
 
     use super::*;
 
@@ -127,6 +133,28 @@ mod tests {
                 .expect("mapped");
             assert!(buffer.iter().all(|byte| *byte == 0x5a));
         }
+    }
+
+    /// A frozen process was killed and its PID given to another one, here to us.
+    #[test]
+    fn the_memory_of_who_has_the_pid_now_is_not_read() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn();
+        let child = child.as_mut().expect("sleep runs");
+        let mem = File::open(format!("/proc/{}/mem", child.id())).expect("our child");
+        child.kill().expect("our child");
+        child.wait().expect("our child");
+        let process = FrozenProcess {
+            pid: Pid::this(),
+            mem,
+        };
+        let memory = FrozenProcesses {
+            processes: HashMap::from([(ImagePid(1), process)]),
+        };
+        let secret = vec![0x5a_u8; 4 * PAGE_SIZE];
+        let start = VirtAddr((secret.as_ptr() as u64).next_multiple_of(PAGE_SIZE as u64)).page();
+        let mut buffer = vec![0; 3 * PAGE_SIZE];
+        let read = memory.read(ImagePid(1), PageRange::new(start, 3), &mut buffer);
+        assert!(read.is_err());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A page is *owed* until it is *sent* (by demand or push, whichever reads it first) or *withheld* (the destination
 //! does not need it, and it was not sent before that was known). Sent pages may be sent again on demand.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use common::images::ImagePid;
@@ -63,9 +63,20 @@ pub struct Run {
     pub pages: PageRange,
 }
 
-/// What the source learns from a destination that came again.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Recovered {
+/// What a destination that came again says of each process: words of bitmaps.
+#[derive(Clone, Debug, Default)]
+pub struct Said {
+    /// Pages that came.
+    pub received: HashMap<ImagePid, Vec<u64>>,
+    /// Pages that it was promised never to get.
+    pub withheld: HashMap<ImagePid, Vec<u64>>,
+}
+
+/// What follows from that.
+#[derive(Debug, Default)]
+pub struct Recovery {
+    received: BTreeMap<ImagePid, PageSet>,
+    withheld: BTreeMap<ImagePid, PageSet>,
     /// Sent and lost on the way: owed again.
     pub lost: Vec<Run>,
     /// Sent by a program before us.
@@ -96,11 +107,6 @@ impl Pending {
     /// The same for a successor, who has yet to be told what was sent.
     pub fn forget(&mut self) {
         self.forgotten = true;
-    }
-
-    /// What was sent is known again.
-    pub fn settled(&mut self) {
-        self.forgotten = false;
     }
 
     /// Processes in the order of their PIDs.
@@ -230,72 +236,56 @@ impl Pending {
             .map_or_else(PageRange::default, |process| process.lazy.contiguous(slots))
     }
 
-    /// The destination says what of a process it has received, in the words of its bitmap. `None` when it claims what
-    /// it cannot have.
-    pub fn recover(&mut self, pid: ImagePid, words: Vec<u64>) -> Option<Recovered> {
-        let process = self.processes.get_mut(&pid)?;
-        let slots = process.lazy.slots();
-        let received = PageSet::from_words(words, slots)?;
-        if self.forgotten {
-            let known = received.runs_in(0..slots);
-            let known = known.flat_map(|run| process.frames(pid, run)).collect();
-            process.sent = received;
-            // What was said before the link was lost once more does not count.
-            process.withheld = PageSet::empty(slots);
-            return Some(Recovered {
-                lost: Vec::new(),
-                known,
-            });
-        }
-        let claimed = |slot: &usize| !process.sent.contains(*slot);
-        if received
-            .runs_in(0..slots)
-            .flatten()
-            .any(|slot| claimed(&slot))
-        {
-            return None;
-        }
-        let mut lost = Vec::new();
-        for sent in process.sent.runs_in(0..slots) {
-            let mut from = sent.start;
-            while let Some(slot) = received.next_out(from).filter(|slot| *slot < sent.end) {
-                let end = received.next_in(slot).unwrap_or(slots).min(sent.end);
-                lost.extend(process.frames(pid, slot..end));
-                from = end;
+    /// What follows from what the destination says of each process: pages that it has received, and such that it was
+    /// promised never to get, in the words of bitmaps. Changes nothing. `None` when it claims what it cannot have.
+    pub fn recovery(&self, said: Said) -> Option<Recovery> {
+        let mut recovery = Recovery::default();
+        for (pid, words) in said.received {
+            let process = self.processes.get(&pid)?;
+            let received = PageSet::from_words(words, process.lazy.slots())?;
+            match self.forgotten {
+                true => recovery.known.extend(process.runs(pid, &received)),
+                false => recovery.lost.extend(process.lost(pid, &received)?),
             }
+            recovery.received.insert(pid, received);
         }
-        process.sent = received;
-        Some(Recovered {
-            lost,
-            known: Vec::new(),
-        })
+        for (pid, words) in said.withheld {
+            let process = self.processes.get(&pid)?;
+            let withheld = PageSet::from_words(words, process.lazy.slots())?;
+            let came = recovery.received.get(&pid).unwrap_or(&process.sent);
+            let mut slots = withheld.runs_in(0..process.lazy.slots()).flatten();
+            let is_true = slots.all(|slot| match self.forgotten {
+                true => !came.contains(slot),
+                false => process.withheld.contains(slot),
+            });
+            if !is_true {
+                return None;
+            }
+            drop(slots);
+            recovery.withheld.insert(pid, withheld);
+        }
+        Some(recovery)
     }
 
-    /// The destination says which pages of a process it was promised never to get. False when it cannot be so.
-    pub fn recover_withheld(&mut self, pid: ImagePid, words: Vec<u64>) -> bool {
-        let forgotten = self.forgotten;
-        let Some(process) = self.processes.get_mut(&pid) else {
-            return false;
-        };
-        let slots = process.lazy.slots();
-        let Some(withheld) = PageSet::from_words(words, slots) else {
-            return false;
-        };
-        if forgotten {
-            let all = withheld.runs_in(0..slots).flatten();
-            let none_came = all.into_iter().all(|slot| !process.sent.contains(slot));
-            if none_came {
+    /// What follows becomes so: hashes of pages that were lost are `lost`, of such that were sent before us `known`.
+    pub fn recover(&mut self, recovery: Recovery, lost: u64, known: u64) {
+        for (pid, received) in recovery.received {
+            if let Some(process) = self.processes.get_mut(&pid) {
+                if self.forgotten {
+                    process.withheld = PageSet::empty(process.lazy.slots());
+                }
+                process.sent = received;
+            }
+        }
+        // Nobody promises anything by coming again: what was promised is known, but for a successor.
+        let withheld = recovery.withheld.into_iter();
+        for (pid, withheld) in withheld.filter(|_| self.forgotten) {
+            if let Some(process) = self.processes.get_mut(&pid) {
                 process.withheld = withheld;
             }
-            return none_came;
         }
-        let mut all = withheld.runs_in(0..slots).flatten();
-        all.all(|slot| process.withheld.contains(slot))
-    }
-
-    /// Takes the hashes of pages out again that were sent and lost.
-    pub fn take_digest(&mut self, hashes: u64) {
-        self.digest = self.digest.wrapping_sub(hashes);
+        self.forgotten = false;
+        self.digest = self.digest.wrapping_sub(lost).wrapping_add(known);
     }
 
     /// Adds the hashes of pages that were read for their first sending.
@@ -327,6 +317,31 @@ impl Process {
         runs
     }
 
+    /// The pages of `slots` in runs that a frame can carry.
+    fn runs(&self, pid: ImagePid, slots: &PageSet) -> Vec<Run> {
+        let runs = slots.runs_in(0..self.lazy.slots());
+        runs.flat_map(|run| self.frames(pid, run)).collect()
+    }
+
+    /// What was sent and did not come; `None` when more came than was sent.
+    fn lost(&self, pid: ImagePid, received: &PageSet) -> Option<Vec<Run>> {
+        let slots = self.lazy.slots();
+        let mut came = received.runs_in(0..slots).flatten();
+        if came.any(|slot| !self.sent.contains(slot)) {
+            return None;
+        }
+        let mut lost = Vec::new();
+        for sent in self.sent.runs_in(0..slots) {
+            let mut from = sent.start;
+            while let Some(slot) = received.next_out(from).filter(|slot| *slot < sent.end) {
+                let end = received.next_in(slot).unwrap_or(slots).min(sent.end);
+                lost.extend(self.frames(pid, slot..end));
+                from = end;
+            }
+        }
+        Some(lost)
+    }
+
     fn is_owed(&self, slot: usize) -> bool {
         !self.sent.contains(slot) && !self.withheld.contains(slot)
     }
@@ -355,6 +370,20 @@ mod tests {
     fn pending() -> Pending {
         let lazy = LazyMap::new([range(10, 20), range(50, 5)]).expect("in order");
         Pending::new([(PID, lazy)])
+    }
+
+    fn came(pid: ImagePid, words: &[u64]) -> Said {
+        Said {
+            received: HashMap::from([(pid, words.to_vec())]),
+            ..Said::default()
+        }
+    }
+
+    fn withheld(pid: ImagePid, words: &[u64]) -> Said {
+        Said {
+            withheld: HashMap::from([(pid, words.to_vec())]),
+            ..Said::default()
+        }
     }
 
     fn take_all(pending: &mut Pending) -> u64 {
@@ -405,11 +434,15 @@ mod tests {
         let mut received = PageSet::full(25);
         received.remove_range(2..5);
         received.remove_range(18..22);
-        let lost = pending
-            .recover(PID, received.words().to_vec())
+        let before = pending.tally();
+        let recovery = pending
+            .recovery(came(PID, received.words()))
             .expect("all were sent");
-        let pages: Vec<_> = lost.lost.iter().map(|run| run.pages).collect();
+        let pages: Vec<_> = recovery.lost.iter().map(|run| run.pages).collect();
         assert_eq!(pages, [range(12, 3), range(28, 2), range(50, 2)]);
+        assert_eq!(pending.tally(), before, "nothing has changed yet");
+        pending.recover(recovery, 3, 0);
+        assert_eq!(pending.tally().digest, before.digest.wrapping_sub(3));
         assert_eq!(pending.owed(), 7);
         assert_eq!(take_all(&mut pending), 7);
     }
@@ -418,12 +451,27 @@ mod tests {
     fn a_destination_cannot_have_what_was_not_sent() {
         let mut pending = pending();
         pending.demand(PID, range(10, 1)).expect("lazy");
-        let claims = PageSet::full(25).words().to_vec();
-        assert_eq!(pending.recover(PID, claims), None);
-        assert_eq!(pending.recover(PID, vec![1, 0]), None, "of another length");
-        assert_eq!(pending.recover(PID, vec![1]), Some(Recovered::default()));
-        assert!(!pending.recover_withheld(PID, vec![0b10]));
-        assert!(pending.recover_withheld(PID, vec![0]));
+        let claims = PageSet::full(25);
+        assert!(pending.recovery(came(PID, claims.words())).is_none());
+        assert!(pending.recovery(came(PID, &[1, 0])).is_none(), "too long");
+        let nothing_lost = pending.recovery(came(PID, &[1])).expect("it was sent");
+        assert_eq!(nothing_lost.lost, []);
+        assert!(pending.recovery(withheld(PID, &[0b10])).is_none());
+        assert!(pending.recovery(withheld(PID, &[0])).is_some());
+    }
+
+    /// Of two processes the second makes no sense, or cannot be read: the first is as it was.
+    #[test]
+    fn what_is_refused_in_part_changes_nothing() {
+        let other = ImagePid(8);
+        let lazy = || LazyMap::new([range(10, 20)]).expect("in order");
+        let mut pending = Pending::new([(PID, lazy()), (other, lazy())]);
+        pending.demand(PID, range(10, 2)).expect("lazy");
+        let mut said = came(PID, &[0b01]);
+        said.received.insert(other, vec![1]);
+        assert!(pending.recovery(said).is_none());
+        assert_eq!(pending.owed(), 38);
+        assert!(pending.recovery(came(PID, &[0b11])).is_some());
     }
 
     #[test]
@@ -432,22 +480,23 @@ mod tests {
         pending.forget();
         let mut received = PageSet::empty(25);
         received.insert_range(1..23);
-        let words = received.words().to_vec();
+        let mut said = came(PID, received.words());
+        said.withheld.insert(PID, vec![0b10]);
+        assert!(pending.recovery(said.clone()).is_none(), "it came");
+        said.withheld.insert(PID, vec![1]);
+        // The link may be lost again before all is settled.
         for _ in 0..2 {
-            // The link may be lost again before all is settled.
-            let recovered = pending.recover(PID, words.clone()).expect("believed");
-            let pages: Vec<_> = recovered.known.iter().map(|run| run.pages).collect();
+            let recovery = pending.recovery(said.clone()).expect("believed");
+            let pages: Vec<_> = recovery.known.iter().map(|run| run.pages).collect();
             assert_eq!(pages, [range(11, 16), range(27, 3), range(50, 3)]);
-            assert_eq!(recovered.lost, []);
+            assert_eq!(recovery.lost, []);
         }
-        assert!(!pending.recover_withheld(PID, vec![0b10]), "it came");
-        assert!(pending.recover_withheld(PID, vec![1]));
-        pending.settled();
+        let recovery = pending.recovery(said).expect("believed");
+        pending.recover(recovery, 0, 5);
         assert_eq!(pending.owed(), 2);
-        assert_eq!(
-            pending.recover(PID, PageSet::full(25).words().to_vec()),
-            None
-        );
+        let all = PageSet::full(25);
+        assert!(pending.recovery(came(PID, all.words())).is_none());
+        assert_eq!(pending.tally().digest, 5);
         let tally = pending.tally();
         assert_eq!((tally.pages, tally.discarded), (22, 1));
     }

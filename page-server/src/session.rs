@@ -18,7 +18,7 @@ use common::address::{self, Door, Doorway, MovingAddress, Shut};
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
-use common::lost::LostPlan;
+use common::lost::{Limit, LostPlan};
 use common::operator::{self, Facts};
 use common::proto::control::{Secret, SessionId, ToDestination, ToSource};
 use common::proto::version::V3;
@@ -29,7 +29,7 @@ use common::session_file::{
 };
 use common::stop::StopSignal;
 use nix::unistd::Pid;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::backlog;
 use crate::compression::Mode;
@@ -81,6 +81,8 @@ pub struct ServePlan {
     pub on_frozen: Option<String>,
     /// Command for a rollback, before the workload runs again.
     pub on_thawed: Option<String>,
+    /// How long the workload may stand still before the point of no return.
+    pub freeze_limit: Limit,
     /// What is done about a destination that does not come back.
     pub lost: LostPlan,
     /// What a restart must know besides.
@@ -107,6 +109,9 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
         stop,
         record,
         kept: Kept::nothing(plan.remembered.store.clone()),
+        thaw_by: None,
+        refusal: None,
+        complaint: None,
         doorway,
         doors: Vec::new(),
     };
@@ -114,7 +119,7 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
     migration.conclude(result)
 }
 
-pub(crate) use self::postcopy::settle;
+pub(crate) use self::postcopy::{settle, until};
 pub use self::resume::resume;
 
 /// CRIU drops connections that nobody has accepted, in place of refusing to dump.
@@ -146,6 +151,12 @@ struct Migration<'a> {
     stop: StopSignal,
     record: &'a mut Record,
     kept: Kept,
+    /// When a workload that stands still must run again, as long as it has not been given away.
+    thaw_by: Option<Instant>,
+    /// Why the destination is not served any more, whatever it says, unless it says that its copy is dead.
+    refusal: Option<String>,
+    /// What the operator was told last.
+    complaint: Option<String>,
     /// To where the workload's connections are.
     doorway: Option<Doorway>,
     /// Keep new connections out: one that was made while the workload is frozen would be lost.
@@ -245,11 +256,12 @@ impl Migration<'_> {
         }
     }
 
-    /// The next message, unless the operator stops us first.
+    /// The next message, unless the operator stops us first, or the workload has stood still for too long.
     async fn next(&mut self, destination: &mut Destination) -> Result<ToSource, SessionError> {
-        let state = self.state();
+        let (state, limit) = (self.state(), self.plan.freeze_limit);
         tokio::select! {
             message = destination.next(state) => message,
+            () = until(self.thaw_by) => Err(SessionError::new(Failure::Freeze, state, limit.exceeded())),
             name = self.stop.wait() => Err(interrupted(state, name)),
         }
     }
@@ -342,7 +354,10 @@ impl Migration<'_> {
             .await?;
         let directory = host::staging_directory(self.plan.work_dir.as_deref())
             .map_err(|error| self.fail(Failure::Freeze, format!("no place for images: {error}")))?;
+        let limit = self.plan.freeze_limit;
+        self.thaw_by = limit.0.map(|limit| Instant::now() + limit);
         let plan = FreezePlan {
+            limit,
             engine: self.plan.engine.clone(),
             criu: self.plan.criu.clone(),
             workload: self.plan.workload.clone(),
@@ -481,7 +496,13 @@ impl Migration<'_> {
         // Nobody finds the way here any more.
         self.doors.clear();
         destination.send(state, &ToDestination::Frozen).await?;
-        match sending.await {
+        let sent = tokio::select! {
+            sent = sending => sent,
+            // It does not take what it is sent.
+            () = until(self.thaw_by) => return Err(failed(&self.plan.freeze_limit.exceeded())),
+            name = self.stop.wait() => return Err(interrupted(state, name)),
+        };
+        match sent {
             Ok(Ok(push)) => Ok(push),
             Ok(Err(error)) if error.is_of_link() => {
                 Err(destination.explain(state, failed(&error)).await)

@@ -1,4 +1,4 @@
-//! `page-server sessions` and `page-server thaw`.
+//! `page-server sessions`, `page-server thaw` and `page-server release`.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::adopt::Left;
 use crate::attach::{AttachError, ForeignDump};
-use crate::cli::{Sessions, Thaw};
+use crate::cli::{Release, Sessions, Thaw};
 
 /// Time a `page-server` has to roll back and end.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
@@ -69,6 +69,53 @@ pub async fn thaw(command: &Thaw) -> Result<(), SessionError> {
     run_again(&file).await?;
     store.remove(&file.id);
     Ok(())
+}
+
+/// Kills the frozen original of a session: the copy is whole, and nobody is left who could say so.
+pub async fn release(command: &Release) -> Result<(), SessionError> {
+    let store = command.state.store();
+    let file = store.find(&command.session);
+    let file = file.map_err(|error| fail(Failure::BadInput, &error))?;
+    let standing = file.standing();
+    if matches!(standing, Standing::Stale(_)) || file.state.source_may_thaw() {
+        let text = format!(
+            "session {} was not given away, or is over: it is {standing}; there is nothing to release",
+            file.id
+        );
+        return Err(fail(Failure::BadInput, &text));
+    }
+    if !command.i_know_the_copy_is_whole {
+        let text = format!(
+            "only {} knows whether session {} has all of its memory there; make sure that lazy-restorer said so, then say \
+             --i-know-the-copy-is-whole",
+            file.peer_host, file.id
+        );
+        return Err(fail(Failure::BadInput, &text));
+    }
+    if standing == Standing::Served {
+        // Whatever it holds is held by CRIU and its script too.
+        end(file.program, Signal::SIGKILL).await?;
+    }
+    kill_original(&file).await?;
+    store.remove(&file.id);
+    Ok(())
+}
+
+async fn kill_original(file: &SessionFile) -> Result<(), SessionError> {
+    let lost = |error: &dyn std::fmt::Display| fail(Failure::Lost, error);
+    match file.source().map(|source| &source.original) {
+        Some(Original::Images(_)) => Ok(()),
+        Some(Original::Foreign(frozen, images)) => {
+            let dump = ForeignDump::find_again(frozen, Path::new(images)).await;
+            let dump = dump.map_err(|error| lost(&error))?;
+            dump.release().await.map_err(|error| lost(&error))
+        }
+        Some(Original::Frozen(_)) | None => {
+            let left = Left::find(file).map_err(|error| lost(&error))?;
+            let adopted = left.adopt().await.map_err(|error| lost(&error))?;
+            adopted.release().await.map_err(|error| lost(&error))
+        }
+    }
 }
 
 /// Before the point of no return `page-server` rolls back when it is asked to end.

@@ -6,12 +6,14 @@ use std::time::SystemTime;
 
 use common::exit::{Failure, SessionError};
 use common::host;
+use common::lost::{LostPlan, OnLost};
 use common::proto::control::{SessionId, Tally, ToDestination, ToSource};
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
 use common::session_file::{Kept, SessionFile};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 use crate::attach::{AttachError, ForeignDump};
 use crate::book::Book;
@@ -21,7 +23,7 @@ use crate::framer::Form;
 use crate::offer::Offer;
 use crate::push::Push;
 use crate::report::{Record, WireBytes};
-use crate::session::{interrupted, settle};
+use crate::session::{interrupted, settle, until};
 use crate::transfer::Transfer;
 
 /// What keeps the offered memory as it is.
@@ -85,6 +87,8 @@ pub struct House {
     pub threads: Threads,
     /// The signal that asks us to stop.
     pub stop: watch::Receiver<Option<&'static str>>,
+    /// What is done about a destination that does not come back.
+    pub lost: LostPlan,
 }
 
 /// A destination's visit.
@@ -102,10 +106,15 @@ pub struct Visit {
     pub threads: Threads,
     /// The signal that asks us to stop.
     pub stop: watch::Receiver<Option<&'static str>>,
+    lost: LostPlan,
     session: Session,
     phases: Phases,
     book: Arc<Book>,
     record: Record,
+    /// Why the destination is not served any more, whatever it says, unless it says that its copy is dead.
+    refusal: Option<String>,
+    /// What the operator was told last.
+    complaint: Option<String>,
     /// What a restart must know, when there is something to restart.
     file: SessionFile,
     kept: Kept,
@@ -166,9 +175,12 @@ impl Visit {
             offer: house.offer,
             threads: house.threads,
             stop: house.stop,
+            lost: house.lost,
             session: Session::default(),
             phases: Phases::start(State::Hello),
             record,
+            refusal: None,
+            complaint: None,
             file,
             kept,
         }
@@ -185,6 +197,7 @@ impl Visit {
         let result = match self.settle().await {
             Ok(Ok(transfer)) => self.serve(hold, Ok(()), transfer).await,
             Ok(Err(dead)) => Err(self.copy_died(hold, dead).await),
+            Err(error) if self.state() == State::Lost => Err(gave_up(hold, error).await),
             Err(error) => Err(keep(&hold, error).await),
         };
         self.conclude(result).await
@@ -361,18 +374,46 @@ impl Visit {
             if let Err(text) = link {
                 // Nothing of the old link may be sent while it is settled what has come.
                 transfer.stop().await;
-                transfer = match self.recover(&text).await? {
-                    Ok(transfer) => transfer,
-                    Err(dead) => return Err(self.copy_died(hold, dead).await),
+                transfer = match self.recover(&text).await {
+                    Ok(Ok(transfer)) => transfer,
+                    Ok(Err(dead)) => return Err(self.copy_died(hold, dead).await),
+                    Err(error) if self.state() == State::Lost => {
+                        return Err(gave_up(hold, error).await);
+                    }
+                    Err(error) => return Err(error),
                 };
             }
             link = match self.until_drained(&hold, &mut transfer).await {
-                Ok(Served::Drained(tally)) => return self.complete(hold, tally).await,
+                Ok(Served::Drained(tally)) => match self.agree(tally) {
+                    Ok(()) => return self.complete(hold).await,
+                    Err(error) => {
+                        self.refusal = Some(error.text.clone());
+                        Err(self.break_off(&hold, error).await?)
+                    }
+                },
                 Ok(Served::CopyDead(dead)) => return Err(self.copy_died(hold, dead).await),
                 Ok(Served::LinkLost(text)) => Err(text),
-                Err(error) => return Err(keep(&hold, error).await),
+                Err(error) => Err(self.break_off(&hold, error).await?),
             };
         }
+    }
+
+    /// There is no way on over this link, and both operators are to know why. Frozen tasks are kept: they may be running on
+    /// the destination, which may come again. Images need nobody to decide about them: the error ends the visit.
+    async fn break_off(
+        &mut self,
+        hold: &Hold,
+        error: SessionError,
+    ) -> Result<String, SessionError> {
+        let Hold::Dump(_) = hold else {
+            return Err(error);
+        };
+        if self.complaint.as_ref() != Some(&error.text) {
+            complain(&error);
+            self.complaint = Some(error.text.clone());
+        }
+        self.destination.tell_why(error.state, &error.text).await;
+        Ok(error.text)
     }
 
     async fn copy_died(&mut self, hold: Hold, error: SessionError) -> SessionError {
@@ -440,22 +481,41 @@ impl Visit {
 
     /// Waits for the destination to come again, if it has not, and settles what is owed.
     async fn settle(&mut self) -> Result<Result<Transfer, SessionError>, SessionError> {
+        let mut limit = self.lost.give_up_after.map(|limit| Instant::now() + limit);
         loop {
             while !self.destination.is_new() {
-                match self.returns.recv().await {
-                    Some(again) => self.destination = again,
-                    None => return Err(self.fail(Failure::Lost, "the listener ended")),
+                tokio::select! {
+                    again = self.returns.recv() => match again {
+                        Some(again) => self.destination = again,
+                        None => return Err(self.fail(Failure::Lost, "the listener ended")),
+                    },
+                    () = until(limit) => {
+                        limit = None;
+                        self.give_up()?;
+                    }
                 }
             }
             self.advance(Event::Reconnected)?;
             let source = self.offer.source.clone();
             match settle(&mut self.destination, &self.book, source.as_ref()).await {
-                Ok(()) => break,
+                Ok(()) => match self.refusal.clone() {
+                    None => break,
+                    Some(reason) => {
+                        self.destination
+                            .tell_why(self.session.state(), &reason)
+                            .await;
+                        self.destination.take_push();
+                        self.advance(Event::LinkLost)?;
+                    }
+                },
                 Err(Unsettled::CopyDead(abort)) => {
                     return Ok(Err(self.destination.gave_up(self.state(), &abort)));
                 }
                 Err(Unsettled::Lost(reason)) => {
                     tracing::warn!(reason, "the destination is lost again");
+                    self.destination
+                        .tell_why(self.session.state(), &reason)
+                        .await;
                     self.destination.take_push();
                     self.advance(Event::LinkLost)?;
                 }
@@ -464,6 +524,25 @@ impl Visit {
         eprintln!("page-server: the destination is back");
         self.advance(Event::Settled)?;
         Ok(Ok(self.serve_again()))
+    }
+
+    /// The operator's limit has passed. An error when that is the end.
+    fn give_up(&mut self) -> Result<(), SessionError> {
+        let text = "the destination did not come back in time";
+        if self.lost.on_lost != OnLost::Kill {
+            let error = self.fail(Failure::Lost, text);
+            eprintln!(
+                "page-server: error: source host {}, {error}; still waiting for it",
+                host::name()
+            );
+            return Ok(());
+        }
+        let error = self.fail(
+            Failure::Lost,
+            format!("{text}; its memory is given up, as --on-lost says"),
+        );
+        self.advance(Event::GaveUp)?;
+        Err(error)
     }
 
     fn form(&self) -> Form {
@@ -489,14 +568,17 @@ impl Visit {
         transfer
     }
 
-    async fn complete(&mut self, hold: Hold, theirs: Tally) -> Result<(), SessionError> {
+    fn agree(&mut self, theirs: Tally) -> Result<(), SessionError> {
         self.advance(Event::AllPresent)?;
         let ours = self.book.tally();
         if ours != theirs || self.book.owed() > 0 {
             let text = format!("the ends disagree (source {ours:?}, destination {theirs:?})");
-            let error = self.fail(Failure::Lost, text);
-            return Err(keep(&hold, error).await);
+            return Err(self.fail(Failure::Lost, text));
         }
+        Ok(())
+    }
+
+    async fn complete(&mut self, hold: Hold) -> Result<(), SessionError> {
         self.advance(Event::Agreed)?;
         // A destination that misses this word has all pages nevertheless.
         let told = self.send(ToDestination::Complete).await;
@@ -519,13 +601,25 @@ async fn stopped(stop: &mut watch::Receiver<Option<&'static str>>) -> &'static s
     }
 }
 
+/// The operator's limit has passed, and what is frozen was to die then.
+async fn gave_up(hold: Hold, error: SessionError) -> SessionError {
+    if let Err(error) = hold.release().await {
+        tracing::warn!(%error, "the frozen original is killed nevertheless");
+    }
+    error
+}
+
 /// There is no way on. Frozen tasks are kept until the operator comes: they may be running on the destination.
 async fn keep(hold: &Hold, error: SessionError) -> SessionError {
     let Hold::Dump(_) = hold else { return error };
+    complain(&error);
+    std::future::pending().await
+}
+
+fn complain(error: &SessionError) {
     eprintln!(
         "page-server: error: source host {}, {error}; the destination may be running the workload, so it stays \
          frozen here; kill this program only after deciding which copy shall live",
         host::name()
     );
-    std::future::pending().await
 }

@@ -48,6 +48,14 @@ pub fn waits_for_page(pid: Pid) -> bool {
     })
 }
 
+/// Resident memory in KiB; none when there is no such process.
+pub fn resident_kib(pid: Pid) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    number.unwrap_or(0)
+}
+
 /// The process's name, as in `ps`.
 pub fn name(pid: Pid) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm"))

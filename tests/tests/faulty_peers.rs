@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
-use tests::exit_code::{ABORTED_BY_PEER, CONNECTION, FREEZE, INTERRUPTED, RESTORE};
+use tests::exit_code::{ABORTED_BY_PEER, CONNECTION, FREEZE, RESTORE};
 use tests::failure::{Bystander, assert_never_frozen, expect_failure};
 use tests::faulty_peer::{FaultyPeer, Scenario};
 use tests::harness::{self, Body, MIGRATION, REDIS_MIGRATION, Test};
@@ -18,12 +18,13 @@ use tests::torture::{Torture, TorturePlan};
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let refused: [(&'static str, Body); 9] = [
+    let refused: [(&'static str, Body); 10] = [
         (
             "a_source_that_speaks_another_version",
             a_source_that_speaks_another_version,
         ),
         ("a_source_that_stalls", a_source_that_stalls),
+        ("a_destination_that_stalls", a_destination_that_stalls),
         ("a_source_that_sends_unasked_pages", |rig| {
             source_is_refused(
                 rig,
@@ -69,7 +70,8 @@ fn main() -> ExitCode {
         }),
         ("a_destination_that_vanishes", a_destination_that_vanishes),
     ];
-    let survived: [(&'static str, Body); 4] = [
+    let survived: [(&'static str, Body); 5] = [
+        ("a_source_that_keeps_pages", a_source_that_keeps_pages),
         ("a_source_that_replays", |rig| {
             is_survived(rig, Scenario::Replays)
         }),
@@ -90,6 +92,9 @@ fn main() -> ExitCode {
     harness::main(refused.into_iter().chain(survived.map(test(MIGRATION))))
 }
 
+/// What an end is told that is not to wait for long.
+const FREEZE_LIMIT: [&str; 2] = ["--freeze-limit", "3s"];
+
 /// Both real ends with a faulty peer between them.
 struct Trio {
     bystander: Bystander,
@@ -100,8 +105,13 @@ struct Trio {
 
 impl Trio {
     fn start(rig: &Rig, scenario: Scenario) -> Result<Self> {
+        Self::with(rig, scenario, |_| {})
+    }
+
+    fn with(rig: &Rig, scenario: Scenario, change: impl FnOnce(&mut PairPlan)) -> Result<Self> {
         let bystander = Bystander::start(rig)?;
         let mut plan = PairPlan::new(rig)?;
+        change(&mut plan);
         let peer = FaultyPeer::start(rig, scenario, &plan.identities)?;
         plan.source_seen_at = Some(peer.address());
         let server = plan.start_server(rig, bystander.redis.pid())?;
@@ -148,13 +158,22 @@ fn a_source_that_speaks_another_version(rig: &Rig) -> Result<()> {
     trio.assert_unharmed(rig)
 }
 
-/// Nothing breaks, so the operator decides: stopping one end rolls everything back.
+/// Nothing breaks, but the workload stands still: the limit for that rolls everything back, at whichever end it is shorter.
 fn a_source_that_stalls(rig: &Rig) -> Result<()> {
-    let mut trio = Trio::start(rig, Scenario::Stalls)?;
-    wait_until(PATIENCE, "the source to stall", || trio.peer.is_guilty())?;
-    kill(trio.restorer.process.pid(), Signal::SIGTERM).context("it ended")?;
-    expect_failure(&mut trio.restorer, INTERRUPTED, &["SIGTERM"])?;
-    expect_failure(&mut trio.server, ABORTED_BY_PEER, &["SIGTERM"])?;
+    let mut trio = Trio::with(rig, Scenario::Stalls, |plan| {
+        plan.restorer.extend(FREEZE_LIMIT.map(Into::into));
+    })?;
+    expect_failure(&mut trio.restorer, RESTORE, &["--freeze-limit"])?;
+    expect_failure(&mut trio.server, ABORTED_BY_PEER, &["--freeze-limit"])?;
+    trio.assert_unharmed(rig)
+}
+
+fn a_destination_that_stalls(rig: &Rig) -> Result<()> {
+    let mut trio = Trio::with(rig, Scenario::Stalls, |plan| {
+        plan.server.extend(FREEZE_LIMIT.map(Into::into));
+    })?;
+    expect_failure(&mut trio.server, FREEZE, &["--freeze-limit"])?;
+    expect_failure(&mut trio.restorer, ABORTED_BY_PEER, &["--freeze-limit"])?;
     trio.assert_unharmed(rig)
 }
 
@@ -208,6 +227,19 @@ fn is_survived(rig: &Rig, scenario: Scenario) -> Result<()> {
     restorer.expect_success()?;
     server.expect_success()?;
     ensure!(peer.is_guilty(), "the peer did nothing wrong");
+    torture.wait_for_rounds(200)?;
+    assert_moved(rig, restorer.restored_pid()?)?;
+    torture.finish()
+}
+
+/// The link is alive, and a thread waits: the destination does not wait for ever.
+fn a_source_that_keeps_pages(rig: &Rig) -> Result<()> {
+    let (torture, peer, mut server, mut restorer) = torture_through(rig, Scenario::KeepsPages)?;
+    restorer.expect_success()?;
+    server.expect_success()?;
+    ensure!(peer.is_guilty(), "the peer did nothing wrong");
+    let said = restorer.process.stderr();
+    ensure!(said.contains("answers no requests"), "{said}");
     torture.wait_for_rounds(200)?;
     assert_moved(rig, restorer.restored_pid()?)?;
     torture.finish()

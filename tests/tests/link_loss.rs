@@ -4,6 +4,8 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
+use common::limits::BULK_WINDOW_BYTES;
+use common::page::PAGE_SIZE;
 use nix::sys::signal::{Signal, kill};
 use tests::exit_code::ABORTED_BY_PEER;
 use tests::failure::expect_failure;
@@ -11,13 +13,14 @@ use tests::gate::Gate;
 use tests::harness::{self, MIGRATION, REDIS_MIGRATION, Test};
 use tests::host::INTERFACE;
 use tests::leftovers::assert_moved;
+use tests::matrix::{fast_link, set_link, shaped_link};
 use tests::pair::{PATIENCE, PairPlan, Side, sessions};
 use tests::random::seed_of_this_run;
 use tests::redis;
 use tests::redis_client::{ClientPlan, RedisClient};
 use tests::rig::Rig;
 use tests::task;
-use tests::torture::{Torture, TorturePlan};
+use tests::torture::{REST, Torture, TorturePlan};
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
@@ -26,6 +29,11 @@ fn main() -> ExitCode {
             name: "a_link_comes_back",
             needs: REDIS_MIGRATION,
             body: a_link_comes_back,
+        },
+        Test {
+            name: "what_came_before_an_outage_is_not_sent_again",
+            needs: MIGRATION,
+            body: what_came_before_an_outage_is_not_sent_again,
         },
         Test {
             name: "a_killed_restorer_makes_threads_wait",
@@ -78,6 +86,46 @@ fn a_link_comes_back(rig: &Rig) -> Result<()> {
     let report = client.end()?;
     ensure!(report.sets > 0 && report.gets > 0, "{report:?}");
     assert_moved(rig, restorer.restored_pid()?)
+}
+
+/// The link is lost when half of the memory is there: what is sent again is what was on its way.
+fn what_came_before_an_outage_is_not_sent_again(rig: &Rig) -> Result<()> {
+    let torture = Torture::start(
+        rig,
+        TorturePlan {
+            mib: 64,
+            threads: 1,
+            seed: seed_of_this_run(),
+            rest: REST,
+            ..TorturePlan::default()
+        },
+    )?;
+    let mut plan = PairPlan::new(rig)?;
+    // Slow enough to be cut in the middle.
+    let bucket = "rate 100mbit burst 64kb latency 50ms";
+    plan.on_resumed = format!("{}; {}", shaped_link(rig, bucket), plan.on_resumed);
+    let mut server = plan.start_server(rig, torture.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    let copy = restorer.wait_for_copy()?;
+    wait_until(PATIENCE, "half of the memory to come", || {
+        task::resident_kib(copy) > 32 * 1024
+    })?;
+    set_link(rig, false)?;
+    wait_for_words(&server, "link lost")?;
+    wait_for_words(&restorer, "trying to reconnect")?;
+    set_link(rig, true)?;
+    fast_link(rig)?;
+    restorer.expect_success()?;
+    server.expect_success()?;
+    let pages = server.record()?.pages;
+    let sent = pages.pushed + pages.demanded + pages.removed;
+    let again = sent - pages.lazy;
+    println!("{again} of {} pages were sent again", pages.lazy);
+    let on_the_way = 4 * BULK_WINDOW_BYTES / PAGE_SIZE as u64;
+    ensure!(again <= on_the_way, "{again} pages: {pages:?}");
+    torture.wait_for_rounds(100)?;
+    assert_moved(rig, copy)?;
+    torture.finish()
 }
 
 fn wait_for_words(side: &Side, words: &str) -> Result<()> {

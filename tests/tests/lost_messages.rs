@@ -33,6 +33,11 @@ fn main() -> ExitCode {
             body: |_| lose_all(&cases(|message| message.to_string() != SLOW)),
         },
         Test {
+            name: "the_cutover_is_lost_and_so_is_its_recovery",
+            needs: MIGRATION,
+            body: |_| lose_all(&at_the_cutover()),
+        },
+        Test {
             name: "the_question_for_the_cutover_is_lost",
             needs: LONG_MIGRATION,
             body: |_| lose_all(&cases(|message| message.to_string() == SLOW)),
@@ -52,6 +57,15 @@ fn cases(wanted: fn(Message) -> bool) -> Vec<Case> {
             ]
             .map(|scenario| (message, scenario))
         })
+        .collect()
+}
+
+/// The grant is lost, and then the link again while it is settled what follows from that.
+fn at_the_cutover() -> Vec<Case> {
+    let messages = Message::OF_RECOVERY.into_iter();
+    let messages = messages.filter(|message| message.to_string() != "Withheld");
+    messages
+        .map(|message| (Message::CUTOVER, Scenario::LosesAtCutover(message)))
         .collect()
 }
 
@@ -205,6 +219,10 @@ fn is_before_the_grant(message: Message, scenario: Scenario) -> bool {
         "CutoverRequest",
     ];
     let name = message.to_string();
-    let asked = name == SLOW && matches!(scenario, Scenario::LosesAfter(_));
+    let asked = name == SLOW
+        && matches!(
+            scenario,
+            Scenario::LosesAfter(_) | Scenario::LosesAtCutover(_)
+        );
     order.contains(&name.as_str()) && !asked
 }

@@ -9,6 +9,7 @@ use tests::exit_code::{
     ABORTED_BY_PEER, BAD_INPUT, CONNECTION, FREEZE, INTERRUPTED, REFUSED, RESTORE,
 };
 use tests::failure::{Bystander, expect_failure};
+use tests::gate::Gate;
 use tests::harness::{self, Body, REDIS_MIGRATION, Test};
 use tests::pair::{PORT, PairPlan};
 use tests::rig::Rig;
@@ -18,7 +19,8 @@ use tests::{fake_criu, identity, namespace, small_disk};
 const FULL_DISK_KIB: u32 = 64;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 12] = [
+    let tests: [(&'static str, Body); 13] = [
+        ("criu_hangs_in_the_dump", criu_hangs_in_the_dump),
         ("no_destination_comes", no_destination_comes),
         ("it_is_stopped_while_it_waits", it_is_stopped_while_it_waits),
         ("a_stranger_comes_first", a_stranger_comes_first),
@@ -55,6 +57,20 @@ fn no_destination_comes(rig: &Rig) -> Result<()> {
         CONNECTION,
         &["page-server: error:", "hello", "destination"],
     )?;
+    bystander.assert_unharmed(rig)
+}
+
+/// CRIU holds the workload and goes no further.
+fn criu_hangs_in_the_dump(rig: &Rig) -> Result<()> {
+    let bystander = Bystander::start(rig)?;
+    let gate = Gate::new(rig, "never")?;
+    let mut plan = PairPlan::new(rig)?;
+    plan.source_criu = fake_criu::held_at(rig, "dump", "post-dump", &gate)?;
+    plan.server.extend(["--freeze-limit", "3s"].map(Into::into));
+    let mut server = plan.start_server(rig, bystander.redis.pid())?;
+    let mut restorer = plan.start_restorer(rig)?;
+    expect_failure(&mut server, FREEZE, &["freeze", "--freeze-limit"])?;
+    expect_failure(&mut restorer, ABORTED_BY_PEER, &["--freeze-limit"])?;
     bystander.assert_unharmed(rig)
 }
 

@@ -141,6 +141,17 @@ impl Store {
         })
     }
 
+    /// Changes what is written of the session in `path`.
+    pub fn change(
+        &self,
+        path: &Path,
+        change: impl FnOnce(&mut SessionFile),
+    ) -> Result<(), StoreError> {
+        let mut file = self.read(path)?;
+        change(&mut file);
+        self.write(&file)
+    }
+
     /// The session has ended: nothing of it is kept.
     pub fn remove(&self, id: &SessionId) {
         for path in [self.path(id), self.socket(id)] {

@@ -6,9 +6,11 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use common::session_file::{Side, Store};
 use common::{address, mounts};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -18,7 +20,7 @@ use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
 use super::inheritance::hand_over;
 use super::{MESSAGE_BYTES, Setup, Told, link_of};
-use crate::exits::pidfd_open;
+use crate::exits::{has_ended, pidfd_open};
 use crate::gate::GO;
 use crate::journal::Journal;
 use crate::privileges;
@@ -56,7 +58,8 @@ fn live(socket: RawFd, parent: Pid) {
 #[derive(Default)]
 struct Known {
     setup: Setup,
-    anchor: Option<Anchor>,
+    /// With a descriptor that tells whether its PID is still its own.
+    anchor: Option<(Anchor, OwnedFd)>,
     processes: Vec<OwnedFd>,
     prepared: bool,
     committed: bool,
@@ -92,10 +95,11 @@ impl Known {
         match told {
             Told::Setup(setup) => self.setup = setup,
             Told::Anchor(pid, puts_away) => {
-                self.anchor = Some(Anchor {
+                let anchor = Anchor {
                     pid: Pid::from_raw(pid),
                     puts_away,
-                });
+                };
+                self.anchor = pidfd_open(anchor.pid).ok().map(|fd| (anchor, fd));
                 self.watch(pid);
             }
             Told::Prepared => self.prepared = true,
@@ -165,7 +169,9 @@ impl Known {
 
     /// Nothing has run here yet, and the source lets the workload run on: nothing may be left of the copy.
     fn abort(mut self) {
-        if let Some(anchor) = self.anchor {
+        if let Some((anchor, pidfd)) = self.anchor
+            && !has_ended(&pidfd)
+        {
             self.processes.extend(kill_copy(anchor));
         }
         // A task in a page fault that nobody answers dies all the same, but what reads its memory would wait.
@@ -174,10 +180,16 @@ impl Known {
                 close(Some(fd));
             }
         }
+        let mut dead = true;
         for process in &self.processes {
             let limit = PollTimeout::try_from(BURIAL).unwrap_or(PollTimeout::MAX);
             let mut waiting = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
             while poll(&mut waiting, limit) == Err(Errno::EINTR) {}
+            dead &= has_ended(process);
+        }
+        if dead {
+            // `lazy-restorer` may have been killed when it had written that the copy may run, and had not told us.
+            note_death(&self.setup.session);
         }
         if self.prepared {
             let _ = address::remove(&self.setup.addresses);
@@ -196,6 +208,19 @@ impl Known {
             let _ = fs::remove_dir_all(&self.setup.directory);
         }
     }
+}
+
+/// Whoever resumes the session tells the source that the copy is dead. Before the cutover was asked for there is no file.
+fn note_death(session: &Path) {
+    let Some(directory) = session.parent() else {
+        return;
+    };
+    // Nobody reads what we say; the source then waits for its operator.
+    let _ = Store::of_destination(directory).change(session, |file| {
+        if let Side::Destination(side) = &mut file.side {
+            side.may_run = false;
+        }
+    });
 }
 
 /// Waits until there is something to hear; true when `lazy-restorer` is gone and has nothing left to say.

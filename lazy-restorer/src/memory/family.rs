@@ -66,6 +66,21 @@ pub enum MemoryError {
     Refused(ImagePid, PageRange, Errno),
 }
 
+impl MemoryError {
+    /// Whether the source speaks of what is not, rather than the kernel refusing.
+    pub fn is_of_source(&self) -> bool {
+        match self {
+            MemoryError::UnknownProcess(_)
+            | MemoryError::UnknownPages(..)
+            | MemoryError::TooEarly(_) => true,
+            MemoryError::AttachedTwice(_)
+            | MemoryError::Read(_)
+            | MemoryError::Journal(..)
+            | MemoryError::Refused(..) => false,
+        }
+    }
+}
+
 /// What of a frame had not come before.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct NewPages {
@@ -127,6 +142,10 @@ impl<D: Descriptor> LiveFamily<D> {
 
     pub(super) fn fetch_singly(&mut self) {
         self.family.fetch_singly();
+    }
+
+    pub(super) fn waits_since(&self) -> Option<Instant> {
+        self.waiting.values().min().copied()
     }
 
     pub(super) fn blocktime(&self) -> &Blocktime {
@@ -288,6 +307,11 @@ impl<D: Descriptor> LiveFamily<D> {
         let unneeded = self.family.exit(member);
         self.discard(unneeded, sink);
         self.uffds.remove(&member);
+    }
+
+    /// Whether no member's process lives any more. Not asked of the map: it knows only ends that were noticed.
+    pub(super) fn is_gone(&self) -> bool {
+        self.uffds.values().all(|uffd| uffd.is_gone())
     }
 
     /// Forgets a member whose process has ended without anyone noticing. False when it is not there (any more).

@@ -1,34 +1,32 @@
 //! From the running workload to the whole one, over as many links as it takes.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::images::ImagePid;
-use common::limits::{MAX_PRESENT_WORDS, RECONNECT_PAUSE};
+use common::limits::MAX_PRESENT_WORDS;
 use common::lost::OnLost;
 use common::proto::control::{Abort, Present, ToDestination, ToSource, Welcome};
 use common::proto::version::V3;
 use common::record::unix_us;
-use common::session::Event;
-use common::session_file::Side;
-use nix::unistd::Pid;
-use tokio::time::{interval, sleep, timeout};
+use common::session::{Event, State};
+use common::session_file::{Side, Whole};
+use tokio::time::{Instant, interval, sleep, timeout};
 
-use super::{EXPLANATION, Migration, gave_up, lost, understood, unexpected};
-use crate::connect::{Source, reconnect};
-use crate::exits::bury;
+use super::{
+    EXPLANATION, Ending, Migration, Outage, Teller, gave_up, lost, understood, unexpected,
+};
+use crate::connect::Source;
+use crate::copy::SURVIVOR;
 use crate::fetch::TransferError;
 use crate::huge::Huge;
+use crate::outage::{Silence, UNANSWERED};
 use crate::progress::Progress;
 use crate::resident::{Resident, ResidentError};
-use crate::restore::{kill_copy, kill_tree};
 
 /// Time between two looks at how far the memory has come.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
-
-/// Time the source has to let the original run, with the operator's command before that, and to say so.
-const HEARING: Duration = Duration::from_secs(60);
 
 /// Time to try to tell the source that every page is here; the workload does not need it any more.
 const ACKNOWLEDGEMENT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -65,7 +63,8 @@ impl Migration<'_> {
         mut whole: Result<(), SessionError>,
     ) -> Result<(), SessionError> {
         while let Err(error) = &whole
-            && error.failure == Failure::Connection
+            && self.copy_may_run
+            && matches!(error.failure, Failure::Connection | Failure::Peer)
         {
             whole = match self.recover(source, &mut resident, error, None).await {
                 Ok(()) => self.until_whole(source, &mut resident).await,
@@ -84,7 +83,11 @@ impl Migration<'_> {
                 self.withdraw();
                 return Err(error);
             }
-            Err(error) => return Err(self.hold(error, resident).await),
+            Err(error) => {
+                let welcome = source.welcome.clone();
+                self.end_without(Some(source), &welcome, error, resident)
+                    .await?;
+            }
         }
         match announced {
             Some(announced) => announced
@@ -94,8 +97,8 @@ impl Migration<'_> {
         }
     }
 
-    /// The link is lost: threads that touch a missing page wait while we try to reach the source again, for at most
-    /// `limit`, or for as long as anything is owed.
+    /// The link is lost, or the source does not serve us: threads that touch a missing page wait while we try to reach it
+    /// again, until `limit`, or for as long as anything is owed.
     pub(super) async fn recover(
         &mut self,
         source: &mut Source,
@@ -103,12 +106,52 @@ impl Migration<'_> {
         error: &SessionError,
         limit: Option<Duration>,
     ) -> Result<(), SessionError> {
-        eprintln!(
-            "lazy-restorer: {error}; threads that touch a missing page wait, trying to reconnect"
-        );
+        if error.failure == Failure::Peer {
+            // Its operator is to learn it, too; a source that gave up does not listen.
+            let abort = self.abort(error);
+            let _ = timeout(EXPLANATION, source.control.send(&abort)).await;
+        }
+        match &mut self.outage {
+            Some(outage) => outage.say(&error.to_string()),
+            None => {
+                eprintln!(
+                    "lazy-restorer: {error}; threads that touch a missing page wait, trying to reconnect"
+                );
+                self.outage = Some(Outage::begin(self.plan.lost.give_up_after));
+            }
+        }
         self.advance(Event::LinkLost)?;
-        *source = self.find_again(&source.welcome, resident, limit).await?;
-        self.go_on(source, resident).await
+        loop {
+            *source = self.find_again(&source.welcome, resident, limit).await?;
+            match self.go_on(source, resident).await {
+                Err(error) if matches!(error.failure, Failure::Connection | Failure::Peer) => {
+                    self.outage().say(&error.to_string());
+                    self.advance(Event::LinkLost)?;
+                }
+                settled => return settled,
+            }
+        }
+    }
+
+    fn abort(&self, error: &SessionError) -> ToSource {
+        ToSource::Abort(Abort {
+            host: host::name(),
+            state: error.state,
+            text: error.text.clone(),
+            copy_is_dead: !self.copy_may_run,
+        })
+    }
+
+    fn outage(&mut self) -> &mut Outage {
+        let patience = self.plan.lost.give_up_after;
+        self.outage.get_or_insert_with(|| Outage::begin(patience))
+    }
+
+    /// The link has proved to be good.
+    fn reunite(&mut self) {
+        if self.outage.take().is_some() {
+            eprintln!("lazy-restorer: reconnected");
+        }
     }
 
     /// Tries to reach the source of a lost link, or of a session that another program began.
@@ -118,34 +161,30 @@ impl Migration<'_> {
         resident: &mut Resident,
         limit: Option<Duration>,
     ) -> Result<Source, SessionError> {
-        let mut pause = RECONNECT_PAUSE.0;
-        let lost_since = Instant::now();
-        let mut operators = self.plan.lost.give_up_after;
+        let patience = self.plan.lost.give_up_after;
         loop {
-            match reconnect(&self.plan.connect, &self.threads, welcome).await {
-                Ok(source) => return Ok(source),
-                Err(error) if error.failure != Failure::Connection => {
-                    return Err(self.fail(Failure::Lost, error.text));
-                }
-                Err(error) => tracing::info!(%error, "not yet"),
-            }
+            let outage = self.outage.get_or_insert_with(|| Outage::begin(patience));
             let owed = resident.memory.counts().owed;
-            let limit = limit.or((owed == 0).then_some(ACKNOWLEDGEMENT_TIMEOUT));
-            if limit.is_some_and(|limit| lost_since.elapsed() > limit) {
-                return Err(self.fail(
-                    Failure::Lost,
-                    "the source cannot be reached; should page-server still wait there, the workload is frozen there",
-                ));
-            }
-            if operators.is_some_and(|limit| lost_since.elapsed() > limit) {
-                operators = None;
-                self.give_up(welcome, resident).await?;
-            }
             tokio::select! {
-                () = sleep(pause) => {}
+                () = sleep(outage.pause()) => {}
                 name = self.stop.wait() => tracing::warn!(owed, "{name} ignored: the workload still needs the source"),
             }
-            pause = (pause * 2).min(RECONNECT_PAUSE.1);
+            // Also when attempts are successful, and each time the source breaks off at once.
+            let acknowledgement = patience
+                .unwrap_or(Duration::MAX)
+                .min(ACKNOWLEDGEMENT_TIMEOUT);
+            let limit = limit.or((owed == 0).then_some(acknowledgement));
+            if limit.is_some_and(|limit| outage.lasted() > limit) {
+                return Err(self.fail(Failure::Lost, "the source cannot be reached"));
+            }
+            if limit.is_none() && outage.exhausts_patience() {
+                self.give_up(welcome, resident).await?;
+                continue;
+            }
+            let reached = outage.attempt(&self.plan.connect, &self.threads, welcome);
+            if let Some(source) = reached.await {
+                return Ok(source);
+            }
         }
     }
 
@@ -165,12 +204,7 @@ impl Migration<'_> {
             );
             return Ok(());
         }
-        let mut dying = resident.anchor().map(kill_copy).unwrap_or_default();
-        for task in resident.tasks().iter().filter(|task| task.is_alive()) {
-            dying.extend(kill_tree(Pid::from_raw(task.pid)));
-        }
-        // The source may let the original run as soon as it is told.
-        bury(dying).await;
+        self.kill_copy(resident).await;
         self.copy_may_run = false;
         self.withdraw();
         let noted = self.kept.change(|file| {
@@ -191,24 +225,11 @@ impl Migration<'_> {
         ))
     }
 
-    /// Says that the copy is dead, and waits until the source has heard it: it lets the original run, and ends.
-    async fn is_told(&self, mut source: Source) -> bool {
-        let abort = ToSource::Abort(Abort {
-            host: host::name(),
-            state: self.state(),
-            text: String::from("the copy is dead"),
-            copy_is_dead: true,
-        });
-        if source.control.send(&abort).await.is_err() {
-            return false;
+    /// Kills the copy. The source may let the original run as soon as it is told, so this goes on until all of it is dead.
+    async fn kill_copy(&self, resident: &Resident) {
+        while !resident.kill().await {
+            tracing::error!("{SURVIVOR}");
         }
-        let answered = match timeout(HEARING, source.control.next()).await {
-            Ok(Err(error)) => !error.is_link_lost(),
-            Ok(Ok(_)) => true,
-            Err(_) => false,
-        };
-        source.close(None).await;
-        answered
     }
 
     /// The copy is dead. Tries to tell the source, which then lets the original run, until it is told or `limit` is over.
@@ -217,37 +238,119 @@ impl Migration<'_> {
         welcome: &Welcome,
         limit: Option<Duration>,
     ) -> SessionError {
-        let began = Instant::now();
-        let error = self.fail(
-            Failure::Peer,
-            "the copy here is dead; the source was told to let the original run",
-        );
-        let mut pause = RECONNECT_PAUSE.0;
-        loop {
-            match reconnect(&self.plan.connect, &self.threads, welcome).await {
-                Ok(source) => {
-                    if self.is_told(source).await {
-                        return error;
-                    }
-                }
-                Err(error) if error.failure != Failure::Connection => {
-                    return self.fail(Failure::Peer, error.text);
-                }
-                Err(error) => tracing::info!(%error, "not yet"),
+        let state = self.state();
+        match self.tell(welcome, None, limit, Ending::Dead(state)).await {
+            Ok(()) => self.fail(
+                Failure::Peer,
+                "the copy here is dead; the source was told to let the original run",
+            ),
+            Err(reason) => {
+                let text = format!(
+                    "{reason}; the source does not know yet that the copy is dead; `lazy-restorer resume` tells it"
+                );
+                self.fail(Failure::Lost, text)
             }
-            if limit.is_some_and(|limit| began.elapsed() > limit) {
-                let text = "the source does not know yet that the copy is dead; `lazy-restorer resume` tells it";
-                return self.fail(Failure::Lost, text);
-            }
-            tokio::select! {
-                () = sleep(pause) => {}
-                name = self.stop.wait() => {
-                    let text = format!("stopped by {name}; the source does not know yet that the copy is dead");
-                    return self.fail(Failure::Lost, text);
-                }
-            }
-            pause = (pause * 2).min(RECONNECT_PAUSE.1);
         }
+    }
+
+    async fn tell(
+        &mut self,
+        welcome: &Welcome,
+        patience: Option<Duration>,
+        limit: Option<Duration>,
+        ending: Ending<'_>,
+    ) -> Result<(), String> {
+        let mut teller = Teller {
+            connect: &self.plan.connect,
+            threads: &self.threads,
+            welcome,
+            stop: &mut self.stop,
+        };
+        let mut outage = Outage::begin(patience);
+        teller.tell(&mut outage, limit, ending).await
+    }
+
+    /// Every page is here, and the source cannot be told. The workload needs nobody: its memory is let go, and what is left
+    /// to do is to tell.
+    async fn end_whole(
+        &mut self,
+        welcome: &Welcome,
+        resident: Resident,
+    ) -> Result<(), SessionError> {
+        let whole = resident.memory.whole();
+        let noted = self.kept.change(|file| {
+            if let Side::Destination(side) = &mut file.side {
+                side.whole = Some(whole.clone());
+            }
+        });
+        let _held = match noted {
+            Ok(()) => {
+                drop(resident.let_go());
+                None
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the memory is held on: a restart would not know that it is whole");
+                Some(resident)
+            }
+        };
+        self.tell_whole(welcome, &whole).await
+    }
+
+    /// Tells the source that every page is here.
+    pub(super) async fn tell_whole(
+        &mut self,
+        welcome: &Welcome,
+        whole: &Whole,
+    ) -> Result<(), SessionError> {
+        eprintln!(
+            "lazy-restorer: every page is here and the workload needs the source no more, but the source does not know \
+             that; trying to tell it"
+        );
+        let patience = self.plan.lost.give_up_after;
+        let told = self.tell(welcome, patience, None, Ending::Whole(whole));
+        if let Err(reason) = told.await {
+            let text = format!(
+                "{reason}; the workload is whole here, and the source does not know it: `lazy-restorer resume --session \
+                 {0}` tells it, or `page-server release --session {0}` there ends the frozen original",
+                welcome.session
+            );
+            return Err(self.fail(Failure::Lost, text));
+        }
+        for event in [
+            Event::Reconnected,
+            Event::Settled,
+            Event::AllPresent,
+            Event::Agreed,
+        ] {
+            self.advance(event)?;
+        }
+        Ok(())
+    }
+
+    fn give_link_up(&mut self) -> Result<(), SessionError> {
+        match self.state() {
+            State::Paused => Ok(()),
+            _ => self.advance(Event::LinkLost),
+        }
+    }
+
+    /// There is no way on with `source`.
+    pub(super) async fn end_without(
+        &mut self,
+        source: Option<&mut Source>,
+        welcome: &Welcome,
+        error: SessionError,
+        resident: Resident,
+    ) -> Result<(), SessionError> {
+        let of_link = matches!(
+            error.failure,
+            Failure::Connection | Failure::Peer | Failure::Lost
+        );
+        if of_link && resident.memory.counts().owed == 0 {
+            self.give_link_up()?;
+            return self.end_whole(welcome, resident).await;
+        }
+        Err(self.hold(source, error, resident).await)
     }
 
     /// The source is there again: settles with it what has come, and goes on.
@@ -261,7 +364,6 @@ impl Migration<'_> {
         self.tell_present(source, resident).await?;
         let resumed = resident.reconnect(source, &self.threads).await;
         resumed.map_err(|error| self.fail(Failure::Connection, error))?;
-        eprintln!("lazy-restorer: reconnected");
         self.advance(Event::Settled)
     }
 
@@ -301,12 +403,20 @@ impl Migration<'_> {
         let memory = resident.memory.clone();
         let progress = Progress::start(&memory);
         let mut shown = interval(PROGRESS_INTERVAL);
+        let mut silence = Silence::begin(&memory);
+        let (began, owed) = (Instant::now(), memory.counts().owed);
         loop {
             tokio::select! {
                 () = memory.settled() => break,
                 _ = shown.tick() => {
                     progress.show(&memory);
                     self.note_announced(resident);
+                    if memory.counts().owed < owed || began.elapsed() > EXPLANATION {
+                        self.reunite();
+                    }
+                    if silence.is_too_long(&memory) {
+                        return Err(self.fail(Failure::Connection, UNANSWERED));
+                    }
                 }
                 step = resident.next() => if let Err(error) = step {
                     return Err(self.resident_failed(source, error).await);
@@ -332,6 +442,7 @@ impl Migration<'_> {
                 message => return Err(unexpected(self.state(), &message)),
             }
         }
+        self.reunite();
         self.advance(Event::Agreed)
     }
 
@@ -377,7 +488,9 @@ impl Migration<'_> {
     ) -> SessionError {
         match error {
             ResidentError::Transfer(TransferError::Link) => {}
-            ResidentError::Transfer(error) => return self.fail(Failure::Peer, error),
+            ResidentError::Transfer(error) if error.is_of_source() => {
+                return self.fail(Failure::Peer, error);
+            }
             error => return self.fail(Failure::Restore, error),
         }
         match timeout(EXPLANATION, source.control.next()).await {
@@ -393,22 +506,51 @@ impl Migration<'_> {
     }
 
     /// There is no way on. Holds the workload's memory: threads that touch a missing page wait, and never read zeros.
-    pub(super) async fn hold(&mut self, error: SessionError, resident: Resident) -> SessionError {
-        if resident.memory.counts().owed == 0 {
-            // Whole, only not acknowledged: the workload needs nothing from anyone any more, and nobody is to go on.
-            drop(resident.let_go());
-            self.kept.end();
-            return error;
-        }
+    ///
+    /// The operator's limit ends it as it ends a lost link.
+    pub(super) async fn hold(
+        &mut self,
+        source: Option<&mut Source>,
+        error: SessionError,
+        resident: Resident,
+    ) -> SessionError {
         eprintln!(
             "lazy-restorer: error: destination host {}, {error}; the workload runs here, but threads that touch a \
              missing page wait; kill the workload to give it up",
             host::name()
         );
-        loop {
-            self.stop.wait().await;
-            tracing::warn!("still holding the memory of the workload");
+        let mut welcome = None;
+        if let Some(source) = source {
+            let abort = self.abort(&error);
+            let _ = timeout(EXPLANATION, source.control.send(&abort)).await;
+            welcome = Some(source.welcome.clone());
         }
+        if let Err(error) = self.give_link_up() {
+            tracing::warn!(%error, "holding");
+        }
+        let mut limit = self.plan.lost.give_up_after;
+        loop {
+            tokio::select! {
+                _ = self.stop.wait() => tracing::warn!("still holding the memory of the workload"),
+                () = over(limit) => {
+                    limit = None;
+                    if let Some(welcome) = &welcome
+                        && let Err(error) = self.give_up(welcome, &resident).await
+                    {
+                        resident.abort().await;
+                        return error;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Waits until the operator's limit has passed.
+pub(crate) async fn over(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => sleep(limit).await,
+        None => std::future::pending().await,
     }
 }
 

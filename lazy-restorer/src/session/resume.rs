@@ -19,11 +19,11 @@ use tokio::time::{Instant, sleep};
 
 use super::{MigratePlan, Migration, announce};
 use crate::connect::Threads;
+use crate::copy::Copy;
 use crate::keeper::{Inheritance, Keeper, Setup, inherit};
 use crate::memory::{Left, Memory};
 use crate::report::Record;
 use crate::resident::{Resident, Successor};
-use crate::restore::Anchor;
 use crate::skeleton;
 
 /// Time the first program's CRIU has to let the tasks run, and its keeper to undo what never ran.
@@ -62,11 +62,15 @@ pub async fn resume(
         record,
         copy_may_run: side.may_run,
         kept: Kept::taken_over(plan.remembered.store.clone(), file),
+        thaw_by: None,
+        rolled_back: false,
+        outage: None,
         door: None,
     };
-    let result = match side.may_run {
-        true => migration.take_over(&side, &welcome, keeper).await,
-        false => Err(migration.never_ran(&side, &welcome).await),
+    let result = match (&side.whole, side.may_run) {
+        (Some(whole), _) => migration.tell_whole(&welcome, whole).await,
+        (None, true) => migration.take_over(&side, &welcome, keeper).await,
+        (None, false) => Err(migration.never_ran(&side, &welcome).await),
     };
     migration.conclude(result)
 }
@@ -109,7 +113,7 @@ impl Migration<'_> {
                 resident.abort().await;
                 return Err(error);
             }
-            Err(error) => return Err(self.hold(error, resident).await),
+            Err(error) => return self.end_without(None, welcome, error, resident).await,
         };
         let result = match self.go_on(&mut source, &mut resident).await {
             Ok(()) => self.postcopy(&mut source, resident).await,
@@ -186,19 +190,18 @@ impl Migration<'_> {
         if let Err(error) = inheritance.taken() {
             tracing::warn!(%error, "the keeper before ours");
         }
+        let mut copy = Copy::default();
+        side.tasks.iter().for_each(|task| copy.add(*task));
+        // Of a CRIU that restored, only the init it restored under is left by now.
+        side.anchor
+            .into_iter()
+            .for_each(|init| copy.are_below(init));
         let pid_of = |task: Task| Pid::from_raw(task.pid);
         Ok(Successor {
             memory,
             orders,
-            anchor: side
-                .anchor
-                .filter(|task| task.is_alive())
-                .map(|task| Anchor {
-                    pid: pid_of(task),
-                    puts_away: side.anchor_puts_away,
-                }),
             root: side.root.filter(|task| task.is_alive()).map(pid_of),
-            tasks: side.tasks.clone(),
+            copy,
             directory,
             keeper,
         })

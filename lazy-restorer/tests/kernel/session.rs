@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use common::session_file::Task;
 use lazy_restorer::memory::{Arrival, MemberKey, Memory, Order};
 use lazy_restorer::resolver::MemberId;
 use lazy_restorer::uffd::UserFault;
@@ -225,6 +226,21 @@ impl Session {
         self.tell(SETTLED);
         let status = self.wait();
         assert!(status.success(), "{}: {status}", self.name);
+    }
+
+    /// The workload's process.
+    pub fn task(&self) -> Task {
+        Task::find(self.child.id().cast_signed()).expect("it lives until it is told to go on")
+    }
+
+    /// Waits for the end of the workload's process, which leaves somebody behind.
+    pub fn bury_parent(&mut self) {
+        self.child.wait().expect("it is ours");
+    }
+
+    /// Whether nobody has the memory any more.
+    pub fn is_gone(&self) -> bool {
+        self.shared.memory.is_gone()
     }
 
     /// Whether the memory finds the workload's process alive.

@@ -127,6 +127,21 @@ pub fn in_child(body: impl FnOnce() -> bool) -> bool {
     waited == child && libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0
 }
 
+/// Makes this process the leader of a session of its own.
+pub fn lead_a_session() -> nix::Result<()> {
+    nix::unistd::setsid().map(drop)
+}
+
+/// Forks a child that does nothing for as long as it lives.
+pub fn leave_a_child() {
+    // SAFETY: the child only waits.
+    if let Ok(nix::unistd::ForkResult::Child) = unsafe { nix::unistd::fork() } {
+        loop {
+            nix::unistd::pause();
+        }
+    }
+}
+
 /// Sends a byte with a descriptor.
 pub fn send_fd(socket: &UnixStream, byte: u8, fd: RawFd) -> nix::Result<()> {
     let bytes = [byte];

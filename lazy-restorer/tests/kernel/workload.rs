@@ -91,6 +91,7 @@ impl Workload {
             "removed_while_waiting" => self.removed_while_waiting(),
             "wiped_on_fork" => self.wiped_on_fork(),
             "split" => self.split(),
+            "orphan" => self.orphan(),
             "moved_over_what_is_leaving" => self.moved_over_what_is_leaving(),
             "shrunk_while_moved" => self.shrunk_while_moved(),
             name => stress::run(&mut self, name),
@@ -146,6 +147,12 @@ impl Workload {
         assert!(wiped, "the child sees zeros");
         self.check(page, State::Frozen(page));
         self.settle();
+    }
+
+    /// A child stays when its parent ends, in the session that its parent led.
+    fn orphan(&mut self) {
+        sys::lead_a_session().expect("not yet");
+        sys::leave_a_child();
     }
 
     /// Every other page has a protection of its own, so every page is a mapping of its own.

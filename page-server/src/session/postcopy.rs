@@ -147,7 +147,7 @@ impl Migration<'_> {
                 message = destination.control.next() => message,
                 error = transfer.failed() => {
                     let error = self.fail(Failure::Lost, error);
-                    return Err(self.hold(error).await);
+                    return Ok(self.break_off(destination, error).await);
                 }
                 Some(call) = listen.fault.next() => {
                     // Only a destination that lost its link earlier than we did has a reason to come.
@@ -173,11 +173,11 @@ impl Migration<'_> {
                 }
                 Ok(ToSource::Abort(abort)) => {
                     let error = destination.gave_up(self.state(), &abort);
-                    return Err(self.hold(error).await);
+                    return Ok(self.break_off(destination, error).await);
                 }
                 Ok(message) => {
                     let error = unexpected(self.state(), &message);
-                    return Err(self.hold(error).await);
+                    return Ok(self.break_off(destination, error).await);
                 }
                 Err(error) => return Ok(Served::LinkLost(error.to_string(), None)),
             }
@@ -202,9 +202,12 @@ impl Migration<'_> {
     }
 
     fn link_lost(&mut self, text: &str) -> Result<(), SessionError> {
-        eprintln!(
-            "page-server: link lost ({text}); the frozen memory is kept until the destination comes again"
-        );
+        // A link that was broken off was spoken of already.
+        if self.complaint.as_deref() != Some(text) {
+            eprintln!(
+                "page-server: link lost ({text}); the frozen memory is kept until the destination comes again"
+            );
+        }
         self.advance(Event::LinkLost)
     }
 
@@ -236,8 +239,16 @@ impl Migration<'_> {
             };
             self.advance(Event::Reconnected)?;
             match settle(&mut destination, &workload.book, workload.source.as_ref()).await {
+                Ok(()) if self.refusal.is_some() => {
+                    let reason = self.refusal.clone().unwrap_or_default();
+                    destination.dismiss(self.state(), &reason);
+                    self.advance(Event::LinkLost)?;
+                }
                 Ok(()) => {
-                    eprintln!("page-server: the destination is back");
+                    match self.complaint {
+                        None => eprintln!("page-server: the destination is back"),
+                        Some(_) => tracing::info!("the destination is back"),
+                    }
                     self.advance(Event::Settled)?;
                     let form = self.form(&destination, workload);
                     let transfer = serve_again(listen, &mut destination, workload, form);
@@ -246,6 +257,7 @@ impl Migration<'_> {
                 Err(Unsettled::CopyDead(abort)) => return Ok(Found::CopyDead(destination, abort)),
                 Err(Unsettled::Lost(reason)) => {
                     tracing::warn!(reason, "the destination is lost again");
+                    destination.dismiss(self.state(), &reason);
                     self.advance(Event::LinkLost)?;
                 }
             }
@@ -336,18 +348,20 @@ impl Migration<'_> {
         }
     }
 
-    /// There is no way on. Holds the frozen workload until the operator comes: it may be running on the destination.
-    async fn hold(&mut self, error: SessionError) -> SessionError {
-        eprintln!(
-            "page-server: error: source host {}, {error}; the destination may be running the workload, so it stays \
-             frozen here; `page-server thaw --session {}` lets it run again",
-            host::name(),
-            self.id
-        );
-        loop {
-            self.stop.wait().await;
-            tracing::warn!("still holding the frozen workload");
+    /// There is no way on over this link, and both operators are to know why. The frozen workload is kept: it may be running
+    /// on the destination, which may come again, if only to say that its copy is dead.
+    async fn break_off(&mut self, destination: &mut Destination, error: SessionError) -> Served {
+        if self.complaint.as_ref() != Some(&error.text) {
+            eprintln!(
+                "page-server: error: source host {}, {error}; the destination may be running the workload, so it stays \
+                 frozen here; `page-server thaw --session {}` lets it run again",
+                host::name(),
+                self.id
+            );
+            self.complaint = Some(error.text.clone());
         }
+        destination.tell_why(error.state, &error.text).await;
+        Served::LinkLost(error.text, None)
     }
 
     /// Compares what both ends counted, and says so. The inner error is a link that was lost before it was said.
@@ -365,8 +379,10 @@ impl Migration<'_> {
             let text = format!(
                 "the ends disagree (source {ours:?}, destination {theirs:?}); the frozen original is kept"
             );
-            let error = self.fail(Failure::Lost, text);
-            return Err(self.hold(error).await);
+            let error = self.fail(Failure::Lost, &text);
+            self.break_off(destination, error).await;
+            self.refusal = Some(text.clone());
+            return Ok(Err(text));
         }
         // Written before it is said: a destination that heard it never comes again, and a restart must not wait for it.
         self.kept.enter(State::Complete);
@@ -383,7 +399,8 @@ impl Migration<'_> {
     }
 }
 
-async fn until(limit: Option<Instant>) {
+/// Waits until then; for ever without a limit.
+pub(crate) async fn until(limit: Option<Instant>) {
     match limit {
         Some(limit) => sleep_until(limit).await,
         None => std::future::pending().await,
@@ -438,18 +455,11 @@ pub(crate) async fn settle(
 ) -> Result<(), Unsettled> {
     let nonsense = || Unsettled::Lost(String::from("it claims pages that it cannot have"));
     let present = destination.present(book.slots()).await?;
-    let (mut lost, mut known) = (0_u64, 0_u64);
-    for (pid, words) in present.received {
-        let recovered = book.recover(pid, words).ok_or_else(nonsense)?;
-        lost = lost.wrapping_add(digest_of(source, &recovered.lost)?);
-        known = known.wrapping_add(digest_of(source, &recovered.known)?);
-    }
-    for (pid, words) in present.withheld {
-        if !book.recover_withheld(pid, words) {
-            return Err(nonsense());
-        }
-    }
-    book.begin_anew(lost, known);
+    let recovery = book.recovery(present.said).ok_or_else(nonsense)?;
+    // Read before anything is changed: what cannot be read now is asked for again when the destination comes again.
+    let lost = digest_of(source, &recovery.lost)?;
+    let known = digest_of(source, &recovery.known)?;
+    book.recover(recovery, lost, known);
     Ok(())
 }
 

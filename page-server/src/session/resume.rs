@@ -45,6 +45,9 @@ pub async fn resume(
         stop,
         record,
         kept: Kept::taken_over(plan.remembered.store.clone(), file),
+        thaw_by: None,
+        refusal: None,
+        complaint: None,
         doorway: None,
         doors: Vec::new(),
     };

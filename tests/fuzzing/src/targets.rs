@@ -380,18 +380,17 @@ fn claims(mut bytes: &[u8], forgotten: bool) -> bool {
 }
 
 fn believe(pending: &mut Pending, map: PresentMap) -> bool {
-    let received = map.received.into_iter();
-    let received = received.map(|(pid, words)| pending.recover(pid, words).is_some());
-    let received = received.fold(true, |all, one| all & one);
-    let withheld = map.withheld.into_iter();
-    let withheld = withheld.map(|(pid, words)| pending.recover_withheld(pid, words));
-    let withheld = withheld.fold(true, |all, one| all & one);
+    let recovery = pending.recovery(map.said);
+    let is_believed = recovery.is_some();
+    recovery
+        .into_iter()
+        .for_each(|recovery| pending.recover(recovery, 0, 0));
     let tally = pending.tally();
     assert_eq!(
         tally.pages + tally.discarded + pending.owed(),
         pending.lazy_pages()
     );
-    received & withheld
+    is_believed
 }
 
 /// A journal of another program, and what it says done again.

@@ -16,7 +16,7 @@ use common::proto::version;
 use common::session::{Event, Session, State};
 use page_server::book::Book;
 use page_server::frame;
-use page_server::pending::{Pending, Run};
+use page_server::pending::{Pending, Run, Said};
 
 use crate::frozen::FrozenMemory;
 use crate::network::{Lane, LinkId, Message};
@@ -347,18 +347,14 @@ impl Source {
         let Some(book) = self.book.clone() else {
             return;
         };
-        let (mut lost, mut known) = (0_u64, 0_u64);
-        for (pid, words) in std::mem::take(&mut self.present) {
-            let recovered = book
-                .recover(pid, words)
-                .expect("it claims only what it has");
-            lost = lost.wrapping_add(self.digest_of(&recovered.lost));
-            known = known.wrapping_add(self.digest_of(&recovered.known));
-        }
-        for (pid, words) in std::mem::take(&mut self.withheld) {
-            assert!(book.recover_withheld(pid, words), "it was promised that");
-        }
-        book.begin_anew(lost, known);
+        let said = Said {
+            received: std::mem::take(&mut self.present).into_iter().collect(),
+            withheld: std::mem::take(&mut self.withheld).into_iter().collect(),
+        };
+        let recovery = book.recovery(said).expect("it claims only what is so");
+        let lost = self.digest_of(&recovery.lost);
+        let known = self.digest_of(&recovery.known);
+        book.recover(recovery, lost, known);
         self.advance(Event::Settled);
         for frame in std::mem::take(&mut self.unread) {
             self.demand(around, link, &frame);

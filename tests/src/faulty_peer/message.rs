@@ -34,6 +34,9 @@ impl Message {
         Self("PresentEnd"),
     ];
 
+    /// The question for the point of no return.
+    pub const CUTOVER: Self = Self("CutoverRequest");
+
     /// All there are.
     pub fn all() -> impl Iterator<Item = Self> {
         let both = Self::TO_SOURCE.into_iter().chain(Self::TO_DESTINATION);

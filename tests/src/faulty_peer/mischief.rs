@@ -53,6 +53,8 @@ pub enum Passage<T> {
 pub struct Mischief {
     scenario: Scenario,
     done: bool,
+    /// No page passes for now.
+    keeps_pages: bool,
 }
 
 impl Mischief {
@@ -61,6 +63,7 @@ impl Mischief {
         Self {
             scenario,
             done: false,
+            keeps_pages: false,
         }
     }
 
@@ -81,6 +84,7 @@ impl Mischief {
             Scenario::Holds(kind) | Scenario::LosesBefore(kind) | Scenario::LosesAfter(kind) => {
                 kind
             }
+            Scenario::LosesAtCutover(_) => super::Message::CUTOVER,
             _ => return Passage::Send(vec![message]),
         };
         if self.done && !matches!(scenario, Scenario::Holds(_)) {
@@ -105,9 +109,11 @@ impl Mischief {
                 | Scenario::Claims(_)
                 | Scenario::SpeaksAnotherVersion
                 | Scenario::ForgesTheSecret
+                | Scenario::KeepsPages
                 | Scenario::Holds(_)
                 | Scenario::LosesBefore(_)
                 | Scenario::LosesAfter(_)
+                | Scenario::LosesAtCutover(_)
         )
     }
 
@@ -127,6 +133,8 @@ impl Mischief {
             ToSource::Resume(resume) if self.strikes(Scenario::ForgesTheSecret) => {
                 resume.secret.0[0] ^= 1;
             }
+            ToSource::Resumed if self.strikes(Scenario::KeepsPages) => self.keeps_pages = true,
+            ToSource::Resume(_) => self.keeps_pages = false,
             ToSource::Drained(tally) if self.strikes(Scenario::CountsWrong) => tally.digest ^= 1,
             _ => {}
         }
@@ -166,8 +174,16 @@ impl Mischief {
         Passage::Send(frames)
     }
 
+    /// Whether answers pass.
+    pub fn lets_answers_pass(&self) -> bool {
+        !self.keeps_pages
+    }
+
     /// A frame of the bulk stream.
     pub fn bulk(&mut self, frame: BulkFrame) -> Passage<BulkFrame> {
+        if self.keeps_pages {
+            return Passage::Stall;
+        }
         match frame.header {
             BulkHeader::File { .. } => self.file(frame),
             BulkHeader::Data(header) => Passage::Send(self.pages(header, frame)),

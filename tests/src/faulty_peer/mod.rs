@@ -37,6 +37,8 @@ const LET_GO: Signal = Signal::SIGUSR1;
 pub enum Scenario {
     /// A source that says nothing more from the skeleton on.
     Stalls,
+    /// A source that sends no more pages once the workload runs, until the destination comes again.
+    KeepsPages,
     /// A source that sends every pushed page twice.
     Replays,
     /// A source that sends pages of a process nobody dumped.
@@ -73,12 +75,16 @@ pub enum Scenario {
     LosesBefore(Message),
     /// The path is lost when the first message of this kind has passed, and comes back.
     LosesAfter(Message),
+    /// The path is lost when the question for the cutover has passed, comes back, and is lost again before the first message
+    /// of this kind passes.
+    LosesAtCutover(Message),
 }
 
 impl Scenario {
-    const ALL: [(Self, &str); 15] = [
+    const ALL: [(Self, &str); 16] = [
         (Self::ForgesTheSecret, "forges-the-secret"),
         (Self::SpeaksAnotherVersion, "speaks-another-version"),
+        (Self::KeepsPages, "keeps-pages"),
         (Self::Passes, "passes"),
         (Self::Stalls, "stalls"),
         (Self::Replays, "replays"),
@@ -101,10 +107,19 @@ impl Scenario {
             Self::LosesBefore(message) => format!("loses-before:{message}"),
             Self::LosesAfter(message) => format!("loses-after:{message}"),
             Self::Claims(claim) => format!("claims:{claim}"),
+            Self::LosesAtCutover(message) => format!("loses-at-cutover:{message}"),
             plain => {
                 let found = Self::ALL.iter().find(|(scenario, _)| *scenario == plain);
                 found.map_or_else(String::new, |(_, name)| (*name).to_owned())
             }
+        }
+    }
+
+    /// What takes its place when it has lost the path.
+    pub fn next(self) -> Self {
+        match self {
+            Self::LosesAtCutover(message) => Self::LosesBefore(message),
+            _ => Self::Passes,
         }
     }
 
@@ -122,6 +137,7 @@ impl Scenario {
             "holds" => Some(Self::Holds(message)),
             "loses-before" => Some(Self::LosesBefore(message)),
             "loses-after" => Some(Self::LosesAfter(message)),
+            "loses-at-cutover" => Some(Self::LosesAtCutover(message)),
             _ => None,
         }
     }
