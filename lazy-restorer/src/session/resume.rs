@@ -164,6 +164,7 @@ impl Migration<'_> {
         // What is left belonged to processes that have ended.
         inheritance.uffds = HashMap::new();
         let setup = Setup {
+            id: file.id.to_string(),
             directory: directory.clone(),
             on_aborted: None,
             variables: Vec::new(),
@@ -180,22 +181,23 @@ impl Migration<'_> {
             }
         });
         written.map_err(|error| fail(&error))?;
-        let told = keeper.set_up(setup).and_then(|()| keeper.commit(None));
+        let pid_of = |task: Task| Pid::from_raw(task.pid);
+        let anchor = side.anchor.filter(|task| task.is_alive());
+        let anchor = anchor.map(|task| Anchor {
+            pid: pid_of(task),
+            puts_away: side.anchor_puts_away,
+        });
+        // The first of all: a keeper that was not told so would kill the copy.
+        let told = keeper.commit(None).and_then(|()| keeper.set_up(setup));
+        let told = told.and_then(|()| anchor.map_or(Ok(()), |anchor| keeper.anchor(anchor)));
         told.map_err(|error| fail(&error))?;
         if let Err(error) = inheritance.taken() {
             tracing::warn!(%error, "the keeper before ours");
         }
-        let pid_of = |task: Task| Pid::from_raw(task.pid);
         Ok(Successor {
             memory,
             orders,
-            anchor: side
-                .anchor
-                .filter(|task| task.is_alive())
-                .map(|task| Anchor {
-                    pid: pid_of(task),
-                    puts_away: side.anchor_puts_away,
-                }),
+            anchor,
             root: side.root.filter(|task| task.is_alive()).map(pid_of),
             tasks: side.tasks.clone(),
             directory,
