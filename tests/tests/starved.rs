@@ -5,8 +5,10 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use common::limits::IDLE_TIMEOUT;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tests::exit_code::{ABORTED_BY_PEER, CONNECTION, FREEZE, RESTORE};
@@ -238,10 +240,18 @@ fn the_host_has_no_memory(rig: &Rig) -> Result<()> {
     wait_until(PATIENCE, "lazy-restorer to say so", || {
         restorer.process.stderr().contains("no memory")
     })?;
+    // Longer than a link lives that nobody drives.
+    let until = Instant::now() + IDLE_TIMEOUT + IDLE_TIMEOUT / 2;
+    wait_until(PATIENCE, "it to go on", || Instant::now() > until)?;
     ensure!(restorer.process.is_running(), "lazy-restorer ended");
     ensure!(server.process.is_running(), "page-server ended");
+    let said = restorer.process.stderr();
+    ensure!(!said.contains("reconnect"), "the link was lost: {said}");
+    ensure!(said.matches("no memory").count() == 1, "{said}");
     cgroup.write("memory.limit_in_bytes", "-1")?;
     restorer.expect_success()?;
+    let said = restorer.process.stderr();
+    ensure!(said.contains("there is memory"), "{said}");
     server.expect_success()?;
     assert_moved(rig, copy)?;
     toucher.finish()

@@ -150,6 +150,7 @@ pub fn follow(shared: &Arc<Shared>, mut orders: UnboundedReceiver<Order>) {
                 let shared = Arc::clone(shared);
                 watchers.push(thread::spawn(move || watch(&shared, key, &uffd)));
             }
+            Ok(Some(Order::Relieve)) => drop(shared.memory.relieve().expect("no refusal")),
             Ok(None) | Err(_) => {}
         }
     }
