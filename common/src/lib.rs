@@ -39,6 +39,7 @@ pub mod limits;
 pub mod logging;
 pub mod lost;
 pub mod mounts;
+pub mod open_files;
 pub mod operator;
 pub mod pacing;
 pub mod page;

@@ -307,7 +307,7 @@ impl<D: Descriptor> Memory<D> {
         if self.is_short() && !self.short.swap(true, Ordering::AcqRel) {
             return Ok(false);
         }
-        tracing::warn!("there is memory for the pages of the workload again");
+        tracing::warn!("there is all that the memory of the workload needs again");
         self.relief.notify_waiters();
         self.settled.notify_one();
         Ok(true)
@@ -323,7 +323,8 @@ impl<D: Descriptor> Memory<D> {
         Ok(all)
     }
 
-    fn is_short(&self) -> bool {
+    /// Whether something found no memory, or no descriptor, and is to be tried again.
+    pub fn is_short(&self) -> bool {
         let mut pids = self.families.keys();
         pids.any(|pid| self.family(*pid).is_some_and(|family| family.is_short()))
     }
@@ -451,6 +452,13 @@ impl<D: Descriptor> fmt::Debug for Memory<D> {
     }
 }
 
+/// What this host lacks.
+#[derive(Clone, Copy, Debug)]
+enum Want {
+    Memory,
+    Descriptor,
+}
+
 /// Where a family's orders go.
 struct Sink<'a, D> {
     orders: &'a mpsc::UnboundedSender<Order<D>>,
@@ -468,14 +476,21 @@ impl<D> Sink<'_, D> {
         self.order(Order::Demand(DemandFrame::Request(pid, pages)));
     }
 
-    /// Something found no memory: said once, until there is memory for everything again.
-    fn fall_short(&self) {
-        if !self.short.swap(true, Ordering::AcqRel) {
-            tracing::warn!(
-                "this host has no memory for a page of the workload; threads that need it wait, trying again"
-            );
-            self.order(Order::Relieve);
+    /// Something is wanting: said once, until everything is there again.
+    fn fall_short(&self, want: Want) {
+        if self.short.swap(true, Ordering::AcqRel) {
+            return;
         }
+        match want {
+            Want::Memory => tracing::warn!(
+                "this host has no memory for a page of the workload; threads that need it wait, trying again"
+            ),
+            Want::Descriptor => tracing::warn!(
+                "there is no descriptor for a forked child of the workload, whose parent waits, trying again; see \
+                 RLIMIT_NOFILE"
+            ),
+        }
+        self.order(Order::Relieve);
     }
 
     fn order(&self, order: Order<D>) {

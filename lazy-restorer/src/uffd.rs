@@ -80,6 +80,14 @@ pub enum Stop {
 #[error("cannot read page fault events: {0}")]
 pub struct ReadError(Errno);
 
+impl ReadError {
+    /// Whether the kernel only lacks what it needs to make the descriptor of a forked child, and keeps the event until it is
+    /// read again (`userfaultfd_ctx_read` in `fs/userfaultfd.c`).
+    pub fn is_passing(&self) -> bool {
+        matches!(self.0, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
+    }
+}
+
 impl UserFault {
     /// Takes over a descriptor received from a restoring task.
     pub fn from_fd(fd: OwnedFd) -> Self {

@@ -11,6 +11,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, SystemTime};
 
 use common::criu::{Criu, log_time};
+use common::open_files;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use procfs::process::Process;
@@ -168,6 +169,7 @@ impl FreezePlan {
         let program = env::current_exe().map_err(prepare("own program"))?;
         let command = self.engine.command(self, &page_server, &program);
         let mut command = command.map_err(prepare("command"))?;
+        open_files::as_found(command.as_std_mut());
         command
             .env(SOCKET_VARIABLE, socket)
             .stdin(Stdio::null())

@@ -12,7 +12,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use common::session_file::{Side, Store, Task};
-use common::{address, mounts};
+use common::{address, mounts, open_files};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
@@ -283,7 +283,7 @@ impl Known {
             // The command must be able to hear signals.
             let _ = SigSet::empty().thread_set_mask();
             // Its failure is the operator's to notice: nobody is left to be told.
-            let _ = Command::new("sh")
+            let _ = open_files::as_found(&mut Command::new("sh"))
                 .arg("-c")
                 .arg(command)
                 .envs(self.setup.variables.iter().cloned())

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use self::shortage::Shortage;
 use super::descriptor::{Buffer, Descriptor};
-use super::{MemberKey, Order, PresentMap, ProcessImage, Sink};
+use super::{MemberKey, Order, PresentMap, ProcessImage, Sink, Want};
 use crate::blocktime::Blocktime;
 use crate::journal::Note;
 use crate::resolver::{Change, Family, Fault, Install, MemberId};
@@ -70,7 +70,7 @@ pub enum MemoryError {
 enum Placed {
     /// They are in place, wherever they were missed.
     Wholly,
-    /// The host had no memory for one of them: to be tried again later, not under the lock.
+    /// The host lacked memory for one of them, or a descriptor for a child: to be tried again later, not under the lock.
     NoMemory,
 }
 
@@ -211,13 +211,21 @@ impl<D: Descriptor> LiveFamily<D> {
             let Some(page) = faults.pop() else {
                 return Ok(self.family.member(member).is_some());
             };
+            if self.is_deaf(member) {
+                // What the event says may be about the page.
+                self.starve(member, page);
+                continue;
+            }
             match self.resolve(member, page, sink)? {
                 Answer::Given => {}
                 Answer::EventsFirst => {
                     faults.push(page);
                     self.pause(member);
                 }
-                Answer::NoMemory => self.starve(member, page, sink),
+                Answer::NoMemory => {
+                    self.starve(member, page);
+                    sink.fall_short(Want::Memory);
+                }
             }
         }
     }
@@ -236,7 +244,15 @@ impl<D: Descriptor> LiveFamily<D> {
         loop {
             self.make_room()?;
             self.buffer.begin(member);
-            let events = uffd.read(&mut self.buffer)?;
+            let events = match uffd.read(&mut self.buffer) {
+                Err(error) if error.is_passing() => {
+                    self.deafen(member);
+                    sink.fall_short(Want::Descriptor);
+                    return Ok(());
+                }
+                events => events?,
+            };
+            self.undeafen(member);
             if events.is_empty() {
                 return Ok(());
             }
@@ -327,6 +343,7 @@ impl<D: Descriptor> LiveFamily<D> {
         }
         let unneeded = self.family.exit(member);
         self.discard(unneeded, sink);
+        self.undeafen(member);
         self.uffds.remove(&member);
     }
 
@@ -563,7 +580,12 @@ impl<D: Descriptor> LiveFamily<D> {
                 }
             }
             match self.family.displaced(slots.clone()) {
-                Some(member) => self.await_departures(member, sink)?,
+                Some(member) => {
+                    self.await_departures(member, sink)?;
+                    if self.is_deaf(member) {
+                        return Ok(Placed::NoMemory);
+                    }
+                }
                 None => break,
             }
         }
@@ -578,6 +600,9 @@ impl<D: Descriptor> LiveFamily<D> {
         sink: &Sink<'_, D>,
     ) -> Result<(), MemoryError> {
         self.drain(member, sink)?;
+        if self.is_deaf(member) {
+            return Ok(());
+        }
         if self.uffds.get(&member).is_none_or(|uffd| uffd.is_quiet()) {
             self.note(Change::Quiet(member))?;
             self.family.assume_quiet(member);
@@ -631,6 +656,9 @@ impl<D: Descriptor> LiveFamily<D> {
             }
             Stop::EventsPending => {
                 self.drain(member, sink)?;
+                if self.is_deaf(member) {
+                    return Ok(Outcome::NoMemory);
+                }
                 if done == 0 {
                     self.pause(member);
                 }

@@ -1,4 +1,5 @@
-//! What found no memory on this host, and is tried again: pages that came, and faults on pages without content.
+//! What found no memory on this host, and is tried again: pages that came, and faults on pages without content. And events
+//! that could not be read, because there was no descriptor for a forked child.
 //!
 //! Nobody waits for memory under a family's lock, nor on a thread that drives a connection: what could not be done is kept
 //! here, and `Order::Relieve` asks for it to be tried again. It stays small: who brings pages brings no more meanwhile
@@ -11,8 +12,8 @@ use std::sync::atomic::Ordering;
 use common::page::{PageIndex, PageRange};
 use common::proto::pages::DataHeader;
 
-use super::super::Sink;
 use super::super::descriptor::Descriptor;
+use super::super::{Sink, Want};
 use super::{Answer, LiveFamily, MemoryError, Placed};
 use crate::resolver::MemberId;
 
@@ -22,12 +23,32 @@ pub(super) struct Shortage {
     frames: Vec<(DataHeader, Arc<[u8]>)>,
     /// Pages that threads wait for, in no order that matters.
     faults: BTreeSet<(usize, PageIndex)>,
+    /// Members whose events cannot be read.
+    deaf: BTreeSet<usize>,
 }
 
 impl<D: Descriptor> LiveFamily<D> {
     /// Whether something found no memory.
     pub(in super::super) fn is_short(&self) -> bool {
-        !self.shortage.frames.is_empty() || !self.shortage.faults.is_empty()
+        let Shortage {
+            frames,
+            faults,
+            deaf,
+        } = &self.shortage;
+        !frames.is_empty() || !faults.is_empty() || !deaf.is_empty()
+    }
+
+    /// Whether events of a member wait that cannot be read.
+    pub(super) fn is_deaf(&self, member: MemberId) -> bool {
+        self.shortage.deaf.contains(&member.0)
+    }
+
+    pub(super) fn deafen(&mut self, member: MemberId) {
+        self.shortage.deaf.insert(member.0);
+    }
+
+    pub(super) fn undeafen(&mut self, member: MemberId) {
+        self.shortage.deaf.remove(&member.0);
     }
 
     /// Keeps a frame that found no memory. A new link may bring one again.
@@ -37,17 +58,22 @@ impl<D: Descriptor> LiveFamily<D> {
             sink.parked.fetch_add(header.pages.count, Ordering::AcqRel);
             frames.push((header, payload));
         }
-        sink.fall_short();
+        sink.fall_short(Want::Memory);
     }
 
-    /// Keeps in mind that a fault found no memory.
-    pub(super) fn starve(&mut self, member: MemberId, page: PageIndex, sink: &Sink<'_, D>) {
+    /// Keeps in mind that a fault could not be answered.
+    pub(super) fn starve(&mut self, member: MemberId, page: PageIndex) {
         self.shortage.faults.insert((member.0, page));
-        sink.fall_short();
     }
 
     /// Tries again. True when nothing is left that found no memory.
     pub(in super::super) fn relieve(&mut self, sink: &Sink<'_, D>) -> Result<bool, MemoryError> {
+        for member in self.shortage.deaf.clone() {
+            self.drain(MemberId(member), sink)?;
+            if self.is_deaf(MemberId(member)) {
+                return Ok(false);
+            }
+        }
         while let Some((header, payload)) = self.shortage.frames.first().cloned() {
             if self.place_frame(&header, &payload, sink)? == Placed::NoMemory {
                 return Ok(false);
