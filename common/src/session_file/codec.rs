@@ -7,7 +7,7 @@ use crate::limits::{MAX_PROCESSES, MAX_SESSION_FILE_BYTES};
 
 const MAGIC: [u8; 8] = *b"postcopy";
 /// The version of this release. Another one is of another release, which alone may go on with its session.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 /// Magic, version, length of the body, its hash.
 const HEADER_BYTES: usize = 8 + 2 + 4 + 8;
 
