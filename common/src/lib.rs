@@ -40,6 +40,7 @@ pub mod logging;
 pub mod lost;
 pub mod mounts;
 pub mod open_file;
+pub mod open_files;
 pub mod operator;
 pub mod pacing;
 pub mod page;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use crate::open_files;
 use crate::proto::control::SessionId;
 use crate::session::State;
 
@@ -78,7 +79,9 @@ pub async fn run(
     let Some(command) = command else {
         return Ok(());
     };
-    let child = Command::new("sh")
+    let mut shell = Command::new("sh");
+    open_files::as_found(shell.as_std_mut());
+    let child = shell
         .args(["-c", command])
         .envs(facts.variables(phase))
         .stdin(Stdio::null())

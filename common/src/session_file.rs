@@ -19,7 +19,7 @@ pub use self::codec::{DecodeError, decode, encode};
 pub use self::kept::Kept;
 pub use self::listing::Listed;
 pub use self::store::{DEFAULT_DIRECTORY, Entry, Store, StoreError};
-pub use self::task::{Task, boot_id};
+pub use self::task::{AtRest, Task, boot_id};
 pub use self::whole::{Runs, Whole, WholeProcess};
 use crate::address::MovingAddress;
 use crate::proto::control::{Secret, SessionId};
@@ -90,6 +90,8 @@ pub struct FrozenTasks {
     pub root: Task,
     /// All of its processes.
     pub tasks: Vec<Task>,
+    /// What tells whether one of them ran since; nothing when somebody else holds them.
+    pub at_rest: Vec<AtRest>,
     /// The CRIU that holds it.
     pub criu: Task,
     /// The container it is, if it is one.
@@ -275,6 +277,11 @@ pub(crate) mod tests {
                 original: Original::Frozen(FrozenTasks {
                     root: task,
                     tasks: vec![task],
+                    at_rest: vec![AtRest {
+                        task,
+                        threads: 2,
+                        sleeps: 3,
+                    }],
                     criu: task,
                     container: None,
                 }),

@@ -43,7 +43,8 @@ pub async fn bury(dying: Vec<OwnedFd>) {
     }
 }
 
-async fn end_of(fd: OwnedFd) -> io::Result<()> {
+/// Waits for the end of the process that a pidfd names.
+pub(crate) async fn end_of(fd: OwnedFd) -> io::Result<()> {
     // SAFETY: the descriptor is owned and goes into the `AsyncFd`.
     let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }
         .map_err(|error| io::Error::other(error.to_string()))?;

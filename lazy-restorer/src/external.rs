@@ -373,9 +373,10 @@ impl External<'_> {
             peer: self.source.control.peer().to_string(),
         };
         let keeper = self.keeper.take();
-        let keeper = keeper.ok_or_else(|| internal(&"the keeper is in use"))?;
+        let mut keeper = keeper.ok_or_else(|| internal(&"the keeper is in use"))?;
         let variables = facts.variables(State::Aborted);
         let set_up = keeper.set_up(Setup {
+            id: facts.session.to_string(),
             directory: directory.path().to_owned(),
             on_aborted: None,
             variables: variables

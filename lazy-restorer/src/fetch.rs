@@ -10,7 +10,7 @@ use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
 use common::proto::pages::{DATA_HEADER_BYTES, DemandReply};
 use quinn::{ReadError, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::memory::{Arrival, MemberKey, Memory, MemoryError, Order};
 use crate::rehearsal::Recorder;
@@ -22,6 +22,9 @@ const BATCH: usize = 64;
 
 /// Time between looks whether a silent process still lives.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Pause before what found no memory is tried again.
+const NO_MEMORY_PAUSE: Duration = Duration::from_millis(20);
 
 /// Why memory stops moving.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +126,7 @@ impl Orders {
                     requests.extend_from_slice(&DemandFrame::encode(frame));
                 }
                 Order::Watch(key, uffd) => self.watch(key, uffd, memory),
+                Order::Relieve => report(relieve(memory.clone()), self.failures.clone()),
             }
         }
         requests
@@ -153,6 +157,14 @@ fn report(
             let _ = failures.send(error).await;
         }
     });
+}
+
+/// Tries again what found no memory, for as long as there is any of it.
+async fn relieve(memory: Arc<Memory>) -> Result<(), TransferError> {
+    while !memory.relieve()? {
+        sleep(NO_MEMORY_PAUSE).await;
+    }
+    Ok(())
 }
 
 /// Handles a descriptor's events as they come.
@@ -204,5 +216,6 @@ pub async fn take_in(mut replies: RecvStream, memory: Arc<Memory>) -> Result<(),
             }
             DemandReply::Withheld(pid, pages) => memory.withheld(pid, pages)?,
         }
+        memory.relieved().await;
     }
 }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::exit::{Failure, SessionError};
 use common::session::State;
-use common::{host, logging};
+use common::{host, logging, open_files};
 use lazy_restorer::cli::{self, Cli, Command, LazyPages, Restore, Resume};
 use lazy_restorer::keeper::Keeper;
 use lazy_restorer::report::Record;
@@ -114,6 +114,8 @@ fn provide_memory(command: &LazyPages) -> Result<(), SessionError> {
 
 /// Before there is a second thread.
 fn start_keeper() -> Result<Keeper, SessionError> {
+    // The keepers share our descriptors.
+    open_files::raise();
     let text = |error| format!("cannot start the keeper: {error}");
     Keeper::start().map_err(|error| internal(&text(error)))
 }

@@ -40,6 +40,8 @@ pub enum Order<D = UserFault> {
     Demand(DemandFrame),
     /// Watch this descriptor for events.
     Watch(MemberKey, Arc<D>),
+    /// Something found no memory: call [`Memory::relieve`] every now and then until it says that nothing is left.
+    Relieve,
 }
 
 /// Names one member of one family.
@@ -79,6 +81,11 @@ pub struct Memory<D: Descriptor = UserFault> {
     restored: AtomicBool,
     /// Signalled when the last owed page has come, or the processes are restored.
     settled: Notify,
+    /// Pages that came and found no memory.
+    parked: AtomicU64,
+    /// Something found no memory, and somebody tries again.
+    short: AtomicBool,
+    relief: Notify,
 }
 
 /// Counts over all families.
@@ -125,7 +132,7 @@ pub struct Left<'a> {
 pub struct PageCounts {
     /// Lazy pages of the workload.
     pub lazy: u64,
-    /// Of those, not here yet.
+    /// Of those, not here yet, or not in place for want of memory.
     pub owed: u64,
     /// Came as answers to faults.
     pub demanded: u64,
@@ -156,6 +163,9 @@ impl<D: Descriptor> Memory<D> {
             },
             restored: AtomicBool::new(false),
             settled: Notify::new(),
+            parked: AtomicU64::new(0),
+            short: AtomicBool::new(false),
+            relief: Notify::new(),
         };
         (Arc::new(memory), receiver)
     }
@@ -300,10 +310,55 @@ impl<D: Descriptor> Memory<D> {
     /// Waits until all processes are restored and nothing is owed to them any more.
     pub async fn settled(&self) {
         let is_settled = || {
-            self.restored.load(Ordering::Acquire) && self.totals.owed.load(Ordering::Acquire) == 0
+            self.restored.load(Ordering::Acquire)
+                && self.totals.owed.load(Ordering::Acquire) == 0
+                && self.parked.load(Ordering::Acquire) == 0
         };
         while !is_settled() {
             self.settled.notified().await;
+        }
+    }
+
+    /// Tries again what found no memory. True when nothing is left of it.
+    pub fn relieve(&self) -> Result<bool, MemoryError> {
+        if !self.relieve_all()? {
+            return Ok(false);
+        }
+        self.short.store(false, Ordering::Release);
+        // Who fell short in between found that somebody tries already.
+        if self.is_short() && !self.short.swap(true, Ordering::AcqRel) {
+            return Ok(false);
+        }
+        tracing::warn!("there is all that the memory of the workload needs again");
+        self.relief.notify_waiters();
+        self.settled.notify_one();
+        Ok(true)
+    }
+
+    fn relieve_all(&self) -> Result<bool, MemoryError> {
+        let mut all = true;
+        for pid in self.families.keys() {
+            if let Some(mut family) = self.family(*pid) {
+                all &= family.relieve(&self.sink())?;
+            }
+        }
+        Ok(all)
+    }
+
+    /// Whether something found no memory, or no descriptor, and is to be tried again.
+    pub fn is_short(&self) -> bool {
+        let mut pids = self.families.keys();
+        pids.any(|pid| self.family(*pid).is_some_and(|family| family.is_short()))
+    }
+
+    /// Waits until every page that came has found memory. Who brings pages does before it brings more.
+    pub async fn relieved(&self) {
+        loop {
+            let relief = self.relief.notified();
+            if self.parked.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            relief.await;
         }
     }
 
@@ -320,9 +375,11 @@ impl<D: Descriptor> Memory<D> {
     /// Page counts at this moment.
     pub fn counts(&self) -> PageCounts {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let lazy = load(&self.totals.lazy);
         PageCounts {
-            lazy: load(&self.totals.lazy),
-            owed: load(&self.totals.owed),
+            lazy,
+            // Some of the parked may have come twice.
+            owed: (load(&self.totals.owed) + load(&self.parked)).min(lazy),
             demanded: load(&self.totals.demanded),
             pushed: load(&self.totals.pushed),
             zero: load(&self.totals.zero),
@@ -357,6 +414,8 @@ impl<D: Descriptor> Memory<D> {
         Sink {
             orders: &self.orders,
             zero_faults: &self.totals.zero_faults,
+            parked: &self.parked,
+            short: &self.short,
         }
     }
 }
@@ -397,6 +456,9 @@ impl Memory {
             totals,
             restored: AtomicBool::new(true),
             settled: Notify::new(),
+            parked: AtomicU64::new(0),
+            short: AtomicBool::new(false),
+            relief: Notify::new(),
         };
         memory.keep_journals()?;
         Ok((Arc::new(memory), receiver))
@@ -419,10 +481,19 @@ impl<D: Descriptor> fmt::Debug for Memory<D> {
     }
 }
 
+/// What this host lacks.
+#[derive(Clone, Copy, Debug)]
+enum Want {
+    Memory,
+    Descriptor,
+}
+
 /// Where a family's orders go.
 struct Sink<'a, D> {
     orders: &'a mpsc::UnboundedSender<Order<D>>,
     zero_faults: &'a AtomicU64,
+    parked: &'a AtomicU64,
+    short: &'a AtomicBool,
 }
 
 impl<D> Sink<'_, D> {
@@ -432,6 +503,23 @@ impl<D> Sink<'_, D> {
 
     fn request(&self, pid: ImagePid, pages: PageRange) {
         self.order(Order::Demand(DemandFrame::Request(pid, pages)));
+    }
+
+    /// Something is wanting: said once, until everything is there again.
+    fn fall_short(&self, want: Want) {
+        if self.short.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        match want {
+            Want::Memory => tracing::warn!(
+                "this host has no memory for a page of the workload; threads that need it wait, trying again"
+            ),
+            Want::Descriptor => tracing::warn!(
+                "there is no descriptor for a forked child of the workload, whose parent waits, trying again; see \
+                 RLIMIT_NOFILE"
+            ),
+        }
+        self.order(Order::Relieve);
     }
 
     fn order(&self, order: Order<D>) {

@@ -54,6 +54,7 @@ pub async fn take_in(
                 return Err(ProtoError::Field("frame after the skeleton").into());
             }
         };
+        memory.relieved().await;
         installed.send_modify(|bytes| *bytes += (BULK_HEADER_BYTES + length) as u64);
     }
 }

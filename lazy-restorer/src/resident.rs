@@ -146,7 +146,7 @@ impl Resident {
         source: &Source,
         bulk: (SendStream, RecvStream),
         threads: &Threads,
-        keeper: Keeper,
+        mut keeper: Keeper,
         rehearsal: &RehearsalPlan,
     ) -> Result<Self, ResidentError> {
         let plan = prepared.plan();
@@ -375,8 +375,13 @@ impl Resident {
     }
 
     /// The process that holds everything with us.
-    pub fn keeper(&self) -> &Keeper {
-        &self.keeper
+    pub fn keeper(&mut self) -> &mut Keeper {
+        &mut self.keeper
+    }
+
+    /// The PID of the process that acts should we be killed.
+    pub fn keeper_pid(&self) -> Pid {
+        self.keeper.pid()
     }
 
     /// Whether CRIU, or what it restores under, has ended without being told anything.

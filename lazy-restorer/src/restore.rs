@@ -10,8 +10,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use common::criu::Criu;
-use common::mounts;
 use common::session_file::Task;
+use common::{mounts, open_files};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use procfs::process::all_processes;
@@ -146,6 +146,7 @@ impl RestorePlan {
     fn command(&self) -> Result<Command, RestoreError> {
         let ourselves = env::current_exe()?;
         let mut command = self.engine.command(self, &ourselves)?;
+        open_files::as_found(command.as_std_mut());
         command
             .env(SOCKET_VARIABLE, self.gate())
             .stdin(Stdio::null())

@@ -190,7 +190,11 @@ impl Migration<'_> {
         result
     }
 
-    async fn migrate(&mut self, source: &mut Source, keeper: Keeper) -> Result<(), SessionError> {
+    async fn migrate(
+        &mut self,
+        source: &mut Source,
+        mut keeper: Keeper,
+    ) -> Result<(), SessionError> {
         let facts = self.advise(source).await?;
         let directory = host::staging_directory(self.plan.work_dir.as_deref())
             .map_err(|error| self.fail(Failure::Restore, no_room(&error)))?;
@@ -224,6 +228,7 @@ impl Migration<'_> {
         let id = source.welcome.session;
         let variables = self.facts(source, None).variables(State::Aborted);
         Setup {
+            id: id.to_string(),
             directory: directory.to_owned(),
             on_aborted: self.plan.on_aborted.clone(),
             variables: variables
@@ -648,7 +653,7 @@ impl Migration<'_> {
         let find = |pid: Pid| Task::find(pid.as_raw());
         let gone = || internal(String::from("the keeper is gone"));
         let program = Task::ourselves().ok_or_else(gone)?;
-        let keeper = find(resident.keeper().pid()).ok_or_else(gone)?;
+        let keeper = find(resident.keeper_pid()).ok_or_else(gone)?;
         let welcome = &source.welcome;
         let connect = &self.plan.connect;
         let file = SessionFile {

@@ -80,6 +80,14 @@ pub enum Stop {
 #[error("cannot read page fault events: {0}")]
 pub struct ReadError(Errno);
 
+impl ReadError {
+    /// Whether the kernel only lacks what it needs to make the descriptor of a forked child, and keeps the event until it is
+    /// read again (`userfaultfd_ctx_read` in `fs/userfaultfd.c`).
+    pub fn is_passing(&self) -> bool {
+        matches!(self.0, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
+    }
+}
+
 impl UserFault {
     /// Takes over a descriptor received from a restoring task.
     pub fn from_fd(fd: OwnedFd) -> Self {
@@ -262,9 +270,10 @@ fn stopped(errno: Errno) -> Progress {
         Errno::EEXIST => Stop::AlreadyPresent,
         Errno::EAGAIN => Stop::EventsPending,
         Errno::ENOENT => Stop::NotMapped,
-        // ENOSPC is what kernels before 4.13 said of a process that is gone.
-        Errno::ESRCH | Errno::ENOSPC => Stop::ProcessGone,
-        Errno::ENOMEM => Stop::NoMemory,
+        Errno::ESRCH => Stop::ProcessGone,
+        // Kernels before 4.13 said ENOSPC of a process that is gone, but we need 5.3. Who takes a process for gone closes
+        // its descriptor, and its missing pages would be zeros.
+        Errno::ENOMEM | Errno::ENOSPC => Stop::NoMemory,
         other => Stop::Refused(other),
     };
     Progress {
@@ -287,6 +296,15 @@ mod tests {
         let eagain = progress(TARGET, -i64::from(libc::EAGAIN) as usize as i64);
         assert_eq!(eagain, stopped(Errno::EAGAIN));
         assert_eq!(eagain.pages, 0);
+    }
+
+    #[test]
+    fn only_a_process_that_is_not_there_is_gone() {
+        let stop = |errno| stopped(errno).stop;
+        assert_eq!(stop(Errno::ESRCH), Some(Stop::ProcessGone));
+        for errno in [Errno::ENOSPC, Errno::ENOMEM] {
+            assert_eq!(stop(errno), Some(Stop::NoMemory));
+        }
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod sys;
 mod workload;
 
 use lazy_restorer::copy::Copy;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::frozen::Frozen;
 use crate::session::Session;
@@ -107,6 +108,34 @@ fn unmapped_pages_make_room_for_others() {
 #[test]
 fn children_inherit_what_is_missing() {
     rounds("fork remove", 4);
+}
+
+/// Events of forks that cannot be read for want of a descriptor stay where they are.
+#[test]
+fn children_are_born_when_there_is_a_descriptor_for_them() {
+    let seed = seed();
+    println!("seed {seed}");
+    let mut session = Session::start("fork remove", frozen(seed, 1536));
+    if !session.attach() {
+        return;
+    }
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
+    let allow =
+        |files| setrlimit(Resource::RLIMIT_NOFILE, files, hard).expect("not more than before");
+    session.push_in_background(400);
+    // What is open stays open.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !session.is_short() && Instant::now() < deadline {
+        allow(0);
+        std::thread::sleep(Duration::from_millis(2));
+        if !session.is_short() {
+            allow(soft);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    assert!(session.is_short(), "the workload forks no more");
+    allow(soft);
+    session.finish();
 }
 
 #[test]

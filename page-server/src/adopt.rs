@@ -51,13 +51,18 @@ pub enum LeftError {
     /// Somebody let it run.
     #[error("process {0} of the workload runs: its memory is not what it was when it was frozen")]
     Runs(i32),
+    /// Somebody let it run, and stopped it again.
+    #[error(
+        "process {0} of the workload ran since it was frozen: its memory is not what it was; `page-server thaw` lets it run on"
+    )]
+    Ran(i32),
     /// The images are gone.
     #[error("the images in {0} are gone")]
     NoImages(PathBuf),
 }
 
-/// Whether the tasks are the same, and none of them ran since.
-pub fn are_untouched(frozen: &FrozenTasks) -> Result<(), LeftError> {
+/// Whether the tasks are the same, and none of them runs.
+pub fn are_frozen(frozen: &FrozenTasks) -> Result<(), LeftError> {
     for task in &frozen.tasks {
         if !task.is_alive() {
             return Err(LeftError::Gone(task.pid));
@@ -69,14 +74,37 @@ pub fn are_untouched(frozen: &FrozenTasks) -> Result<(), LeftError> {
     Ok(())
 }
 
+/// Whether none of them ran since.
+fn are_untouched(frozen: &FrozenTasks) -> Result<(), LeftError> {
+    let by_criu = frozen.criu.is_alive();
+    // The freezer of a container's cgroup sends tasks to sleep as well when CRIU does not hold them any more.
+    if !by_criu && frozen.container.is_some() {
+        return Ok(());
+    }
+    let mut touched = frozen.at_rest.iter();
+    match touched.find(|at_rest| !at_rest.is_untouched(by_criu)) {
+        Some(at_rest) => Err(LeftError::Ran(at_rest.task.pid)),
+        None => Ok(()),
+    }
+}
+
 impl Left {
     /// Looks whether the workload of `file` is still what it was: the same processes, none of which ran since.
+    pub fn find_untouched(file: &SessionFile) -> Result<Self, LeftError> {
+        let left = Self::find(file)?;
+        match file.source().and_then(|source| source.original.frozen()) {
+            Some(frozen) => are_untouched(frozen).map(|()| left),
+            None => Err(LeftError::NotOurs),
+        }
+    }
+
+    /// Looks whether the workload of `file` is still there: the same processes, none of which runs.
     pub fn find(file: &SessionFile) -> Result<Self, LeftError> {
         let source = file.source().ok_or(LeftError::NotOurs)?;
         let Original::Frozen(frozen) = &source.original else {
             return Err(LeftError::NotOurs);
         };
-        are_untouched(frozen)?;
+        are_frozen(frozen)?;
         let left = Left {
             root: Pid::from_raw(frozen.root.pid),
             tasks: frozen.tasks.clone(),
@@ -238,6 +266,7 @@ mod tests {
                 original: Original::Frozen(FrozenTasks {
                     root: task,
                     tasks: vec![task],
+                    at_rest: Vec::new(),
                     criu: Task { pid: 1, start: 0 },
                     container: None,
                 }),

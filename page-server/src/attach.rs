@@ -23,7 +23,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
-use crate::adopt::{LeftError, are_untouched};
+use crate::adopt::{LeftError, are_frozen};
 use crate::iptables_lock::IptablesLock;
 use crate::network_lock::{self, Network};
 use crate::rescue::end_repair;
@@ -127,7 +127,7 @@ impl ForeignDump {
 
     /// The dump that a killed `page-server` was attached to, if it is still as it was.
     pub async fn find_again(frozen: &FrozenTasks, images: &Path) -> Result<Self, AttachError> {
-        are_untouched(frozen)?;
+        are_frozen(frozen)?;
         if !frozen.criu.is_alive() {
             return Err(AttachError::Replaced(frozen.criu.pid));
         }
@@ -145,6 +145,8 @@ impl ForeignDump {
             root: find(&self.root)?,
             // Of a zombie nothing is frozen.
             tasks: self.tasks.iter().filter_map(find).collect(),
+            // When their CRIU is gone nobody goes on with them.
+            at_rest: Vec::new(),
             criu: find(&self.criu)?,
             container: None,
         })
@@ -197,7 +199,7 @@ impl ForeignDump {
 
     /// Lets tasks run on whose CRIU was killed, and that only our stop holds.
     pub fn thaw_without_criu(frozen: &FrozenTasks, images: &Path) -> Result<(), AttachError> {
-        are_untouched(frozen)?;
+        are_frozen(frozen)?;
         let root = Pid::from_raw(frozen.root.pid);
         let tasks: Vec<Pid> = frozen
             .tasks

@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use common::criu::{Criu, log_time};
 use common::lost::Limit;
+use common::open_files;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use procfs::process::Process;
@@ -189,6 +190,7 @@ impl FreezePlan {
         let program = env::current_exe().map_err(prepare("own program"))?;
         let command = self.engine.command(self, &page_server, &program);
         let mut command = command.map_err(prepare("command"))?;
+        open_files::as_found(command.as_std_mut());
         command
             .env(SOCKET_VARIABLE, socket)
             .stdin(Stdio::null())

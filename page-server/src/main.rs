@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use common::exit::{Failure, SessionError};
-use common::{host, logging};
+use common::{host, logging, open_files};
 use nix::unistd::Pid;
 use page_server::cli::{Attach, Cli, Command, Release, Resume, Resumption, Serve, Thaw};
 use page_server::report::Record;
@@ -91,6 +91,7 @@ fn release(command: &Release) -> Result<(), SessionError> {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, SessionError> {
+    open_files::raise();
     let built = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();

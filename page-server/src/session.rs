@@ -25,7 +25,7 @@ use common::proto::version::V3;
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
 use common::session_file::{
-    FrozenTasks, Kept, Original, Remembered, SessionFile, Side, SourceSide, Task, boot_id,
+    AtRest, FrozenTasks, Kept, Original, Remembered, SessionFile, Side, SourceSide, Task, boot_id,
 };
 use common::stop::StopSignal;
 use nix::unistd::Pid;
@@ -393,6 +393,12 @@ impl Migration<'_> {
         let find = |pid: Pid| Task::find(pid.as_raw()).ok_or_else(gone);
         let directory = frozen.plan().directory.clone();
         let acquaintance = destination.acquaintance();
+        // Of a zombie nothing is frozen.
+        let tasks: Vec<Task> = frozen
+            .tasks()
+            .iter()
+            .filter_map(|pid| Task::find(pid.as_raw()))
+            .collect();
         let file = SessionFile {
             id: self.id,
             state,
@@ -407,12 +413,9 @@ impl Migration<'_> {
             side: Side::Source(SourceSide {
                 original: Original::Frozen(FrozenTasks {
                     root: find(self.plan.workload.root())?,
-                    // Of a zombie nothing is frozen.
-                    tasks: frozen
-                        .tasks()
-                        .iter()
-                        .filter_map(|pid| Task::find(pid.as_raw()))
-                        .collect(),
+                    // The images are complete: CRIU does nothing to them any more.
+                    at_rest: tasks.iter().copied().filter_map(AtRest::look).collect(),
+                    tasks,
                     criu: find(frozen.criu().ok_or_else(gone)?)?,
                     container: self.plan.engine.container_name(),
                 }),

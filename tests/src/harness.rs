@@ -29,6 +29,8 @@ pub enum Need {
     Program(&'static str),
     /// Memory cgroups of version 1, which can refuse memory without killing anyone.
     MemoryCgroup,
+    /// CPU cgroups of version 1 with quotas.
+    CpuCgroup,
     /// Transparent huge pages, at least for who asks.
     HugePages,
     /// That somebody asked for tests that take minutes, with `POSTCOPY_SOAK`.
@@ -66,6 +68,8 @@ impl Need {
             Self::Program(program) => missing_program(program),
             Self::MemoryCgroup => (!Path::new("/sys/fs/cgroup/memory/memory.oom_control").exists())
                 .then(|| "no memory cgroup of version 1".to_owned()),
+            Self::CpuCgroup => (!Path::new("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").exists())
+                .then(|| "no CPU cgroup of version 1".to_owned()),
             Self::HugePages => {
                 let enabled =
                     std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");

@@ -286,6 +286,7 @@ fn session(plan: &PairPlan, id: u8, boot: &str, root: Task) -> SessionFile {
             original: Original::Frozen(FrozenTasks {
                 root,
                 tasks: vec![root],
+                at_rest: Vec::new(),
                 criu: Task { pid: 1, start: 1 },
                 container: None,
             }),

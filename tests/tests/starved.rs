@@ -5,8 +5,10 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use common::limits::IDLE_TIMEOUT;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tests::exit_code::{ABORTED_BY_PEER, CONNECTION, FREEZE, RESTORE};
@@ -56,9 +58,16 @@ fn main() -> ExitCode {
         needs: &[Need::Namespaces, Need::Criu, Need::MemoryCgroup],
         body: the_host_has_no_memory,
     };
+    let little_cpu: [(&'static str, Body); 2] = [
+        ("the_source_has_little_cpu", |rig| has_little_cpu(rig, true)),
+        ("the_destination_has_little_cpu", |rig| {
+            has_little_cpu(rig, false)
+        }),
+    ];
+    let cpu = little_cpu.map(test(&[Need::Namespaces, Need::Criu, Need::CpuCgroup]));
     let redis = with_redis.map(test(REDIS_MIGRATION));
     let torture = with_torture.map(test(MIGRATION));
-    harness::main(redis.into_iter().chain(torture).chain([memory]))
+    harness::main(redis.into_iter().chain(torture).chain(cpu).chain([memory]))
 }
 
 /// A migration held before the destination makes its first task.
@@ -179,6 +188,57 @@ fn the_destinations_state_is_full(rig: &Rig) -> Result<()> {
     bystander.assert_unharmed(rig)
 }
 
+/// A CPU cgroup of version 1, with a tenth of a CPU for all its processes together.
+struct LittleCpu(PathBuf);
+
+impl LittleCpu {
+    fn make() -> Result<Self> {
+        let path = format!("/sys/fs/cgroup/cpu/postcopy-{}", std::process::id());
+        let cgroup = Self(PathBuf::from(path));
+        fs::create_dir(&cgroup.0).context("no cgroup")?;
+        fs::write(cgroup.0.join("cpu.cfs_quota_us"), "10000").context("no quota")?;
+        Ok(cgroup)
+    }
+
+    /// What is started inside of `start` stays in the cgroup.
+    fn around<T>(&self, start: impl FnOnce() -> Result<T>) -> Result<T> {
+        let ourselves = std::process::id().to_string();
+        fs::write(self.0.join("cgroup.procs"), &ourselves).context("cannot enter it")?;
+        let started = start();
+        fs::write("/sys/fs/cgroup/cpu/cgroup.procs", &ourselves).context("cannot leave it")?;
+        started
+    }
+}
+
+impl Drop for LittleCpu {
+    fn drop(&mut self) {
+        let processes = fs::read_to_string(self.0.join("cgroup.procs")).unwrap_or_default();
+        for pid in processes.lines() {
+            // Whatever is left goes back to where everybody is.
+            let _ = fs::write("/sys/fs/cgroup/cpu/cgroup.procs", pid);
+        }
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// One of the programs, with all it starts, has a tenth of a CPU: it takes longer, and all is well.
+fn has_little_cpu(rig: &Rig, on_source: bool) -> Result<()> {
+    let torture = torture(rig)?;
+    let plan = PairPlan::new(rig)?;
+    let cgroup = LittleCpu::make()?;
+    let start_server = || plan.start_server(rig, torture.pid());
+    let start_restorer = || plan.start_restorer(rig);
+    let (mut server, mut restorer) = match on_source {
+        true => (cgroup.around(start_server)?, start_restorer()?),
+        false => (start_server()?, cgroup.around(start_restorer)?),
+    };
+    restorer.expect_success()?;
+    server.expect_success()?;
+    torture.wait_for_rounds(20)?;
+    assert_moved(rig, restorer.restored_pid()?)?;
+    torture.finish()
+}
+
 /// A memory cgroup of version 1 around the copy, whose processes are not killed when it is full.
 struct Cgroup(PathBuf);
 
@@ -238,10 +298,18 @@ fn the_host_has_no_memory(rig: &Rig) -> Result<()> {
     wait_until(PATIENCE, "lazy-restorer to say so", || {
         restorer.process.stderr().contains("no memory")
     })?;
+    // Longer than a link lives that nobody drives.
+    let until = Instant::now() + IDLE_TIMEOUT + IDLE_TIMEOUT / 2;
+    wait_until(PATIENCE, "it to go on", || Instant::now() > until)?;
     ensure!(restorer.process.is_running(), "lazy-restorer ended");
     ensure!(server.process.is_running(), "page-server ended");
+    let said = restorer.process.stderr();
+    ensure!(!said.contains("reconnect"), "the link was lost: {said}");
+    ensure!(said.matches("no memory").count() == 1, "{said}");
     cgroup.write("memory.limit_in_bytes", "-1")?;
     restorer.expect_success()?;
+    let said = restorer.process.stderr();
+    ensure!(said.contains("needs again"), "{said}");
     server.expect_success()?;
     assert_moved(rig, copy)?;
     toucher.finish()

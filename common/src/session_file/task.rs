@@ -37,6 +37,50 @@ impl Task {
     }
 }
 
+/// How often the threads of a process have gone to sleep since each began: the number grows when one of them runs, however
+/// shortly, for then it must be stopped again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AtRest {
+    /// The process.
+    pub task: Task,
+    /// Its threads.
+    pub threads: u32,
+    /// Their voluntary context switches.
+    pub sleeps: u64,
+}
+
+impl AtRest {
+    /// The process at this moment, unless it has ended.
+    pub fn look(task: Task) -> Option<Self> {
+        let threads = fs::read_dir(format!("/proc/{}/task", task.pid)).ok()?;
+        let mut found = AtRest {
+            task,
+            threads: 0,
+            sleeps: 0,
+        };
+        for thread in threads {
+            let status = fs::read_to_string(thread.ok()?.path().join("status")).ok()?;
+            let mut lines = status.lines();
+            let count = lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?;
+            found.threads += 1;
+            found.sleeps += count.trim().parse::<u64>().ok()?;
+        }
+        task.is_alive().then_some(found)
+    }
+
+    /// Whether no thread has run since, which everyone holds who held them then. One whose tracer was killed is stopped by
+    /// a signal that waited for that, and has gone to sleep once more without running.
+    pub fn is_untouched(self, by_tracer: bool) -> bool {
+        let once_more = if by_tracer {
+            0
+        } else {
+            u64::from(self.threads)
+        };
+        Self::look(self.task)
+            .is_some_and(|now| now.threads == self.threads && now.sleeps <= self.sleeps + once_more)
+    }
+}
+
 /// State and start. The name before them is in parentheses and may hold anything.
 fn stat(pid: i32) -> Option<(char, u64)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -56,6 +100,37 @@ pub fn boot_id() -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_runs_goes_to_sleep_again() {
+        let mut child = std::process::Command::new("sleep");
+        let mut child = child.arg("60").spawn().expect("sleep runs");
+        let task = Task::find(child.id().cast_signed()).expect("it lives");
+        let signal = |signal| {
+            let pid = nix::unistd::Pid::from_raw(task.pid);
+            nix::sys::signal::kill(pid, signal).expect("ours");
+        };
+        let stop = || {
+            signal(nix::sys::signal::SIGSTOP);
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+            while !task.is_frozen() {
+                assert!(std::time::Instant::now() < deadline, "it does not stop");
+            }
+        };
+        stop();
+        let before = AtRest::look(task).expect("it lives");
+        assert_eq!(before.threads, 1);
+        assert!(before.is_untouched(true));
+        signal(nix::sys::signal::SIGCONT);
+        stop();
+        assert!(!before.is_untouched(true));
+        // As when a tracer was killed, and then it ran.
+        signal(nix::sys::signal::SIGCONT);
+        stop();
+        assert!(!before.is_untouched(false));
+        child.kill().expect("our child");
+        child.wait().expect("our child");
+    }
 
     #[test]
     fn a_pid_alone_is_not_enough() {

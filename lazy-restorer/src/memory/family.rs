@@ -1,12 +1,12 @@
 //! A family with its descriptors: applies events to the map and the map to memory. Every method runs under the lock.
 
+mod shortage;
 mod succession;
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use common::digest::{page_hash, zero_page_hash};
@@ -17,8 +17,9 @@ use common::proto::pages::DataHeader;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use self::shortage::Shortage;
 use super::descriptor::{Buffer, Descriptor};
-use super::{MemberKey, Order, PresentMap, ProcessImage, Sink};
+use super::{MemberKey, Order, PresentMap, ProcessImage, Sink, Want};
 use crate::blocktime::Blocktime;
 use crate::journal::Note;
 use crate::resolver::{Change, Family, Fault, Install, MemberId};
@@ -28,8 +29,6 @@ use crate::uffd::{MemoryEvent, Progress, ReadError, Stop};
 const MAX_EARLY_BYTES: usize = 64 << 20;
 /// Pause before an install is tried again while the kernel changes the address space under it.
 const RETRY_PAUSE: Duration = Duration::from_micros(50);
-/// Pause before an install is tried again when the host has no free memory.
-const NO_MEMORY_PAUSE: Duration = Duration::from_millis(20);
 
 /// By which way pages came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +80,37 @@ impl MemoryError {
     }
 }
 
+/// How an attempt to put pages in place ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Placed {
+    /// They are in place, wherever they were missed.
+    Wholly,
+    /// The host lacked memory for one of them, or a descriptor for a child: to be tried again later, not under the lock.
+    NoMemory,
+}
+
+/// How one install ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// All in place.
+    Done,
+    /// Something happened, and the plan may have changed.
+    Surprise,
+    /// The host had no memory.
+    NoMemory,
+}
+
+/// How a fault was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    /// The thread goes on, or waits for a page.
+    Given,
+    /// Events must be read first.
+    EventsFirst,
+    /// The host had no memory.
+    NoMemory,
+}
+
 /// What of a frame had not come before.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct NewPages {
@@ -108,6 +138,8 @@ pub(super) struct LiveFamily<D: Descriptor> {
     /// Frames that wait for `restored`.
     early: Vec<(DataHeader, Arc<[u8]>)>,
     early_bytes: usize,
+    /// What found no memory.
+    shortage: Shortage,
     /// Slots that threads wait for, since when.
     waiting: HashMap<usize, Instant>,
     blocktime: Blocktime,
@@ -133,6 +165,7 @@ impl<D: Descriptor> LiveFamily<D> {
             uffds: HashMap::new(),
             early: Vec::new(),
             early_bytes: 0,
+            shortage: Shortage::default(),
             waiting: HashMap::new(),
             blocktime: Blocktime::default(),
             buffer: D::buffer(),
@@ -166,7 +199,10 @@ impl<D: Descriptor> LiveFamily<D> {
         self.restored = true;
         self.early_bytes = 0;
         for (header, payload) in std::mem::take(&mut self.early) {
-            self.place_frame(&header, &payload, sink)?;
+            // Behind one that found no memory others have to wait: who knows how many.
+            if self.is_short() || self.place_frame(&header, &payload, sink)? == Placed::NoMemory {
+                self.park(header, payload, sink);
+            }
         }
         Ok(())
     }
@@ -194,9 +230,21 @@ impl<D: Descriptor> LiveFamily<D> {
             let Some(page) = faults.pop() else {
                 return Ok(self.family.member(member).is_some());
             };
-            if !self.resolve(member, page, sink)? {
-                faults.push(page);
-                self.pause(member);
+            if self.is_deaf(member) {
+                // What the event says may be about the page.
+                self.starve(member, page);
+                continue;
+            }
+            match self.resolve(member, page, sink)? {
+                Answer::Given => {}
+                Answer::EventsFirst => {
+                    faults.push(page);
+                    self.pause(member);
+                }
+                Answer::NoMemory => {
+                    self.starve(member, page);
+                    sink.fall_short(Want::Memory);
+                }
             }
         }
     }
@@ -215,7 +263,15 @@ impl<D: Descriptor> LiveFamily<D> {
         loop {
             self.make_room()?;
             self.buffer.begin(member);
-            let events = uffd.read(&mut self.buffer)?;
+            let events = match uffd.read(&mut self.buffer) {
+                Err(error) if error.is_passing() => {
+                    self.deafen(member);
+                    sink.fall_short(Want::Descriptor);
+                    return Ok(());
+                }
+                events => events?,
+            };
+            self.undeafen(member);
             if events.is_empty() {
                 return Ok(());
             }
@@ -306,6 +362,7 @@ impl<D: Descriptor> LiveFamily<D> {
         }
         let unneeded = self.family.exit(member);
         self.discard(unneeded, sink);
+        self.undeafen(member);
         self.uffds.remove(&member);
     }
 
@@ -322,13 +379,13 @@ impl<D: Descriptor> LiveFamily<D> {
         self.uffds.contains_key(&member)
     }
 
-    /// Answers one fault. False when events must be read first.
+    /// Answers one fault.
     fn resolve(
         &mut self,
         member: MemberId,
         page: PageIndex,
         sink: &Sink<'_, D>,
-    ) -> Result<bool, MemoryError> {
+    ) -> Result<Answer, MemoryError> {
         match self.family.fault(member, page) {
             // A page that was put in place is there, or the kernel took it without a word (a child of fork whose parent
             // asked for MADV_WIPEONFORK, a guard page that was lifted). Zeros go only where nothing is.
@@ -336,7 +393,9 @@ impl<D: Descriptor> LiveFamily<D> {
             Fault::Waiting { slot } => {
                 self.note_waiting(slot);
                 // The restore itself faults, also on pages that came early.
-                self.place_kept(slot, sink)?;
+                if self.place_kept(slot, sink)? == Placed::NoMemory {
+                    return Ok(Answer::NoMemory);
+                }
             }
             Fault::Request {
                 slot,
@@ -351,16 +410,18 @@ impl<D: Descriptor> LiveFamily<D> {
                 }
             }
         }
-        Ok(true)
+        Ok(Answer::Given)
     }
 
     /// Installs one slot from the frames that wait for `restored`, if it is in one.
-    fn place_kept(&mut self, slot: usize, sink: &Sink<'_, D>) -> Result<(), MemoryError> {
+    fn place_kept(&mut self, slot: usize, sink: &Sink<'_, D>) -> Result<Placed, MemoryError> {
         let holding = self.early.iter().position(|(header, _)| {
             let slots = self.family.slots_of(header.pages);
             slots.is_some_and(|slots| slots.contains(&slot))
         });
-        let Some(index) = holding else { return Ok(()) };
+        let Some(index) = holding else {
+            return Ok(Placed::Wholly);
+        };
         let (header, payload) = self.early[index].clone();
         self.place_frame(&header, &payload, sink)
     }
@@ -374,20 +435,17 @@ impl<D: Descriptor> LiveFamily<D> {
         member: MemberId,
         page: PageIndex,
         sink: &Sink<'_, D>,
-    ) -> Result<bool, MemoryError> {
+    ) -> Result<Answer, MemoryError> {
         let target = PageRange::new(page, 1);
         let Some(uffd) = self.uffds.get(&member).cloned() else {
-            return Ok(true);
+            return Ok(Answer::Given);
         };
         match uffd.zero(target).stop {
             None => {
                 sink.zero_faults.fetch_add(1, Ordering::Relaxed);
             }
-            Some(Stop::EventsPending) => return Ok(false),
-            Some(Stop::NoMemory) => {
-                out_of_memory();
-                return Ok(false);
-            }
+            Some(Stop::EventsPending) => return Ok(Answer::EventsFirst),
+            Some(Stop::NoMemory) => return Ok(Answer::NoMemory),
             // The thread faults again and finds what is there now.
             Some(Stop::AlreadyPresent | Stop::NotMapped) => uffd.wake(target),
             Some(Stop::ProcessGone) => self.exited(member, sink),
@@ -395,7 +453,7 @@ impl<D: Descriptor> LiveFamily<D> {
                 return Err(MemoryError::Refused(self.family.pid(), target, errno));
             }
         }
-        Ok(true)
+        Ok(Answer::Given)
     }
 
     /// Takes a frame in: into memory, or aside while the process is not restored yet.
@@ -411,9 +469,12 @@ impl<D: Descriptor> LiveFamily<D> {
             .slots_of(header.pages)
             .ok_or(MemoryError::UnknownPages(header.pid, header.pages))?;
         let new = self.account(header, payload, slots, arrival)?;
-        self.place_frame(header, payload, sink)?;
+        let placed = self.place_frame(header, payload, sink)?;
         if !self.restored {
             self.keep(header, payload)?;
+        }
+        if placed == Placed::NoMemory {
+            self.park(*header, payload.into(), sink);
         }
         Ok(new)
     }
@@ -473,9 +534,9 @@ impl<D: Descriptor> LiveFamily<D> {
         header: &DataHeader,
         payload: &[u8],
         sink: &Sink<'_, D>,
-    ) -> Result<(), MemoryError> {
+    ) -> Result<Placed, MemoryError> {
         let Some(slots) = self.family.slots_of(header.pages) else {
-            return Ok(());
+            return Ok(Placed::Wholly);
         };
         let mut index = 0;
         let mut rest = payload;
@@ -493,14 +554,16 @@ impl<D: Descriptor> LiveFamily<D> {
             } else {
                 Content::Pages(pages)
             };
-            if self.restored {
-                self.place(run, content, sink)?;
-            } else {
-                self.place_faulted(run, content, sink)?;
+            let placed = match self.restored {
+                true => self.place(run, content, sink)?,
+                false => self.place_faulted(run, content, sink)?,
+            };
+            if placed == Placed::NoMemory {
+                return Ok(placed);
             }
             index = end;
         }
-        Ok(())
+        Ok(Placed::Wholly)
     }
 
     /// Installs only the slots of a run that threads wait for.
@@ -509,17 +572,20 @@ impl<D: Descriptor> LiveFamily<D> {
         slots: Range<usize>,
         content: Content<'_>,
         sink: &Sink<'_, D>,
-    ) -> Result<(), MemoryError> {
+    ) -> Result<Placed, MemoryError> {
         for (index, slot) in slots.enumerate() {
-            if self.waiting.contains_key(&slot) {
-                let content = match content {
-                    Content::Zero => Content::Zero,
-                    Content::Pages(bytes) => Content::Pages(&bytes[page_in_buffer(index)]),
-                };
-                self.place(slot..slot + 1, content, sink)?;
+            if !self.waiting.contains_key(&slot) {
+                continue;
+            }
+            let content = match content {
+                Content::Zero => Content::Zero,
+                Content::Pages(bytes) => Content::Pages(&bytes[page_in_buffer(index)]),
+            };
+            if self.place(slot..slot + 1, content, sink)? == Placed::NoMemory {
+                return Ok(Placed::NoMemory);
             }
         }
-        Ok(())
+        Ok(Placed::Wholly)
     }
 
     /// Installs a run of slots wherever a member misses it. The plan is made anew after every surprise.
@@ -528,20 +594,27 @@ impl<D: Descriptor> LiveFamily<D> {
         slots: Range<usize>,
         content: Content<'_>,
         sink: &Sink<'_, D>,
-    ) -> Result<(), MemoryError> {
+    ) -> Result<Placed, MemoryError> {
         'plan: loop {
             for install in self.family.installs(slots.clone()) {
-                if !self.place_one(install, slots.start, content, sink)? {
-                    continue 'plan;
+                match self.place_one(install, slots.start, content, sink)? {
+                    Outcome::Done => {}
+                    Outcome::Surprise => continue 'plan,
+                    Outcome::NoMemory => return Ok(Placed::NoMemory),
                 }
             }
             match self.family.displaced(slots.clone()) {
-                Some(member) => self.await_departures(member, sink)?,
+                Some(member) => {
+                    self.await_departures(member, sink)?;
+                    if self.is_deaf(member) {
+                        return Ok(Placed::NoMemory);
+                    }
+                }
                 None => break,
             }
         }
         self.release_waiting(slots);
-        Ok(())
+        Ok(Placed::Wholly)
     }
 
     /// Reads the events that tell where pages went which something else was moved over.
@@ -551,6 +624,9 @@ impl<D: Descriptor> LiveFamily<D> {
         sink: &Sink<'_, D>,
     ) -> Result<(), MemoryError> {
         self.drain(member, sink)?;
+        if self.is_deaf(member) {
+            return Ok(());
+        }
         if self.uffds.get(&member).is_none_or(|uffd| uffd.is_quiet()) {
             self.note(Change::Quiet(member))?;
             self.family.assume_quiet(member);
@@ -560,14 +636,14 @@ impl<D: Descriptor> LiveFamily<D> {
         Ok(())
     }
 
-    /// Performs one install. False when the plan may have changed.
+    /// Performs one install.
     fn place_one(
         &mut self,
         install: Install,
         first_slot: usize,
         content: Content<'_>,
         sink: &Sink<'_, D>,
-    ) -> Result<bool, MemoryError> {
+    ) -> Result<Outcome, MemoryError> {
         let Install {
             member,
             target,
@@ -575,7 +651,7 @@ impl<D: Descriptor> LiveFamily<D> {
         } = install;
         let skip = slot - first_slot;
         let Some(uffd) = self.uffds.get(&member).cloned() else {
-            return Ok(false);
+            return Ok(Outcome::Surprise);
         };
         let fill = || match content {
             Content::Zero => uffd.zero(target),
@@ -592,7 +668,9 @@ impl<D: Descriptor> LiveFamily<D> {
         };
         let done = pages as usize;
         self.installed(member, slot..slot + done)?;
-        let Some(stop) = stop else { return Ok(true) };
+        let Some(stop) = stop else {
+            return Ok(Outcome::Done);
+        };
         let failed = PageRange::new(target.start.forward(pages), 1);
         match stop {
             Stop::AlreadyPresent => {
@@ -602,13 +680,16 @@ impl<D: Descriptor> LiveFamily<D> {
             }
             Stop::EventsPending => {
                 self.drain(member, sink)?;
+                if self.is_deaf(member) {
+                    return Ok(Outcome::NoMemory);
+                }
                 if done == 0 {
                     self.pause(member);
                 }
             }
             // The range may only have been split by mprotect, which nobody reports: try each page by itself.
             Stop::NotMapped if target.count > 1 => {
-                self.place_singly(install, first_slot, content, sink)?;
+                return self.place_singly(install, first_slot, content, sink);
             }
             Stop::NotMapped => {
                 self.note(Change::Gone(member, target))?;
@@ -616,12 +697,12 @@ impl<D: Descriptor> LiveFamily<D> {
                 uffd.wake(target);
             }
             Stop::ProcessGone => self.exited(member, sink),
-            Stop::NoMemory => out_of_memory(),
+            Stop::NoMemory => return Ok(Outcome::NoMemory),
             Stop::Refused(errno) => {
                 return Err(MemoryError::Refused(self.family.pid(), target, errno));
             }
         }
-        Ok(false)
+        Ok(Outcome::Surprise)
     }
 
     fn installed(&mut self, member: MemberId, slots: Range<usize>) -> Result<(), MemoryError> {
@@ -638,19 +719,20 @@ impl<D: Descriptor> LiveFamily<D> {
         first_slot: usize,
         content: Content<'_>,
         sink: &Sink<'_, D>,
-    ) -> Result<(), MemoryError> {
+    ) -> Result<Outcome, MemoryError> {
         for page in 0..install.target.count {
             let single = Install {
                 target: PageRange::new(install.target.start.forward(page), 1),
                 slot: install.slot + page as usize,
                 ..install
             };
-            if !self.place_one(single, first_slot, content, sink)? {
-                // Whatever happened, the caller plans again with what is known now.
-                return Ok(());
+            let outcome = self.place_one(single, first_slot, content, sink)?;
+            if outcome != Outcome::Done {
+                return Ok(outcome);
             }
         }
-        Ok(())
+        // What the one piece was taken for is not true any more.
+        Ok(Outcome::Surprise)
     }
 
     fn release_waiting(&mut self, slots: Range<usize>) {
@@ -671,9 +753,4 @@ impl<D: Descriptor> LiveFamily<D> {
         self.note(Change::Withheld(pages))?;
         Ok(confirmed)
     }
-}
-
-fn out_of_memory() {
-    tracing::warn!("this host has no memory for a page of the workload; trying again");
-    sleep(NO_MEMORY_PAUSE);
 }

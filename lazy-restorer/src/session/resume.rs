@@ -24,6 +24,7 @@ use crate::keeper::{Inheritance, Keeper, Setup, inherit};
 use crate::memory::{Left, Memory};
 use crate::report::Record;
 use crate::resident::{Resident, Successor};
+use crate::restore::Anchor;
 use crate::skeleton;
 
 /// Time the first program's CRIU has to let the tasks run, and its keeper to undo what never ran.
@@ -169,6 +170,7 @@ impl Migration<'_> {
         // What is left belonged to processes that have ended.
         inheritance.uffds = HashMap::new();
         let setup = Setup {
+            id: file.id.to_string(),
             directory: directory.clone(),
             on_aborted: None,
             variables: Vec::new(),
@@ -185,7 +187,15 @@ impl Migration<'_> {
             }
         });
         written.map_err(|error| fail(&error))?;
-        let told = keeper.set_up(setup).and_then(|()| keeper.commit(None));
+        let pid_of = |task: Task| Pid::from_raw(task.pid);
+        let anchor = side.anchor.filter(|task| task.is_alive());
+        let anchor = anchor.map(|task| Anchor {
+            pid: pid_of(task),
+            puts_away: side.anchor_puts_away,
+        });
+        // The first of all: a keeper that was not told so would kill the copy.
+        let told = keeper.commit(None).and_then(|()| keeper.set_up(setup));
+        let told = told.and_then(|()| anchor.map_or(Ok(()), |anchor| keeper.anchor(anchor)));
         told.map_err(|error| fail(&error))?;
         if let Err(error) = inheritance.taken() {
             tracing::warn!(%error, "the keeper before ours");
@@ -196,7 +206,6 @@ impl Migration<'_> {
         side.anchor
             .into_iter()
             .for_each(|init| copy.are_below(init));
-        let pid_of = |task: Task| Pid::from_raw(task.pid);
         Ok(Successor {
             memory,
             orders,

@@ -115,6 +115,11 @@ impl Session {
         self.shared.reading.store(read, Ordering::Release);
     }
 
+    /// Whether something found no memory or no descriptor.
+    pub fn is_short(&self) -> bool {
+        self.shared.memory.is_short()
+    }
+
     /// Waits until the workload asked for so many pages and got them.
     pub fn await_demanded(&self, pages: u64) {
         let deadline = Instant::now() + PATIENCE;

@@ -137,6 +137,7 @@ impl Shared {
 /// Carries out the memory's orders until the test ends.
 pub fn follow(shared: &Arc<Shared>, mut orders: UnboundedReceiver<Order>) {
     let mut watchers = Vec::new();
+    let mut short = false;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build();
@@ -150,7 +151,11 @@ pub fn follow(shared: &Arc<Shared>, mut orders: UnboundedReceiver<Order>) {
                 let shared = Arc::clone(shared);
                 watchers.push(thread::spawn(move || watch(&shared, key, &uffd)));
             }
+            Ok(Some(Order::Relieve)) => short = true,
             Ok(None) | Err(_) => {}
+        }
+        if short {
+            short = !shared.memory.relieve().expect("the kernel refuses nothing");
         }
     }
     for watcher in watchers {

@@ -272,6 +272,8 @@ impl Migration {
             }
             Some(Stop::NoEntry) => self.family.gone(member, target),
             Some(Stop::Again) => self.wait_for_events(process),
+            // What is done then is the affair of the memory around the resolver (`tests/simulation`).
+            Some(Stop::NoMemory) => self.kernel.memory = None,
         }
         false
     }

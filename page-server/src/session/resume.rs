@@ -26,7 +26,7 @@ pub async fn resume(
     }
     let stop = StopSignal::install().map_err(|error| fail(Failure::Internal, &error))?;
     let version = file.source().map_or(0, |source| source.version);
-    let left = Left::find(&file).map_err(|error| fail(Failure::Lost, &error))?;
+    let left = Left::find_untouched(&file).map_err(|error| fail(Failure::Lost, &error))?;
     let mut listen = Listen::open(&plan.listen).map_err(|error| fail(Failure::BadInput, &error))?;
     let adopted = FrozenWorkload::adopt(left).await;
     let workload = adopted.map_err(|error| fail(Failure::Lost, &error))?;

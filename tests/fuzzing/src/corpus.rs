@@ -14,7 +14,9 @@ use common::proto::packed::{Body, PackedHeader};
 use common::proto::pages::{DataHeader, DemandReply};
 use common::proto::stream;
 use common::session::State;
-use common::session_file::{FrozenTasks, Original, SessionFile, Side, SourceSide, Task, encode};
+use common::session_file::{
+    AtRest, FrozenTasks, Original, SessionFile, Side, SourceSide, Task, encode,
+};
 use lazy_restorer::journal::{Journal, Note};
 use lazy_restorer::resolver::Change;
 use lazy_restorer::touches::Touches;
@@ -272,6 +274,11 @@ fn session_file() -> SessionFile {
                 FrozenTasks {
                     root: task,
                     tasks: vec![task; 3],
+                    at_rest: vec![AtRest {
+                        task,
+                        threads: 2,
+                        sleeps: 300,
+                    }],
                     criu: task,
                     container: None,
                 },

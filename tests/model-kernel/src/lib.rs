@@ -104,6 +104,8 @@ pub enum Stop {
     NoEntry,
     /// `ESRCH`.
     Gone,
+    /// `ENOMEM`.
+    NoMemory,
 }
 
 /// All processes, in the order of their forks.
@@ -114,6 +116,8 @@ pub struct Kernel {
     next_vma: usize,
     /// After so many more copied pages a removal or move strikes.
     pub interrupt: Option<usize>,
+    /// Pages there is memory for; `None` when there is enough.
+    pub memory: Option<usize>,
 }
 
 impl Kernel {
@@ -155,12 +159,17 @@ impl Kernel {
             if self.interrupt == Some(0) {
                 return (index, Some(Stop::Again));
             }
-            let stop = self.processes[process].refuses(page, target);
+            let mut stop = self.processes[process].refuses(page, target);
+            // Memory is taken before the place is looked at.
+            if matches!(stop, None | Some(Stop::Exists)) && self.memory == Some(0) {
+                stop = Some(Stop::NoMemory);
+            }
             if stop.is_some() {
                 return (index, stop.filter(|_| index == 0).or(Some(Stop::Again)));
             }
             self.processes[process].fill(page, |content| becomes(index, content));
             self.interrupt = self.interrupt.map(|left| left - 1);
+            self.memory = self.memory.map(|left| left - 1);
         }
         (target.count, None)
     }

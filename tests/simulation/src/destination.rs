@@ -27,6 +27,8 @@ const ACKNOWLEDGEMENT_TIMEOUT: Time = 20_000_000;
 const ANSWER_TIMEOUT: Time = 30_000_000;
 /// Longest pause between two attempts to reach the source, and the first one.
 const PAUSE: (Time, Time) = (100_000, 2_000_000);
+/// Pause before what found no memory is tried again (`fetch.rs`).
+const NO_MEMORY_PAUSE: Time = 20_000;
 /// Credit is renewed when this part of the window has been used (`push.rs`).
 const RENEWALS_PER_WINDOW: u64 = 8;
 
@@ -297,7 +299,16 @@ impl Destination {
                     }
                 }
                 Order::Watch(key, uffd) => self.watched.push((key, uffd)),
+                Order::Relieve => around.soon(Happening::Relieve),
             }
+        }
+    }
+
+    /// Tries again what found no memory.
+    pub fn relieve(&mut self, around: &mut Surroundings<'_>) {
+        let relieved = self.memory.relieve();
+        if !relieved.expect("the model kernel refuses nothing") {
+            around.later(NO_MEMORY_PAUSE, Happening::Relieve);
         }
     }
 

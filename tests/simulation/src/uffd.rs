@@ -80,6 +80,7 @@ impl Uffd {
                 KernelStop::Again => Stop::EventsPending,
                 KernelStop::NoEntry => Stop::NotMapped,
                 KernelStop::Gone => Stop::ProcessGone,
+                KernelStop::NoMemory => Stop::NoMemory,
             }),
         }
     }

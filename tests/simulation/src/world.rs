@@ -58,6 +58,8 @@ pub enum Happening {
     Unanswered(LinkId),
     /// The destination replaces its streams.
     Relink,
+    /// The destination tries again what found no memory.
+    Relieve,
     /// The workload does something.
     Workload,
     /// Somebody reads what waits on a descriptor, by its number.
@@ -356,6 +358,7 @@ impl World {
                 self.with(|_, destination, around| destination.unanswered(around, link));
             }
             Happening::Relink => self.with(|_, destination, around| destination.relink(around)),
+            Happening::Relieve => self.relieve(),
             Happening::Workload => self.work(),
             Happening::Drain(number) => self.drain(number),
             Happening::Exited(number) => {
@@ -398,7 +401,21 @@ impl World {
             let strikes = may && self.random.below(3) == 0;
             machine.kernel.interrupt = strikes.then(|| self.random.index(6));
             machine.disturbance = strikes.then(|| workload::change(&mut self.random));
+            // It lasts until somebody tries again, at least.
+            if may && machine.kernel.memory.is_none() && self.random.below(20) == 0 {
+                machine.kernel.memory = Some(self.random.index(8));
+            }
         }
+    }
+
+    fn relieve(&mut self) {
+        for (_, machine) in self.destination.machines() {
+            if self.is_resting() || self.random.below(3) == 0 {
+                lock(machine).kernel.memory = None;
+            }
+        }
+        self.with(|_, destination, around| destination.relieve(around));
+        self.after_memory();
     }
 
     /// Whether the workload does nothing any more.

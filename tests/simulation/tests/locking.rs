@@ -224,8 +224,20 @@ impl Scene {
         }
     }
 
+    /// There is memory for so many more pages.
+    fn limit_memory(&self, pages: Option<usize>) {
+        lock(&self.machine).kernel.memory = pages;
+    }
+
+    fn relieve(&self) -> bool {
+        self.memory.relieve().expect("the kernel refuses nothing")
+    }
+
     /// Everything has come: nothing is missing, and nobody waits.
     fn assert_whole(&self) {
+        self.limit_memory(None);
+        self.watch();
+        assert!(self.relieve(), "there is memory for everything");
         self.watch();
         for process in &lock(&self.machine).kernel.processes {
             assert_eq!(process.missing().count(), 0, "pages never came");
@@ -318,6 +330,30 @@ fn a_child_is_born_while_pages_come() {
         |scene| scene.install(2, 2),
         |scene| lock(&scene.machine).kernel.fork(0),
         |scene| scene.change(0, 3, Kind::Remove),
+        Scene::watch,
+    ]);
+}
+
+#[test]
+fn memory_runs_out_while_pages_come() {
+    explore(&[
+        |scene| {
+            scene.limit_memory(Some(1));
+            scene.install(0, PAGES);
+        },
+        |scene| {
+            scene.change(1, 2, Kind::Remove);
+            thread::yield_now();
+            touch(scene, 1);
+            touch(scene, 3);
+        },
+        |scene| {
+            scene.relieve();
+            thread::yield_now();
+            scene.limit_memory(None);
+            scene.relieve();
+        },
+        Scene::watch,
         Scene::watch,
     ]);
 }
