@@ -3,11 +3,13 @@
 use std::fmt::Debug;
 
 use common::images::ImagePid;
+use common::limits::RECENT_PAGES;
 use common::page::{PAGE_SIZE, PageIndex, PageRange};
 use common::proto::bulk::BulkHeader;
 use common::proto::control::{ToDestination, ToSource};
 use common::proto::demand::DemandFrame;
-use common::proto::pages::DataHeader;
+use common::proto::packed::{Body, PackedHeader};
+use common::proto::pages::{DataHeader, DemandReply};
 
 use super::Scenario;
 
@@ -18,8 +20,10 @@ const NOWHERE: PageIndex = PageIndex(0x7_ffff_fffe);
 /// Requests of a flood.
 const FLOOD: usize = 20_000;
 
-/// The protocol version messages are understood in; ends that can speak a newer one are made to speak this.
+/// The protocol version in which pages are pushed as they are, which the wrongs done to such a frame need.
 const VERSION: u16 = 1;
+/// The last of the recent pages: none has come yet when the workload begins to run.
+const NEVER_CAME: u32 = RECENT_PAGES as u32 - 1;
 
 /// A frame of the bulk stream.
 #[derive(Debug, Clone)]
@@ -27,6 +31,15 @@ pub struct BulkFrame {
     /// Its header.
     pub header: BulkHeader,
     /// What follows: a file's name and content, or pages.
+    pub body: Vec<u8>,
+}
+
+/// An answer on the demand stream.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// What it is.
+    pub reply: DemandReply,
+    /// Its pages.
     pub body: Vec<u8>,
 }
 
@@ -50,6 +63,8 @@ pub enum Passage<T> {
 pub struct Mischief {
     scenario: Scenario,
     done: bool,
+    /// The source has given the workload away.
+    granted: bool,
 }
 
 impl Mischief {
@@ -58,6 +73,7 @@ impl Mischief {
         Self {
             scenario,
             done: false,
+            granted: false,
         }
     }
 
@@ -94,24 +110,23 @@ impl Mischief {
         }
     }
 
-    /// Whether it must understand pages.
-    fn is_of_pages(&self) -> bool {
-        !matches!(
+    /// Whether its wrong is done to pushed pages as they are.
+    fn is_of_plain_pages(&self) -> bool {
+        matches!(
             self.scenario,
-            Scenario::Passes
-                | Scenario::Holds(_)
-                | Scenario::LosesBefore(_)
-                | Scenario::LosesAfter(_)
+            Scenario::Replays
+                | Scenario::SendsUnaskedPages
+                | Scenario::SendsPagesOutside
+                | Scenario::SendsWrongLengths
+                | Scenario::ChangesContent
         )
     }
 
     /// A message of the destination.
     pub fn upward(&mut self, mut message: ToSource) -> Passage<ToSource> {
-        let is_of_pages = self.is_of_pages();
+        let plain = self.is_of_plain_pages();
         match &mut message {
-            ToSource::Hello(hello) if is_of_pages => {
-                hello.versions.retain(|version| *version == VERSION)
-            }
+            ToSource::Hello(hello) if plain => hello.versions.retain(|version| *version == VERSION),
             ToSource::Staged if self.strikes(Scenario::SpeaksOutOfTurn) => {
                 return Passage::Send(vec![ToSource::Resumed]);
             }
@@ -119,6 +134,7 @@ impl Mischief {
                 return Passage::Vanish;
             }
             ToSource::Drained(tally) if self.strikes(Scenario::CountsWrong) => tally.digest ^= 1,
+            ToSource::Drained(tally) if self.strikes(Scenario::CountsMore) => tally.pages += 1,
             _ => {}
         }
         self.by_kind(message)
@@ -126,6 +142,7 @@ impl Mischief {
 
     /// A message of the source.
     pub fn downward(&mut self, message: ToDestination) -> Passage<ToDestination> {
+        self.granted |= message == ToDestination::CutoverGranted;
         self.by_kind(message)
     }
 
@@ -144,8 +161,51 @@ impl Mischief {
         Passage::Send(frames)
     }
 
+    /// An answer of the source.
+    pub fn answer(&mut self, answer: Answer) -> Passage<Answer> {
+        let DemandReply::Data(header) = &answer.reply else {
+            return Passage::Send(vec![answer]);
+        };
+        if self.scenario == Scenario::AnswersTwice {
+            self.strikes(Scenario::AnswersTwice);
+            return Passage::Send(vec![answer.clone(), answer]);
+        }
+        if self.granted && self.strikes(Scenario::Withholds) {
+            let reply = DemandReply::Withheld(header.pid, header.pages);
+            let body = Vec::new();
+            return Passage::Send(vec![Answer { reply, body }]);
+        }
+        Passage::Send(vec![answer])
+    }
+
+    /// What a source that lies once the workload runs there puts before a frame of pages.
+    fn lie(&mut self, pid: ImagePid, pages: PageRange) -> Option<BulkFrame> {
+        if !self.granted {
+            return None;
+        }
+        let page = PageRange::new(pages.start, 1);
+        if self.strikes(Scenario::SendsUnaskedPagesLate) {
+            return Some(one_page(STRANGER, pages.start));
+        }
+        if self.strikes(Scenario::RefersToNothing) {
+            return Some(packed(pid, page, 1, NEVER_CAME.to_le_bytes().to_vec()));
+        }
+        if self.strikes(Scenario::CompressesNonsense) {
+            return Some(packed(pid, page, 0, vec![0xaa; 100]));
+        }
+        None
+    }
+
     /// A frame of the bulk stream.
     pub fn bulk(&mut self, frame: BulkFrame) -> Passage<BulkFrame> {
+        let said = match &frame.header {
+            BulkHeader::Data(header) => Some((header.pid, header.pages)),
+            BulkHeader::Packed(header) => Some((header.pid, header.pages)),
+            _ => None,
+        };
+        if let Some(lie) = said.and_then(|(pid, pages)| self.lie(pid, pages)) {
+            return Passage::Send(vec![lie, frame]);
+        }
         match frame.header {
             BulkHeader::File { .. } => self.file(frame),
             BulkHeader::Data(header) => Passage::Send(self.pages(header, frame)),
@@ -205,5 +265,22 @@ fn one_page(pid: ImagePid, page: PageIndex) -> BulkFrame {
     BulkFrame {
         header: BulkHeader::Data(header),
         body: vec![0xaa; PAGE_SIZE],
+    }
+}
+
+/// One page that is referred to or compressed.
+fn packed(pid: ImagePid, page: PageRange, referred: u64, body: Vec<u8>) -> BulkFrame {
+    let header = PackedHeader {
+        pid,
+        pages: page,
+        zero: 0,
+        referred,
+        kept: false,
+        body: if referred == 0 { Body::Zstd } else { Body::Raw },
+        payload: body.len() as u32,
+    };
+    BulkFrame {
+        header: BulkHeader::Packed(header),
+        body,
     }
 }

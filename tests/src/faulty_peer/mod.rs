@@ -57,6 +57,18 @@ pub enum Scenario {
     Vanishes,
     /// A destination that counts other pages than came.
     CountsWrong,
+    /// A source that, once the workload runs there, sends a page that refers to one that never came.
+    RefersToNothing,
+    /// A source that, once the workload runs there, sends compressed pages that are none.
+    CompressesNonsense,
+    /// A source that, once the workload runs there, sends pages of a process nobody dumped.
+    SendsUnaskedPagesLate,
+    /// A source that, once the workload runs there, says that a page which a thread waits for will never come.
+    Withholds,
+    /// A source that gives every answer twice.
+    AnswersTwice,
+    /// A destination that counts more pages than came.
+    CountsMore,
     /// Nothing: everything passes.
     Passes,
     /// The first message of this kind stays here until [`FaultyPeer::let_go`].
@@ -68,7 +80,7 @@ pub enum Scenario {
 }
 
 impl Scenario {
-    const ALL: [(Self, &str); 13] = [
+    const ALL: [(Self, &str); 19] = [
         (Self::Passes, "passes"),
         (Self::Stalls, "stalls"),
         (Self::Replays, "replays"),
@@ -82,6 +94,12 @@ impl Scenario {
         (Self::SpeaksOutOfTurn, "speaks-out-of-turn"),
         (Self::Vanishes, "vanishes"),
         (Self::CountsWrong, "counts-wrong"),
+        (Self::RefersToNothing, "refers-to-nothing"),
+        (Self::CompressesNonsense, "compresses-nonsense"),
+        (Self::SendsUnaskedPagesLate, "sends-unasked-pages-late"),
+        (Self::Withholds, "withholds"),
+        (Self::AnswersTwice, "answers-twice"),
+        (Self::CountsMore, "counts-more"),
     ];
 
     /// Its name on the command line.
