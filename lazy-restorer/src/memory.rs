@@ -7,7 +7,7 @@
 pub mod descriptor;
 mod family;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
 use std::ops::DerefMut;
@@ -29,7 +29,7 @@ use self::descriptor::{Descriptor, Lock};
 use self::family::LiveFamily;
 pub use self::family::{Arrival, MemoryError};
 use crate::blocktime::Blocktime;
-use crate::journal::Journal;
+use crate::journal::{Inbox, Journal, Recovered};
 use crate::resolver::MemberId;
 use crate::uffd::UserFault;
 
@@ -75,7 +75,8 @@ pub struct PresentMap {
 
 /// The memory of all restored processes.
 pub struct Memory<D: Descriptor = UserFault> {
-    families: HashMap<ImagePid, D::Lock<LiveFamily<D>>>,
+    /// In order: what leaves this host does not depend on how a process hashes.
+    families: BTreeMap<ImagePid, D::Lock<LiveFamily<D>>>,
     orders: mpsc::UnboundedSender<Order<D>>,
     totals: Totals,
     restored: AtomicBool,
@@ -102,14 +103,14 @@ pub struct Totals {
 }
 
 impl Totals {
-    fn add(&self, family: &LiveFamily<UserFault>) {
+    fn add<D: Descriptor>(&self, family: &LiveFamily<D>) {
         let counts = family.counts();
-        let (lazy, received, withheld) = family.settled_slots();
+        let (lazy, owed, withheld) = family.slots();
         let add = |counter: &AtomicU64, count| {
             counter.fetch_add(count, Ordering::Relaxed);
         };
         add(&self.lazy, lazy);
-        add(&self.owed, lazy - received - withheld);
+        add(&self.owed, owed);
         add(&self.demanded, counts.demanded);
         add(&self.pushed, counts.pushed);
         add(&self.zero, counts.zero);
@@ -132,7 +133,7 @@ pub struct Left<'a> {
 pub struct PageCounts {
     /// Lazy pages of the workload.
     pub lazy: u64,
-    /// Of those, not here yet, or not in place for want of memory.
+    /// Of those, not here yet, or not in place for want of memory or because a program before us was killed.
     pub owed: u64,
     /// Came as answers to faults.
     pub demanded: u64,
@@ -210,10 +211,14 @@ impl<D: Descriptor> Memory<D> {
 
     /// Handles everything that waits on a member's descriptor. False when there is nothing more to watch.
     pub fn drain(&self, key: MemberKey) -> Result<bool, MemoryError> {
-        match self.family(key.pid) {
-            Some(mut family) => family.drain(key.member, &self.sink()),
-            None => Ok(false),
-        }
+        let Some(mut family) = self.family(key.pid) else {
+            return Ok(false);
+        };
+        let lives = family.drain(key.member, &self.sink());
+        let unneeded = family.no_longer_missed();
+        drop(family);
+        self.settle(unneeded);
+        lives
     }
 
     /// Installs pages that came.
@@ -226,6 +231,7 @@ impl<D: Descriptor> Memory<D> {
         let pid = header.pid;
         let mut family = self.family(pid).ok_or(MemoryError::UnknownProcess(pid))?;
         let new = family.receive(header, payload, arrival, &self.sink())?;
+        let missed = family.no_longer_missed();
         drop(family);
         let counter = match arrival {
             Arrival::Demanded => &self.totals.demanded,
@@ -236,7 +242,7 @@ impl<D: Descriptor> Memory<D> {
             .zero
             .fetch_add(new.zero_pages, Ordering::Relaxed);
         self.totals.digest.fetch_add(new.digest, Ordering::Relaxed);
-        self.settle(new.pages);
+        self.settle(new.pages + missed);
         Ok(())
     }
 
@@ -283,8 +289,14 @@ impl<D: Descriptor> Memory<D> {
 
     /// Looks whether a member's process still lives. False when there is nothing more to watch.
     pub fn check(&self, key: MemberKey) -> bool {
-        self.family(key.pid)
-            .is_some_and(|mut family| family.check(key.member, &self.sink()))
+        let Some(mut family) = self.family(key.pid) else {
+            return false;
+        };
+        let lives = family.check(key.member, &self.sink());
+        let unneeded = family.no_longer_missed();
+        drop(family);
+        self.settle(unneeded);
+        lives
     }
 
     /// Whether no process has any of this memory any more: all have ended, or run other programs.
@@ -297,6 +309,9 @@ impl<D: Descriptor> Memory<D> {
     pub fn exited(&self, key: MemberKey) {
         if let Some(mut family) = self.family(key.pid) {
             family.exited(key.member, &self.sink());
+            let unneeded = family.no_longer_missed();
+            drop(family);
+            self.settle(unneeded);
         }
     }
 
@@ -420,33 +435,35 @@ impl<D: Descriptor> Memory<D> {
     }
 }
 
-impl Memory {
-    /// From now on what changes is noted in memory that outlives this program.
-    pub fn keep_journals(&self) -> Result<(), MemoryError> {
+impl<D: Descriptor> Memory<D> {
+    /// From now on what changes is noted in what `buffer` makes for each process.
+    pub fn keep_notes(
+        &self,
+        buffer: impl Fn(ImagePid) -> io::Result<D::Buffer>,
+    ) -> Result<(), MemoryError> {
         for pid in self.families.keys() {
-            let journal = Journal::new(*pid).map_err(|error| MemoryError::Journal(*pid, error))?;
+            let buffer = buffer(*pid).map_err(|error| MemoryError::Journal(*pid, error))?;
             if let Some(mut family) = self.family(*pid) {
-                family.keep_journal(journal)?;
+                family.keep_notes(buffer)?;
             }
         }
         Ok(())
     }
 
-    /// The memory that a killed program left, by its journals and descriptors.
-    pub fn succeed(
+    /// The memory that a killed program left, by what it noted of each process, and its descriptors by the numbers they
+    /// had.
+    pub fn of_notes(
         images: Vec<ProcessImage>,
-        mut inheritance: Left<'_>,
-    ) -> Result<(Arc<Self>, mpsc::UnboundedReceiver<Order>), MemoryError> {
+        mut notes: impl FnMut(ImagePid) -> io::Result<Recovered>,
+        mut uffd: impl FnMut(RawFd) -> Option<D>,
+    ) -> Result<(Self, mpsc::UnboundedReceiver<Order<D>>), MemoryError> {
         let (orders, receiver) = mpsc::unbounded_channel();
-        let mut families = HashMap::new();
+        let mut families = BTreeMap::new();
         let totals = Totals::default();
         for image in images {
             let pid = image.pid;
-            let missing = || io::Error::other("the keeper does not have it");
-            let journal = inheritance.journals.remove(&pid).ok_or_else(missing);
-            let recovered = journal.and_then(Journal::recover);
-            let recovered = recovered.map_err(|error| MemoryError::Journal(pid, error))?;
-            let family = LiveFamily::succeed(image, &recovered, inheritance.uffds)?;
+            let recovered = notes(pid).map_err(|error| MemoryError::Journal(pid, error))?;
+            let family = LiveFamily::succeed(image, &recovered, &mut uffd)?;
             totals.add(&family);
             families.insert(pid, Lock::new(family));
         }
@@ -460,8 +477,7 @@ impl Memory {
             short: AtomicBool::new(false),
             relief: Notify::new(),
         };
-        memory.keep_journals()?;
-        Ok((Arc::new(memory), receiver))
+        Ok((memory, receiver))
     }
 
     /// A successor begins to resolve faults.
@@ -471,6 +487,29 @@ impl Memory {
                 family.begin_again(&self.sink());
             }
         }
+    }
+}
+
+impl Memory {
+    /// From now on what changes is noted in memory that outlives this program.
+    pub fn keep_journals(&self) -> Result<(), MemoryError> {
+        self.keep_notes(|pid| Ok(Inbox::Kept(Box::new(Journal::new(pid)?))))
+    }
+
+    /// The memory that a killed program left, by its journals and descriptors.
+    pub fn succeed(
+        images: Vec<ProcessImage>,
+        mut inheritance: Left<'_>,
+    ) -> Result<(Arc<Self>, mpsc::UnboundedReceiver<Order>), MemoryError> {
+        let missing = || io::Error::other("the keeper does not have it");
+        let notes = |pid| {
+            let journal = inheritance.journals.remove(&pid).ok_or_else(missing)?;
+            Journal::recover(journal)
+        };
+        let uffd = |number| inheritance.uffds.remove(&number).map(UserFault::from_fd);
+        let (memory, orders) = Memory::of_notes(images, notes, uffd)?;
+        memory.keep_journals()?;
+        Ok((Arc::new(memory), orders))
     }
 }
 

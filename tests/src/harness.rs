@@ -33,14 +33,10 @@ pub enum Need {
     CpuCgroup,
     /// Transparent huge pages, at least for who asks.
     HugePages,
-    /// That somebody asked for tests that take minutes, with `POSTCOPY_SOAK`.
-    Time,
 }
 
 /// What every migration of a workload needs.
 pub const MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu];
-/// What a migration that takes minutes needs.
-pub const LONG_MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu, Need::Time];
 /// What a migration of redis needs.
 pub const REDIS_MIGRATION: &[Need] = &[Need::Namespaces, Need::Criu, Need::Program("redis-server")];
 
@@ -76,9 +72,6 @@ impl Need {
                 let none = !enabled.is_ok_and(|modes| !modes.contains("[never]"));
                 none.then(|| "no transparent huge pages".to_owned())
             }
-            Self::Time => std::env::var_os("POSTCOPY_SOAK")
-                .is_none()
-                .then(|| "takes minutes; POSTCOPY_SOAK=1 runs it".to_owned()),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! A small seeded generator: the same seed gives the same numbers everywhere, and a seed can be printed.
 
+use std::hash::{BuildHasher, RandomState};
+
 /// Splitmix64. Good enough to spread patterns over memory, and it needs one word of state.
 #[derive(Debug, Clone)]
 pub struct Random(u64);
@@ -39,17 +41,18 @@ pub const fn mix(value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
+/// A seed that no run before had.
+pub fn fresh_seed() -> u64 {
+    // The keys of a new map come from the system.
+    RandomState::new().hash_one(std::process::id())
+}
+
 /// A seed from `POSTCOPY_SEED`, or a fresh one; printed, so that a failure can be run again.
 pub fn seed_of_this_run() -> u64 {
     let given = std::env::var("POSTCOPY_SEED")
         .ok()
         .and_then(|text| text.parse().ok());
-    let seed = given.unwrap_or_else(|| {
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .unwrap_or_default();
-        mix(now.as_nanos() as u64 ^ u64::from(std::process::id()))
-    });
+    let seed = given.unwrap_or_else(fresh_seed);
     eprintln!("seed {seed} (run again with POSTCOPY_SEED={seed})");
     seed
 }

@@ -2,6 +2,8 @@
 //! orphaned on either host.
 
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -16,6 +18,9 @@ use tests::rig::Rig;
 use tests::task;
 use tests::torture::{Torture, TorturePlan};
 use tests::wait::wait_until;
+
+/// Time for a workload to show damage. It may wait for a page all the while.
+const A_WHILE: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
     let refused: [(&'static str, Body); 10] = [
@@ -70,7 +75,7 @@ fn main() -> ExitCode {
         }),
         ("a_destination_that_vanishes", a_destination_that_vanishes),
     ];
-    let survived: [(&'static str, Body); 5] = [
+    let survived: [(&'static str, Body); 11] = [
         ("a_source_that_keeps_pages", a_source_that_keeps_pages),
         ("a_source_that_replays", |rig| {
             is_survived(rig, Scenario::Replays)
@@ -86,6 +91,28 @@ fn main() -> ExitCode {
             "a_destination_that_counts_wrong",
             a_destination_that_counts_wrong,
         ),
+        ("a_source_that_answers_twice", |rig| {
+            is_survived(rig, Scenario::AnswersTwice)
+        }),
+        ("a_destination_that_counts_more", |rig| {
+            ends_disagree(rig, Scenario::CountsMore).map(drop)
+        }),
+        ("a_source_that_refers_to_nothing", |rig| {
+            lies_after_the_cutover(rig, Scenario::RefersToNothing, "impossible reference")
+        }),
+        ("a_source_that_compresses_nonsense", |rig| {
+            lies_after_the_cutover(rig, Scenario::CompressesNonsense, "broke the protocol")
+        }),
+        ("a_source_that_sends_unasked_pages_late", |rig| {
+            lies_after_the_cutover(
+                rig,
+                Scenario::SendsUnaskedPagesLate,
+                "which the skeleton does not hold",
+            )
+        }),
+        ("a_source_that_withholds", |rig| {
+            lies_after_the_cutover(rig, Scenario::Withholds, "did not leave")
+        }),
     ];
     let test = |needs| move |(name, body)| Test { name, needs, body };
     let refused = refused.map(test(REDIS_MIGRATION));
@@ -270,4 +297,23 @@ fn ends_disagree(rig: &Rig, scenario: Scenario) -> Result<Torture> {
     ensure!(server.process.is_running(), "the source gave up");
     ensure!(restorer.process.is_running(), "the destination gave up");
     Ok(torture)
+}
+
+/// The workload runs on the destination, which refuses what comes and says why: threads that miss pages wait, none reads
+/// zeros or what was sent, and the original is kept for the operator.
+fn lies_after_the_cutover(rig: &Rig, scenario: Scenario, words: &str) -> Result<()> {
+    let (torture, peer, mut server, restorer) = torture_through(rig, scenario)?;
+    wait_until(PATIENCE, words, || {
+        restorer.process.stderr().contains(words)
+    })?;
+    ensure!(peer.is_guilty(), "the peer did nothing wrong");
+    let copy = restorer.restored_pid()?;
+    ensure!(task::is_alive(copy), "the copy was given up");
+    ensure!(task::is_frozen(torture.pid()), "the original is not kept");
+    ensure!(server.process.is_running(), "the source gave up");
+    // Whoever works on compares every byte; a worker that waits for a page does not.
+    let ticks = || torture.board.pulse.ticks.load(Ordering::Relaxed);
+    let before = ticks();
+    let _ = wait_until(A_WHILE, "the heart to beat", || ticks() > before + 20);
+    torture.assert_unharmed()
 }

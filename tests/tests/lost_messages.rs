@@ -10,7 +10,7 @@ use std::thread;
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::sys::signal::{Signal, kill};
 use tests::faulty_peer::{FaultyPeer, Message, Scenario};
-use tests::harness::{self, LONG_MIGRATION, MIGRATION, Test, show_logs};
+use tests::harness::{self, MIGRATION, Test, show_logs};
 use tests::leftovers::assert_moved;
 use tests::matrix::{Host, host_of, set_link};
 use tests::pair::{PATIENCE, PairPlan, Side, sessions};
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
         },
         Test {
             name: "the_question_for_the_cutover_is_lost",
-            needs: LONG_MIGRATION,
+            needs: MIGRATION,
             body: |_| lose_all(&cases(|message| message.to_string() == SLOW)),
         },
     ])
@@ -212,6 +212,7 @@ fn is_before_the_grant(message: Message, scenario: Scenario) -> bool {
         "Hello",
         "Welcome",
         "Advise",
+        "AdviseMore",
         "Ready",
         "Freezing",
         "Frozen",

@@ -34,6 +34,8 @@ pub trait Descriptor: Debug + Send + Sync + Sized + 'static {
     fn zero(&self, target: PageRange) -> Progress;
     /// Wakes the threads that wait for pages that are in place.
     fn wake(&self, pages: PageRange);
+    /// Wakes all threads that wait: they fault again, and are seen by who reads events from now on.
+    fn wake_all(&self);
     /// Whether the kernel has nothing to report but faults.
     fn is_quiet(&self) -> bool;
     /// Whether the process has ended, or runs another program.
@@ -120,6 +122,10 @@ impl Descriptor for UserFault {
 
     fn wake(&self, pages: PageRange) {
         UserFault::wake(self, pages);
+    }
+
+    fn wake_all(&self) {
+        UserFault::wake_all(self);
     }
 
     fn is_quiet(&self) -> bool {

@@ -3,7 +3,7 @@
 mod shortage;
 mod succession;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -134,14 +134,16 @@ pub(super) struct LiveFamily<D: Descriptor> {
     /// faulted can be installed, and that the kernel knows no mapping for a page means nothing.
     restored: bool,
     /// Descriptors of the members that live.
-    uffds: HashMap<MemberId, Arc<D>>,
+    uffds: BTreeMap<MemberId, Arc<D>>,
     /// Frames that wait for `restored`.
     early: Vec<(DataHeader, Arc<[u8]>)>,
     early_bytes: usize,
     /// What found no memory.
     shortage: Shortage,
-    /// Slots that threads wait for, since when.
-    waiting: HashMap<usize, Instant>,
+    /// Slots that threads wait for, since when; in order, as they are asked for again.
+    waiting: BTreeMap<usize, Instant>,
+    /// Slots that came to a program before us, which was killed before it installed them: owed once more.
+    missed: BTreeSet<usize>,
     blocktime: Blocktime,
     buffer: D::Buffer,
     counts: FamilyCounts,
@@ -162,11 +164,12 @@ impl<D: Descriptor> LiveFamily<D> {
             family: Family::new(image.pid, Arc::new(image.lazy)),
             vmas: image.vmas,
             restored: false,
-            uffds: HashMap::new(),
+            uffds: BTreeMap::new(),
             early: Vec::new(),
             early_bytes: 0,
             shortage: Shortage::default(),
-            waiting: HashMap::new(),
+            waiting: BTreeMap::new(),
+            missed: BTreeSet::new(),
             blocktime: Blocktime::default(),
             buffer: D::buffer(),
             counts: FamilyCounts::default(),

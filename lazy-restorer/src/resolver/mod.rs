@@ -269,7 +269,8 @@ impl Family {
         ranges
     }
 
-    fn is_missed(&self, slot: usize) -> bool {
+    /// Whether a member lacks a page.
+    pub fn is_missed(&self, slot: usize) -> bool {
         let mut alive = self.members.iter().flatten();
         alive.any(|space| space.is_missing(slot))
     }

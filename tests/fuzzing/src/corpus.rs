@@ -1,21 +1,27 @@
 //! Good inputs, made by our own encoders: what a fuzzer starts from.
 
+use common::address::MovingAddress;
 use common::compression::Compressor;
-use common::images::ImagePid;
+use common::container::ContainerFacts;
+use common::images::{ImagePid, ImagesDigest};
+use common::open_file::OpenFile;
 use common::page::{PageIndex, PageRange, pages_to_bytes};
+use common::program_file::ProgramFile;
 use common::proto::bulk::BulkHeader;
 use common::proto::control::{
-    Abort, BulkHello, Hello, Present, Resume, Secret, SessionId, Tally, ToDestination, ToSource,
-    Welcome,
+    Abort, BulkHello, Hello, HugeAreas, MoreFacts, Present, Resume, Secret, SessionId, Tally,
+    ToDestination, ToSource, Welcome, WorkloadFacts,
 };
 use common::proto::credit::CreditFrame;
 use common::proto::demand::DemandFrame;
+use common::proto::files::{Changes, FilesFacts, FilesRequest, MappedFiles};
 use common::proto::packed::{Body, PackedHeader};
 use common::proto::pages::{DataHeader, DemandReply};
 use common::proto::stream;
 use common::session::State;
 use common::session_file::{
-    AtRest, FrozenTasks, Original, SessionFile, Side, SourceSide, Task, encode,
+    AtRest, DestinationSide, FrozenTasks, Original, Runs, SessionFile, Side, SourceSide, Task,
+    Whole, WholeProcess, encode,
 };
 use lazy_restorer::journal::{Journal, Note};
 use lazy_restorer::resolver::Change;
@@ -56,6 +62,12 @@ pub fn corpus(target: &str) -> Vec<Vec<u8>> {
             session: SESSION,
             secret: SECRET,
         })],
+        "files_request" => files_requests().iter().map(framed).collect(),
+        "files_changes" => vec![
+            framed(&Changes::Everything),
+            framed(&Changes::Only(vec![b"a/".to_vec(), b"a/b".to_vec()])),
+        ],
+        "files_mapped" => vec![framed(&MappedFiles(vec![b"a/b".to_vec()]))],
         "demand" => vec![
             DemandFrame::Request(PID, pages(16)).encode().to_vec(),
             DemandFrame::Discard(PID, pages(1 << 20)).encode().to_vec(),
@@ -98,7 +110,9 @@ pub fn corpus(target: &str) -> Vec<Vec<u8>> {
                 [number(1, 0x1000), number(2, 0), number(4, 6), number(5, 3)].concat(),
             ],
         )],
-        "session_file" => vec![encode(&session_file()).expect("it is small")],
+        "session_file" => [session_file(), destination_file()]
+            .map(|file| encode(&file).expect("it is small"))
+            .to_vec(),
         "packed" => vec![packed_frames()],
         "skeleton" => vec![skeleton()],
         "present_map" => vec![present_map()],
@@ -210,11 +224,7 @@ fn to_source() -> Vec<ToSource> {
             host: String::from("b"),
         }),
         ToSource::Ready,
-        ToSource::Drained(Tally {
-            pages: 1 << 20,
-            digest: u64::MAX,
-            discarded: 3,
-        }),
+        ToSource::Drained(tally()),
         ToSource::Abort(abort()),
         ToSource::Resume(Resume {
             version: 1,
@@ -227,6 +237,12 @@ fn to_source() -> Vec<ToSource> {
             words: vec![u64::MAX; 9],
         }),
         ToSource::PresentEnd,
+        ToSource::Withheld(Present {
+            pid: PID,
+            first_word: 9,
+            words: vec![1; 3],
+        }),
+        ToSource::ReadyWithImages(ImagesDigest(8)),
     ]
 }
 
@@ -243,6 +259,75 @@ fn to_destination() -> Vec<ToDestination> {
         ToDestination::Complete,
         ToDestination::Abort(abort()),
         ToDestination::WelcomeBack { bulk_port: 7001 },
+        ToDestination::Advise(facts()),
+        ToDestination::AdviseMore(more_facts()),
+        ToDestination::Huge(HugeAreas {
+            pid: PID,
+            areas: vec![(0x7f00_0000, 512), (0x7f10_0000, 1024)],
+        }),
+    ]
+}
+
+fn facts() -> WorkloadFacts {
+    WorkloadFacts {
+        architecture: String::from("x86_64"),
+        kernel: String::from("6.18"),
+        page_size: 4096,
+        criu: String::from("4.2"),
+        cpu_features: vec![String::from("avx"), String::from("sse")],
+        pids: vec![7, 8],
+        name: String::from("redis"),
+        resident_pages: 1 << 20,
+        tcp_established: true,
+        shell_job: false,
+        // Not on the wire with it.
+        more: MoreFacts::default(),
+    }
+}
+
+fn more_facts() -> MoreFacts {
+    MoreFacts {
+        container: Some(Box::new(ContainerFacts {
+            namespaces: vec![String::from("pid")],
+            mounts: vec![String::from("/proc")],
+            terminal: true,
+        })),
+        programs: vec![ProgramFile {
+            path: String::from("/bin/p"),
+            bytes: 9,
+            digest: 8,
+        }],
+        addresses: vec![std::net::IpAddr::from([10, 0, 0, 1])],
+        open_files: vec![OpenFile {
+            path: String::from("/var/f"),
+            mode: 0o100_600,
+            bytes: Some(7),
+        }],
+        files: FilesFacts {
+            sync: vec![String::from("/srv")],
+            shared: false,
+        },
+    }
+}
+
+fn tally() -> Tally {
+    Tally {
+        pages: 1 << 20,
+        digest: u64::MAX,
+        discarded: 3,
+    }
+}
+
+fn files_requests() -> Vec<FilesRequest> {
+    let path = || String::from("/srv");
+    let arguments = ["--server", "--sender", "-vlogDtpre.iLsfxC", ".", "/srv/"];
+    vec![
+        FilesRequest::Rsync {
+            path: path(),
+            arguments: arguments.map(String::from).to_vec(),
+        },
+        FilesRequest::Mapped { path: path() },
+        FilesRequest::Changed { path: path() },
     ]
 }
 
@@ -291,6 +376,39 @@ fn session_file() -> SessionFile {
             on_thawed: Some(String::from("true")),
             makes_clones: false,
         }),
+    }
+}
+
+fn destination_file() -> SessionFile {
+    let task = Task { pid: 7, start: 9 };
+    SessionFile {
+        side: Side::Destination(DestinationSide {
+            source: "10.0.0.1:7000".parse().expect("an address"),
+            bulk_port: 7001,
+            version: 3,
+            keeper: task,
+            anchor: Some(task),
+            anchor_puts_away: true,
+            may_run: true,
+            root: Some(task),
+            tasks: vec![task; 3],
+            addresses: vec![MovingAddress {
+                ip: [10, 0, 0, 100].into(),
+                prefix: 24,
+                device: String::from("eth0"),
+            }],
+            pidfile: Some(String::from("/run/pid")),
+            on_resumed: Some(String::from("true")),
+            whole: Some(Whole {
+                tally: tally(),
+                processes: vec![WholeProcess {
+                    pid: ImagePid(7),
+                    received: Runs::of(&[u64::MAX, 5]),
+                    withheld: Runs::of(&[0, 8]),
+                }],
+            }),
+        }),
+        ..session_file()
     }
 }
 

@@ -19,6 +19,7 @@ use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader, MAX_NAME_BYTES};
 use common::proto::control::{BulkHello, ToDestination, ToSource};
 use common::proto::credit::{CREDIT_BYTES, CreditFrame, WANTED_BYTES, WantedRun};
 use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
+use common::proto::files::{Changes, FilesRequest, MappedFiles};
 use common::proto::packed::PackedHeader;
 use common::proto::pages::{DATA_HEADER_BYTES, DemandReply};
 use common::proto::skeleton_name::SkeletonName;
@@ -58,6 +59,18 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "bulk_hello",
         run: control::<BulkHello>,
+    },
+    Target {
+        name: "files_request",
+        run: control::<FilesRequest>,
+    },
+    Target {
+        name: "files_changes",
+        run: control::<Changes>,
+    },
+    Target {
+        name: "files_mapped",
+        run: control::<MappedFiles>,
     },
     Target {
         name: "demand",

@@ -1,11 +1,14 @@
 //! Every decoder over its corpus and seeded mutations of it: the short run, in every test run.
 //!
-//! `FUZZ_RUNS` sets how many mutations each decoder gets, `FUZZ_SEED` where they begin. A failure prints its input.
+//! `FUZZ_RUNS` sets how many mutations each decoder gets. They are others in every run; `FUZZ_SEED` repeats those of one. A
+//! failure prints its input.
 
+use std::fs;
 use std::panic::catch_unwind;
+use std::path::Path;
 
 use fuzzing::{TARGETS, Target, corpus};
-use tests::random::Random;
+use tests::random::{Random, fresh_seed};
 
 /// Mutations for each decoder: a second or two.
 const RUNS: u64 = 20_000;
@@ -53,11 +56,12 @@ fn good_inputs_are_taken() {
 
 #[test]
 fn mutations_are_borne() {
-    let (runs, seed) = (number("FUZZ_RUNS", RUNS), number("FUZZ_SEED", 1));
+    let (runs, seed) = (number("FUZZ_RUNS", RUNS), number("FUZZ_SEED", fresh_seed()));
+    eprintln!("seed {seed} (run again with FUZZ_SEED={seed})");
     for target in TARGETS {
         let inputs = corpus(target.name);
         for run in 0..runs {
-            let mut random = Random::new(seed + run);
+            let mut random = Random::new(seed.wrapping_add(run));
             let mut input = inputs[random.index(inputs.len())].clone();
             for _ in 0..1 + random.below(MAX_CHANGES) {
                 mutate(&mut input, &inputs, &mut random);
@@ -65,6 +69,24 @@ fn mutations_are_borne() {
             feed(*target, &input);
         }
     }
+}
+
+/// `fuzz/` is no member of the workspace, and `make fuzz` alone compiles it: each decoder has its program there, which is
+/// the one line that feeds it.
+#[test]
+fn each_decoder_has_a_program_for_libfuzzer() {
+    let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz");
+    let manifest = fs::read_to_string(fuzz.join("Cargo.toml")).expect("it is there");
+    for Target { name, .. } in TARGETS {
+        let program = fs::read_to_string(fuzz.join(format!("fuzz_targets/{name}.rs")));
+        let program = program.unwrap_or_else(|error| panic!("{name}: {error}"));
+        let line = format!("fuzz_target!(|bytes: &[u8]| fuzzing::feed(\"{name}\", bytes));");
+        assert!(program.contains(&line), "{name} feeds another decoder");
+        let path = format!("path = \"fuzz_targets/{name}.rs\"");
+        assert!(manifest.contains(&path), "{name} is not in the manifest");
+    }
+    let programs = fs::read_dir(fuzz.join("fuzz_targets")).expect("it is there");
+    assert_eq!(programs.count(), TARGETS.len(), "programs without decoder");
 }
 
 fn mutate(input: &mut Vec<u8>, corpus: &[Vec<u8>], random: &mut Random) {

@@ -1,12 +1,13 @@
 //! The destination's end: `lazy-restorer/src/session.rs` step by step, around the real memory, pacing and session table.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use common::images::ImagePid;
 use common::limits::MAX_PRESENT_WORDS;
-use common::proto::control::{Hello, Present, Resume, ToDestination, ToSource, Welcome};
+use common::proto::control::{Abort, Hello, Present, Resume, ToDestination, ToSource, Welcome};
 use common::proto::pages::{DATA_HEADER_BYTES, DataHeader, DemandReply};
 use common::proto::version;
 use common::session::{Event, Session, State};
@@ -15,14 +16,18 @@ use lazy_restorer::pacing::Pacing;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::network::{Lane, LinkId, Message, Time};
-use crate::source::Outcome;
-use crate::uffd::{SharedMachine, Uffd};
+use crate::notes::{Fuse, Notes, Shelf};
+use crate::source::{Outcome, SUCCEEDED_WITHIN};
+use crate::trouble::CopyDies;
+use crate::uffd::{SharedMachine, Uffd, passed_on};
 use crate::world::{End, Happening, Surroundings};
 
 /// Time to try to learn whether the source has given the workload away (`session.rs`).
 const GRANT_TIMEOUT: Time = 60_000_000;
 /// Time to try to tell the source that every page is here (`session/postcopy.rs`).
 const ACKNOWLEDGEMENT_TIMEOUT: Time = 20_000_000;
+/// Time to try to tell the source that the copy is dead (`session.rs`); who resumes does it until the operator stops it.
+const TELLING: Time = 600_000_000;
 /// Time the source has to take it back (`connect.rs`).
 const ANSWER_TIMEOUT: Time = 30_000_000;
 /// Longest pause between two attempts to reach the source, and the first one.
@@ -62,8 +67,15 @@ pub struct Destination {
     pub pages_from: Option<LinkId>,
     /// The link that requests are written to.
     pub requests_to: Option<LinkId>,
-    /// Descriptors that are watched.
-    pub watched: Vec<(MemberKey, Arc<Uffd>)>,
+    /// Descriptors that are watched; those of a program that was killed are not any more.
+    pub watched: Vec<Option<(MemberKey, Arc<Uffd>)>>,
+    /// Kills the program in the middle of what it does.
+    pub fuse: Fuse,
+    /// The program was killed and nobody has taken over.
+    pub down: bool,
+    images: Vec<ProcessImage>,
+    shelves: BTreeMap<ImagePid, Shelf>,
+    copy_dies: Option<CopyDies>,
     orders: UnboundedReceiver<Order<Uffd>>,
     machines: Vec<(ImagePid, SharedMachine)>,
     welcome: Option<Welcome>,
@@ -84,10 +96,15 @@ struct Credit {
 }
 
 impl Destination {
-    /// A destination that will restore these processes.
-    pub fn new(images: Vec<ProcessImage>, machines: Vec<(ImagePid, SharedMachine)>) -> Self {
-        let (memory, orders) = Memory::new(images);
-        Destination {
+    /// A destination that will restore these processes. Its program uses their descriptors until `fuse` has burnt.
+    pub fn new(
+        images: Vec<ProcessImage>,
+        machines: Vec<(ImagePid, SharedMachine)>,
+        fuse: Fuse,
+        copy_dies: Option<CopyDies>,
+    ) -> Self {
+        let (memory, orders) = Memory::new(images.clone());
+        let mut destination = Destination {
             session: Session::default(),
             copy: Copy::None,
             outcome: None,
@@ -96,6 +113,11 @@ impl Destination {
             pages_from: None,
             requests_to: None,
             watched: Vec::new(),
+            fuse,
+            down: false,
+            images,
+            shelves: BTreeMap::new(),
+            copy_dies,
             orders,
             machines,
             welcome: None,
@@ -105,7 +127,19 @@ impl Destination {
             pause: PAUSE.0,
             credit: None,
             installed: 0,
-        }
+        };
+        destination.keep_notes();
+        destination
+    }
+
+    fn keep_notes(&mut self) {
+        let fresh = self
+            .images
+            .iter()
+            .map(|image| (image.pid, Shelf::default()));
+        self.shelves = fresh.collect();
+        let notes = |pid| Ok(Notes::on(&self.shelves[&pid], &self.fuse));
+        self.memory.keep_notes(notes).expect("there is room");
     }
 
     /// Its processes' machines.
@@ -120,7 +154,9 @@ impl Destination {
     }
 
     fn say(&self, around: &mut Surroundings<'_>, message: ToSource) {
-        if let Some(link) = self.link {
+        if let Some(link) = self.link
+            && !self.fuse.has_burnt()
+        {
             around.send(link, Lane::ControlUp, Message::ToSource(message));
         }
     }
@@ -159,6 +195,10 @@ impl Destination {
                 self.skeleton_is_here = true;
                 self.stage(around);
             }
+            // It knows that the copy is dead.
+            Message::Closed if self.link == Some(link) && self.copy == Copy::Dead => {
+                self.outcome = Some(Outcome::Aborted);
+            }
             _ => {}
         }
         self.look(around);
@@ -169,6 +209,9 @@ impl Destination {
             (State::Hello, ToDestination::Welcome(welcome)) => {
                 self.welcome = Some(welcome);
                 self.advance(Event::Welcomed);
+            }
+            (State::Advise, ToDestination::Advise(_)) => {}
+            (State::Advise, ToDestination::AdviseMore(_)) => {
                 self.say(around, ToSource::Ready);
                 self.advance(Event::Ready);
             }
@@ -181,7 +224,11 @@ impl Destination {
                 self.advance(Event::CutoverGranted);
                 self.let_run(around);
             }
+            (State::Paused, ToDestination::WelcomeBack { .. }) if self.copy == Copy::Dead => {
+                self.tell_dead(around);
+            }
             (State::Paused, ToDestination::WelcomeBack { .. }) => self.tell_present(around),
+            (State::Drained, ToDestination::Huge(_)) => {}
             (State::Drained, ToDestination::Complete) => {
                 self.advance(Event::Agreed);
                 self.outcome = Some(Outcome::Complete);
@@ -210,13 +257,35 @@ impl Destination {
 
     /// CRIU has rebuilt the tasks, which wait at the gate.
     pub fn armed(&mut self, around: &mut Surroundings<'_>) {
-        if self.session.state() == State::Listen && self.outcome.is_none() {
-            self.say(around, ToSource::CutoverRequest);
-            self.advance(Event::CutoverAsked);
+        if self.session.state() != State::Listen || self.outcome.is_some() {
+            return;
         }
+        if self.copy_dies == Some(CopyDies::Armed) {
+            self.tell_dead(around);
+            return self.give_up_copy(around);
+        }
+        self.say(around, ToSource::CutoverRequest);
+        self.advance(Event::CutoverAsked);
+    }
+
+    fn tell_dead(&self, around: &mut Surroundings<'_>) {
+        let abort = Abort {
+            host: String::from("b"),
+            state: self.session.state(),
+            text: String::new(),
+            copy_is_dead: true,
+        };
+        self.say(around, ToSource::Abort(abort));
     }
 
     fn let_run(&mut self, around: &mut Surroundings<'_>) {
+        if self.copy_dies == Some(CopyDies::AtTheGate) {
+            // CRIU was killed: nobody got the word that lets the tasks run. This is said once, over this link.
+            self.copy = Copy::Dead;
+            self.tell_dead(around);
+            self.outcome = Some(Outcome::Untold);
+            return;
+        }
         self.copy = Copy::Running;
         self.memory.restored().expect("early pages fit");
         self.say(around, ToSource::Resumed);
@@ -283,7 +352,7 @@ impl Destination {
         let whole = self.session.state() == State::Postcopy && self.memory.counts().owed == 0;
         // A link that is being replaced tells nothing.
         let linked = self.link.is_some() && self.link == self.pages_from;
-        if whole && linked && self.outcome.is_none() {
+        if whole && linked && self.outcome.is_none() && !self.fuse.has_burnt() {
             self.advance(Event::AllPresent);
             self.say(around, ToSource::Drained(self.memory.tally()));
         }
@@ -291,6 +360,9 @@ impl Destination {
 
     /// Does what the memory has ordered: watches descriptors, writes requests to whatever link there is.
     pub fn carry_out(&mut self, around: &mut Surroundings<'_>) {
+        if self.down {
+            return;
+        }
         while let Ok(order) = self.orders.try_recv() {
             match order {
                 Order::Demand(frame) => {
@@ -298,7 +370,7 @@ impl Destination {
                         around.send(link, Lane::DemandUp, Message::Demand(frame.encode()));
                     }
                 }
-                Order::Watch(key, uffd) => self.watched.push((key, uffd)),
+                Order::Watch(key, uffd) => self.watched.push(Some((key, uffd))),
                 Order::Relieve => around.soon(Happening::Relieve),
             }
         }
@@ -321,7 +393,7 @@ impl Destination {
         match self.session.state() {
             state if state.source_may_thaw() => {
                 around.give_up(End::Destination, link);
-                self.give_up_copy();
+                self.give_up_copy(around);
             }
             State::Paused => self.try_again(around),
             _ => {
@@ -333,19 +405,80 @@ impl Destination {
         }
     }
 
-    fn give_up_copy(&mut self) {
+    /// Kills the copy, which never ran. Past the point of no return the source waits to hear it.
+    fn give_up_copy(&mut self, around: &mut Surroundings<'_>) {
         if self.copy != Copy::None {
             self.copy = Copy::Dead;
         }
         if self.session.state().source_may_thaw() {
             self.advance(Event::Failed);
+            self.outcome = Some(Outcome::Aborted);
+            return;
         }
-        self.outcome = Some(Outcome::Aborted);
+        self.lost_at = around.now();
+        self.pause = PAUSE.0;
+        around.soon(Happening::Connect);
+    }
+
+    /// The program is killed. Its keeper kills a copy that was never let run, and holds the memory of one that was.
+    /// Returns whether there was anything to kill.
+    pub fn die(&mut self, around: &mut Surroundings<'_>) -> bool {
+        if self.outcome.is_some() || self.down {
+            return false;
+        }
+        let links = [self.link.take(), self.pages_from.take()];
+        for link in links.into_iter().flatten() {
+            around.give_up(End::Destination, link);
+        }
+        self.requests_to = None;
+        self.watched.fill(None);
+        self.credit = None;
+        if self.copy == Copy::Gated {
+            self.copy = Copy::Dead;
+        }
+        if self.session.state().source_may_thaw() {
+            self.advance(Event::Failed);
+            self.outcome = Some(Outcome::Aborted);
+            return true;
+        }
+        self.down = true;
+        around.within(SUCCEEDED_WITHIN, Happening::Succeed(End::Destination));
+        true
+    }
+
+    /// `lazy-restorer resume`. Returns whether somebody was to be succeeded.
+    pub fn succeed(&mut self, around: &mut Surroundings<'_>) -> bool {
+        if !self.down {
+            return false;
+        }
+        self.down = false;
+        self.fuse.renew();
+        self.session = Session::orphaned();
+        self.lost_at = around.now();
+        self.pause = PAUSE.0;
+        if self.copy == Copy::Running {
+            self.take_over();
+            around.soon(Happening::CarryOut);
+        }
+        around.soon(Happening::Connect);
+        true
+    }
+
+    fn take_over(&mut self) {
+        let notes = |pid: ImagePid| Ok(self.shelves[&pid].recovered());
+        let uffd = |number| passed_on(&self.machines, number);
+        let left = Memory::of_notes(self.images.clone(), notes, uffd);
+        let (memory, orders) = left.expect("the notes fit the images");
+        self.memory = Arc::new(memory);
+        self.orders = orders;
+        self.keep_notes();
+        self.memory.begin_again();
     }
 
     /// Tries to reach the source again. `reachable` says whether anybody answers.
     pub fn connect(&mut self, around: &mut Surroundings<'_>, reachable: bool) {
-        if self.session.state() != State::Paused || self.link.is_some() || self.outcome.is_some() {
+        let tries = matches!(self.session.state(), State::Paused) && !self.down;
+        if !tries || self.link.is_some() || self.outcome.is_some() {
             return;
         }
         if !reachable {
@@ -379,8 +512,12 @@ impl Destination {
     fn try_again(&mut self, around: &mut Surroundings<'_>) {
         let lost_for = around.now() - self.lost_at;
         let owed = self.memory.counts().owed;
+        if self.copy == Copy::Dead && lost_for > TELLING {
+            self.outcome = Some(Outcome::Untold);
+            return;
+        }
         if self.copy == Copy::Gated && lost_for > GRANT_TIMEOUT {
-            return self.give_up_copy();
+            return self.give_up_copy(around);
         }
         if self.copy == Copy::Running && owed == 0 && lost_for > ACKNOWLEDGEMENT_TIMEOUT {
             self.outcome = Some(Outcome::Unacknowledged);
@@ -420,6 +557,7 @@ impl Destination {
         self.memory.reconnect();
         around.soon(Happening::CarryOut);
         self.advance(Event::Settled);
+        around.recovered();
         match self.copy {
             Copy::Gated => self.let_run(around),
             _ => self.begin_push(around),

@@ -55,7 +55,10 @@ impl Whole<'_> {
             assert_eq!(self.destination.copy, Copy::Running);
         }
         if self.destination.outcome == Some(Outcome::Complete) {
-            assert_eq!(self.source.original, Original::Released);
+            assert!(self.source.agreed, "complete, and the source does not know");
+        }
+        if self.source.agreed {
+            assert_ne!(self.source.original, Original::Running, "a copy is whole");
         }
     }
 
@@ -84,6 +87,11 @@ impl Whole<'_> {
     /// The link both ends use, when it is whole and nothing is being settled.
     fn settled_link(self) -> Option<LinkId> {
         let link = self.source.link?;
+        // One that gave up reads nothing any more.
+        let takes = matches!(
+            self.destination.outcome,
+            None | Some(Outcome::Complete | Outcome::Unacknowledged)
+        );
         let settled = |state| {
             matches!(
                 state,
@@ -97,7 +105,7 @@ impl Whole<'_> {
         let states = settled(self.source.session.state())
             && (settled(self.destination.session.state())
                 || self.destination.session.state() == State::Freeze);
-        (same && whole && states).then_some(link)
+        (takes && same && whole && states).then_some(link)
     }
 
     fn is_on_the_way(
@@ -123,11 +131,10 @@ impl Whole<'_> {
     pub fn check_end(self) {
         let runs_here = self.source.original == Original::Running;
         let runs_there = self.destination.copy == Copy::Running;
-        // The grant was lost for longer than a destination waits: its copy is dead, and the original waits for the
-        // operator.
+        // The copy is dead and the source could not be told: the original waits for the operator.
         let waits = self.source.session.state() == State::Paused
             && self.source.original == Original::Frozen
-            && self.destination.copy == Copy::Dead;
+            && self.destination.outcome == Some(Outcome::Untold);
         assert!(
             runs_here || runs_there || waits,
             "the workload runs nowhere: source {}, destination {}",

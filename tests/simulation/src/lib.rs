@@ -9,9 +9,11 @@
 //!
 //! | module | owns |
 //! | --- | --- |
-//! | [`world`] | the clock: what happens next, and what goes wrong |
+//! | [`world`] | the clock: what happens next |
+//! | [`trouble`] | what goes wrong, and what of it did |
 //! | [`network`] | messages on their way, and what a cut takes with it |
 //! | [`source`], [`destination`] | one end each |
+//! | [`notes`] | what a killed destination leaves to its successor |
 //! | [`workload`] | what the restored processes do to their memory |
 //! | [`uffd`], [`frozen`] | the kernel's side of memory, and what the frozen pages hold |
 //! | [`invariants`] | what must hold after every step and at the end |
@@ -20,7 +22,9 @@ pub mod destination;
 pub mod frozen;
 pub mod invariants;
 pub mod network;
+pub mod notes;
 pub mod source;
+pub mod trouble;
 pub mod uffd;
 pub mod workload;
 pub mod world;

@@ -78,6 +78,8 @@ pub enum Message {
     SkeletonEnd,
     /// Credit so far.
     Credit(u64),
+    /// The other end has heard everything and closes the connection.
+    Closed,
 }
 
 /// All links there were.

@@ -1,14 +1,15 @@
-//! The source's end: `page-server/src/session.rs` step by step, around the real book, frames and session table. What it
-//! says of the workload (`Advise`) changes nothing here and is left out.
+//! The source's end: `page-server/src/session.rs` step by step, around the real book, frames and session table.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use common::images::ImagePid;
+use common::images::{AddressSpaceLayout, DumpedProcess, ImagePid};
 use common::lazy_map::LazyMap;
+use common::page::{PageRange, VirtAddr};
 use common::proto::control::{
-    Abort, Hello, Present, Resume, Secret, SessionId, Tally, ToDestination, ToSource, Welcome,
+    Abort, Hello, HugeAreas, MoreFacts, Present, Resume, Secret, SessionId, Tally, ToDestination,
+    ToSource, Welcome, WorkloadFacts,
 };
 use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
 use common::proto::pages::DemandReply;
@@ -19,7 +20,7 @@ use page_server::frame;
 use page_server::pending::{Pending, Run, Said};
 
 use crate::frozen::FrozenMemory;
-use crate::network::{Lane, LinkId, Message};
+use crate::network::{Lane, LinkId, Message, Time};
 use crate::world::{End, Happening, Surroundings};
 
 /// Where the workload's original stands.
@@ -42,7 +43,12 @@ pub enum Outcome {
     Aborted,
     /// The destination is whole and does not know whether the source knows.
     Unacknowledged,
+    /// The destination's copy is dead, and the source could not be told.
+    Untold,
 }
+
+/// Longest time until somebody takes over what a killed program left.
+pub const SUCCEEDED_WITHIN: Time = 5_000_000;
 
 /// The source's end.
 #[derive(Debug)]
@@ -57,6 +63,10 @@ pub struct Source {
     pub book: Option<Arc<Book>>,
     /// The link it uses, until it notices its loss.
     pub link: Option<LinkId>,
+    /// Both ends agree, which the session file says: the original is about to be released.
+    pub agreed: bool,
+    /// The program was killed and nobody has taken over.
+    pub down: bool,
     frozen: FrozenMemory,
     processes: Vec<(ImagePid, LazyMap)>,
     eager: Vec<Run>,
@@ -64,8 +74,8 @@ pub struct Source {
     credit: u64,
     pushed: u64,
     eager_done: bool,
-    present: HashMap<ImagePid, Vec<u64>>,
-    withheld: HashMap<ImagePid, Vec<u64>>,
+    present: BTreeMap<ImagePid, Vec<u64>>,
+    withheld: BTreeMap<ImagePid, Vec<u64>>,
     /// A destination that came again before anybody listened for it.
     waiting: Option<(LinkId, Resume)>,
     unread: Vec<[u8; DEMAND_FRAME_BYTES]>,
@@ -82,6 +92,8 @@ impl Source {
             outcome: None,
             book: None,
             link: None,
+            agreed: false,
+            down: false,
             frozen,
             processes,
             eager,
@@ -89,8 +101,8 @@ impl Source {
             credit: 0,
             pushed: 0,
             eager_done: false,
-            present: HashMap::new(),
-            withheld: HashMap::new(),
+            present: BTreeMap::new(),
+            withheld: BTreeMap::new(),
             waiting: None,
             unread: Vec::new(),
         }
@@ -122,7 +134,8 @@ impl Source {
         (link, lane): (LinkId, Lane),
         message: Message,
     ) {
-        if self.outcome.is_some() {
+        // Whoever waits only for the end of the original listens to nobody.
+        if self.outcome.is_some() || self.down || self.agreed {
             return;
         }
         match message {
@@ -167,7 +180,7 @@ impl Source {
             (State::Recover, ToSource::Present(part)) => learn(&mut self.present, part),
             (State::Recover, ToSource::Withheld(part)) => learn(&mut self.withheld, part),
             (State::Recover, ToSource::PresentEnd) => self.settle(around, link),
-            (state, ToSource::Abort(abort)) => self.gave_up(state, &abort),
+            (state, ToSource::Abort(abort)) => self.gave_up(around, state, &abort),
             (state, message) => panic!("{message:?} in state {state}"),
         }
     }
@@ -184,6 +197,8 @@ impl Source {
             host: String::from("a"),
         };
         self.say(around, ToDestination::Welcome(welcome));
+        self.say(around, ToDestination::Advise(facts()));
+        self.say(around, ToDestination::AdviseMore(MoreFacts::default()));
     }
 
     /// The workload is frozen and its skeleton complete.
@@ -203,7 +218,7 @@ impl Source {
 
     /// Pushes one run, if there is credit.
     pub fn push(&mut self, around: &mut Surroundings<'_>, link: LinkId) {
-        let serving = self.session.state() != State::Recover;
+        let serving = self.session.state() != State::Recover && !self.agreed;
         if self.link != Some(link) || self.outcome.is_some() || !serving {
             return;
         }
@@ -277,17 +292,69 @@ impl Source {
             (theirs, 0),
             "the ends disagree"
         );
+        // Written before it is said: a destination that heard it never comes again.
+        self.agreed = true;
+        for (pid, lazy) in &self.processes {
+            let areas = lazy.ranges().take(1).map(|area| (area.start.0, area.count));
+            let areas = areas.collect();
+            self.say(around, ToDestination::Huge(HugeAreas { pid: *pid, areas }));
+        }
         self.say(around, ToDestination::Complete);
-        self.advance(Event::Agreed);
-        self.original = Original::Released;
-        self.end(Outcome::Complete);
+        around.soon(Happening::Release);
+    }
+
+    /// The frozen original is killed.
+    pub fn release(&mut self) {
+        if self.outcome.is_none() && !self.down {
+            // A successor does it without a word to anybody.
+            if self.session.state() == State::Drained {
+                self.advance(Event::Agreed);
+            }
+            self.original = Original::Released;
+            self.end(Outcome::Complete);
+        }
+    }
+
+    /// The program is killed. Before the point of no return its guard and CRIU's script let the workload run again.
+    /// Returns whether there was anything to kill.
+    pub fn die(&mut self, around: &mut Surroundings<'_>) -> bool {
+        if self.outcome.is_some() || self.down {
+            return false;
+        }
+        if let Some(link) = self.link.take() {
+            around.give_up(End::Source, link);
+        }
+        self.waiting = None;
+        if self.session.state().source_may_thaw() {
+            self.roll_back();
+            return true;
+        }
+        self.down = true;
+        around.within(SUCCEEDED_WITHIN, Happening::Succeed(End::Source));
+        true
+    }
+
+    /// `page-server resume`: what was sent is not known any more. Returns whether somebody was to be succeeded.
+    pub fn succeed(&mut self) -> bool {
+        if !self.down {
+            return false;
+        }
+        self.down = false;
+        if self.agreed {
+            self.release();
+            return true;
+        }
+        self.session = Session::orphaned();
+        let dumped: Vec<DumpedProcess> = self.processes.iter().map(dumped).collect();
+        self.book = Some(Arc::new(Book::of_left(&dumped)));
+        true
     }
 
     fn end(&mut self, outcome: Outcome) {
         self.outcome = Some(outcome);
     }
 
-    fn gave_up(&mut self, state: State, abort: &Abort) {
+    fn gave_up(&mut self, around: &mut Surroundings<'_>, state: State, abort: &Abort) {
         if state.source_may_thaw() {
             return self.roll_back();
         }
@@ -295,6 +362,10 @@ impl Source {
         self.advance(Event::CopyDead);
         self.original = Original::Running;
         self.end(Outcome::Aborted);
+        // It waits to hear that it was understood.
+        if let Some(link) = self.link {
+            around.send(link, Lane::ControlDown, Message::Closed);
+        }
     }
 
     fn roll_back(&mut self) {
@@ -305,7 +376,7 @@ impl Source {
 
     /// Notices that its link is lost.
     pub fn notice_loss(&mut self, around: &mut Surroundings<'_>, link: LinkId) {
-        if self.link != Some(link) || self.outcome.is_some() {
+        if self.link != Some(link) || self.outcome.is_some() || self.agreed {
             return;
         }
         self.link = None;
@@ -372,7 +443,39 @@ impl Source {
     }
 }
 
-fn learn(maps: &mut HashMap<ImagePid, Vec<u64>>, part: Present) {
+/// The images of a process, as far as a successor's book needs them.
+fn dumped((pid, lazy): &(ImagePid, LazyMap)) -> DumpedProcess {
+    DumpedProcess {
+        pid: *pid,
+        lazy: lazy.clone(),
+        layout: AddressSpaceLayout {
+            vmas: Vec::new(),
+            arguments: [PageRange::default(); 2],
+            stack_start: VirtAddr(0),
+            heap_end: VirtAddr(0),
+        },
+        threads: Vec::new(),
+    }
+}
+
+/// What would move. Nothing here depends on it.
+fn facts() -> WorkloadFacts {
+    WorkloadFacts {
+        architecture: String::new(),
+        kernel: String::new(),
+        page_size: 4096,
+        criu: String::new(),
+        cpu_features: Vec::new(),
+        pids: Vec::new(),
+        name: String::new(),
+        resident_pages: 0,
+        tcp_established: false,
+        shell_job: false,
+        more: MoreFacts::default(),
+    }
+}
+
+fn learn(maps: &mut BTreeMap<ImagePid, Vec<u64>>, part: Present) {
     let map = maps.entry(part.pid).or_default();
     assert_eq!(part.first_word, map.len() as u64);
     map.extend(part.words);

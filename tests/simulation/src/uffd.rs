@@ -1,5 +1,6 @@
 //! Userfault descriptors of the model kernel, as the real memory uses them.
 
+use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -8,9 +9,10 @@ use common::page::{PageIndex, PageRange, page_in_buffer};
 use common::priority_lock::PriorityLock;
 use lazy_restorer::memory::descriptor::Descriptor;
 use lazy_restorer::uffd::{MemoryEvent, Progress, ReadError, Stop};
-use model_kernel::{Change, Content, Event, Kernel, Stop as KernelStop};
+use model_kernel::{ADDRESSES, Change, Content, Event, Kernel, Stop as KernelStop};
 
 use crate::frozen::FrozenMemory;
+use crate::notes::{Fuse, Notes};
 
 /// One family's processes, and what they must find in their memory.
 #[derive(Debug)]
@@ -21,6 +23,8 @@ pub struct Machine {
     pub frozen: Frozen,
     /// Strikes when the kernel's next install is interrupted.
     pub disturbance: Option<Change>,
+    /// The program that uses it is killed when this has burnt.
+    pub fuse: Fuse,
 }
 
 /// The frozen pages of one process.
@@ -38,6 +42,24 @@ pub type SharedMachine = Arc<Mutex<Machine>>;
 /// Takes a machine's lock.
 pub fn lock(machine: &SharedMachine) -> MutexGuard<'_, Machine> {
     machine.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// More than one family ever has.
+const MOST_PROCESSES: u32 = 1 << 16;
+
+/// The number of a process's descriptor, which its successor knows it by.
+fn number(pid: ImagePid, process: usize) -> RawFd {
+    (pid.0 * MOST_PROCESSES) as RawFd + process as RawFd
+}
+
+/// The descriptor with this number, as it is passed on from one program to the next. Only processes that are born have
+/// one; that of one that has ended may have been closed.
+pub fn passed_on(machines: &[(ImagePid, SharedMachine)], number: RawFd) -> Option<Uffd> {
+    let pid = ImagePid(number as u32 / MOST_PROCESSES);
+    let process = (number as u32 % MOST_PROCESSES) as usize;
+    let (_, machine) = machines.iter().find(|(its_pid, _)| *its_pid == pid)?;
+    let born = lock(machine).kernel.processes[process].born;
+    born.then(|| Uffd::new(machine, process))
 }
 
 /// One process's descriptor.
@@ -67,6 +89,12 @@ impl Uffd {
         becomes: impl Fn(Frozen, u64, Content) -> Content,
     ) -> Progress {
         let mut machine = lock(&self.machine);
+        if machine.fuse.burn() {
+            return Progress {
+                pages: target.count,
+                stop: None,
+            };
+        }
         let frozen = machine.frozen;
         let put = |index, content| becomes(frozen, index, content);
         let (pages, stop) = machine.kernel.put(self.process, target, put);
@@ -97,14 +125,19 @@ impl Machine {
 }
 
 impl Descriptor for Uffd {
-    type Buffer = ();
+    type Buffer = Notes;
     type Lock<T: Send> = PriorityLock<T>;
 
-    fn buffer() {}
+    fn buffer() -> Notes {
+        Notes::default()
+    }
 
     /// All faults first, then the oldest event, as the kernel does it.
-    fn read(&self, (): &mut ()) -> Result<Vec<MemoryEvent<Self>>, ReadError> {
+    fn read(&self, notes: &mut Notes) -> Result<Vec<MemoryEvent<Self>>, ReadError> {
         let mut machine = lock(&self.machine);
+        if machine.fuse.burn() {
+            return Ok(Vec::new());
+        }
         let process = &mut machine.kernel.processes[self.process];
         let faults = std::mem::take(&mut process.faults);
         process.waiting.extend(&faults);
@@ -121,6 +154,8 @@ impl Descriptor for Uffd {
             Event::Remove(pages) => MemoryEvent::Remove(pages),
             Event::Unmap(pages) => MemoryEvent::Unmap(pages),
         }));
+        drop(machine);
+        notes.take(&events);
         Ok(events)
     }
 
@@ -151,11 +186,23 @@ impl Descriptor for Uffd {
     }
 
     fn wake(&self, pages: PageRange) {
-        lock(&self.machine).kernel.processes[self.process].wake(pages);
+        let mut machine = lock(&self.machine);
+        if !machine.fuse.burn() {
+            machine.kernel.processes[self.process].wake(pages);
+        }
+    }
+
+    fn wake_all(&self) {
+        self.wake(PageRange::new(PageIndex(0), 2 * ADDRESSES));
     }
 
     fn is_quiet(&self) -> bool {
-        lock(&self.machine).kernel.processes[self.process].is_quiet()
+        let machine = lock(&self.machine);
+        machine.fuse.has_burnt() || machine.kernel.processes[self.process].is_quiet()
+    }
+
+    fn number(&self) -> RawFd {
+        number(lock(&self.machine).frozen.pid, self.process)
     }
 
     fn is_gone(&self) -> bool {
@@ -164,6 +211,10 @@ impl Descriptor for Uffd {
 
     /// A thread that lost its processor gets it back.
     fn pause(&self, _: Duration) {
-        lock(&self.machine).kernel.processes[self.process].release(0);
+        let mut machine = lock(&self.machine);
+        if machine.fuse.has_burnt() {
+            return;
+        }
+        machine.kernel.processes[self.process].release(0);
     }
 }

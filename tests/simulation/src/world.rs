@@ -6,8 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use common::images::ImagePid;
 use common::page::PageRange;
-use common::proto::control::{ToDestination, ToSource};
-use lazy_restorer::memory::MemberKey;
+use lazy_restorer::memory::descriptor::Descriptor;
 use page_server::pending::Run;
 use tests::random::Random;
 
@@ -15,7 +14,9 @@ use crate::destination::{Copy, Destination};
 use crate::frozen::FrozenMemory;
 use crate::invariants::Whole;
 use crate::network::{Connection, Lane, LinkId, Message, Network, Time};
+use crate::notes::Fuse;
 use crate::source::Source;
+use crate::trouble::{Fate, Record, Trouble, name};
 use crate::uffd::{Frozen, Machine, SharedMachine, lock};
 use crate::workload;
 
@@ -23,6 +24,10 @@ use crate::workload;
 const MAX_EVENTS: u64 = 200_000;
 /// Steps of the workload before it rests.
 const WORKLOAD_STEPS: u64 = 60;
+/// When connections are cut and programs killed: most migrations end within it.
+const STRUCK_WITHIN: Time = 12_000;
+/// By then most migrations have passed the cutover.
+const PEACE: Time = 5_000;
 /// How long it may take to notice a lost connection (`limits.rs`, `IDLE_TIMEOUT` and some).
 const NOTICED_WITHIN: Time = 5_000_000;
 
@@ -66,27 +71,12 @@ pub enum Happening {
     Drain(usize),
     /// The end of a process is noticed, by its descriptor's number.
     Exited(usize),
-}
-
-/// When the path breaks.
-#[derive(Clone, Debug, Default)]
-pub struct Trouble {
-    /// Cuts at random times.
-    pub cuts: u64,
-    /// A cut at the first message of this kind.
-    pub at_message: Option<(Kind, Fate)>,
-}
-
-/// A step of the session, as a message announces it.
-pub type Kind = &'static str;
-
-/// What becomes of the message at which the path breaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// It is lost.
-    Lost,
-    /// It arrives, and whatever would answer it is lost.
-    Delivered,
+    /// The source kills the original, which nobody needs any more.
+    Release,
+    /// A program is killed.
+    Kill(End),
+    /// Somebody takes over what a killed program left.
+    Succeed(End),
 }
 
 /// What an end sees of the world.
@@ -97,6 +87,7 @@ pub struct Surroundings<'a> {
     network: &'a mut Network,
     agenda: Vec<(Time, Happening)>,
     trouble: &'a mut Trouble,
+    record: &'a mut Record,
     reachable_from: &'a mut Time,
 }
 
@@ -109,26 +100,40 @@ impl Surroundings<'_> {
     /// Sends a message, if the connection still carries it.
     pub fn send(&mut self, link: LinkId, lane: Lane, message: Message) {
         let fate = self.fate_of(&message);
-        if fate == Some(Fate::Lost) {
-            self.cut_both(link);
+        let (sender, receiver) = match lane.is_up() {
+            true => (End::Destination, End::Source),
+            false => (End::Source, End::Destination),
+        };
+        match fate {
+            Some(Fate::Lost) => self.cut_both(link),
+            Some(Fate::SenderDies) => self.within(1000, Happening::Kill(sender)),
+            _ => {}
         }
         let due = self.now + 20 + self.random.below(400);
-        if let Some(due) = self.network.send(link, lane, message, due) {
-            self.agenda.push((due, Happening::Arrive(link, lane)));
-            if fate == Some(Fate::Delivered) {
+        let Some(due) = self.network.send(link, lane, message, due) else {
+            return;
+        };
+        self.agenda.push((due, Happening::Arrive(link, lane)));
+        match fate {
+            Some(Fate::Delivered) => {
                 for connection in [Connection::Fault, Connection::Bulk] {
                     self.agenda.push((due, Happening::Cut(link, connection)));
                 }
             }
+            Some(Fate::ReceiverDies) => self.agenda.push((due, Happening::Kill(receiver))),
+            _ => {}
         }
     }
 
-    /// Whether this is the message at which the path breaks.
+    /// What happens at this message, if it is one at which something does.
     fn fate_of(&mut self, message: &Message) -> Option<Fate> {
-        let (kind, _) = self.trouble.at_message?;
-        (name(message) == Some(kind))
-            .then(|| self.trouble.at_message.take())?
-            .map(|(_, fate)| fate)
+        let (kind, fate) = *self.trouble.at_messages.front()?;
+        if name(message) != Some(kind) {
+            return None;
+        }
+        self.trouble.at_messages.pop_front();
+        self.record.messages += 1;
+        Some(fate)
     }
 
     fn cut_both(&mut self, link: LinkId) {
@@ -142,6 +147,7 @@ impl Surroundings<'_> {
             return;
         }
         self.network.cut(link, connection, self.now);
+        self.record.cuts += 1;
         // Most outages are short; some outlast what an end is willing to wait.
         let longest = [200_000, 3_000_000, 90_000_000][self.random.index(3)];
         let down = self.now + self.random.below(longest);
@@ -176,54 +182,21 @@ impl Surroundings<'_> {
         self.later(delay, happening);
     }
 
+    /// Something happens some time within this.
+    pub fn within(&mut self, longest: Time, happening: Happening) {
+        let delay = self.random.below(longest);
+        self.later(delay, happening);
+    }
+
+    /// A new link has replaced a lost one.
+    pub fn recovered(&mut self) {
+        self.record.recoveries += 1;
+    }
+
     /// Something happens after a while.
     pub fn later(&mut self, delay: Time, happening: Happening) {
         self.agenda.push((self.now + delay, happening));
     }
-}
-
-/// The steps of a session, by the names of the messages that announce them, in their order.
-pub const KINDS: [Kind; 17] = [
-    "Hello",
-    "Welcome",
-    "Ready",
-    "Freezing",
-    "SkeletonEnd",
-    "Frozen",
-    "Staged",
-    "CutoverRequest",
-    "CutoverGranted",
-    "Resumed",
-    "Drained",
-    "Complete",
-    "Resume",
-    "WelcomeBack",
-    "Present",
-    "PresentEnd",
-    "Withheld",
-];
-
-fn name(message: &Message) -> Option<Kind> {
-    Some(match message {
-        Message::ToSource(ToSource::Hello(_)) => "Hello",
-        Message::ToDestination(ToDestination::Welcome(_)) => "Welcome",
-        Message::ToSource(ToSource::Ready) => "Ready",
-        Message::ToDestination(ToDestination::Freezing) => "Freezing",
-        Message::SkeletonEnd => "SkeletonEnd",
-        Message::ToDestination(ToDestination::Frozen) => "Frozen",
-        Message::ToSource(ToSource::Staged) => "Staged",
-        Message::ToSource(ToSource::CutoverRequest) => "CutoverRequest",
-        Message::ToDestination(ToDestination::CutoverGranted) => "CutoverGranted",
-        Message::ToSource(ToSource::Resumed) => "Resumed",
-        Message::ToSource(ToSource::Drained(_)) => "Drained",
-        Message::ToDestination(ToDestination::Complete) => "Complete",
-        Message::ToSource(ToSource::Resume(_)) => "Resume",
-        Message::ToDestination(ToDestination::WelcomeBack { .. }) => "WelcomeBack",
-        Message::ToSource(ToSource::Present(_)) => "Present",
-        Message::ToSource(ToSource::Withheld(_)) => "Withheld",
-        Message::ToSource(ToSource::PresentEnd) => "PresentEnd",
-        _ => return None,
-    })
 }
 
 /// One simulated migration.
@@ -233,6 +206,10 @@ pub struct World {
     pub source: Source,
     /// The other.
     pub destination: Destination,
+    /// What went wrong so far.
+    pub record: Record,
+    /// Everything that happened, and when.
+    pub trace: Vec<(Time, Happening)>,
     now: Time,
     random: Random,
     network: Network,
@@ -249,6 +226,7 @@ impl World {
     pub fn new(seed: u64, trouble: Trouble) -> Self {
         let mut random = Random::new(seed);
         let memory = FrozenMemory { seed };
+        let fuse = Fuse::default();
         let pids = 1 + random.below(2) as u32;
         let images: Vec<_> = (0..pids)
             .map(|number| workload::image(ImagePid(100 + number), &mut random))
@@ -261,6 +239,7 @@ impl World {
                     kernel: workload::restored(image),
                     frozen: Frozen { pid, memory },
                     disturbance: None,
+                    fuse: fuse.clone(),
                 };
                 (pid, Arc::new(Mutex::new(machine)))
             })
@@ -278,7 +257,9 @@ impl World {
         });
         World {
             source: Source::new(memory, lazy.collect(), eager.collect()),
-            destination: Destination::new(images, machines),
+            destination: Destination::new(images, machines, fuse, trouble.copy_dies),
+            record: Record::default(),
+            trace: Vec::new(),
             now: 0,
             random,
             network: Network::default(),
@@ -293,8 +274,10 @@ impl World {
     /// Runs to the end and checks the invariants after every step.
     pub fn run(&mut self) {
         self.with(|_, destination, around| destination.begin(around));
+        // Half of the runs are left in peace until the workload runs there.
+        let peace = self.random.below(2) * PEACE;
         for _ in 0..self.trouble.cuts {
-            let at = self.random.below(40_000);
+            let at = peace + self.random.below(STRUCK_WITHIN);
             let connection = match self.random.below(2) {
                 0 => Connection::Fault,
                 _ => Connection::Bulk,
@@ -302,11 +285,25 @@ impl World {
             // Which link that will be, time tells: the newest one.
             self.push(at, Happening::Cut(LinkId::MAX, connection));
         }
+        for _ in 0..self.trouble.kills {
+            let at = peace + self.random.below(STRUCK_WITHIN);
+            let end = match self.random.below(2) {
+                0 => End::Source,
+                _ => End::Destination,
+            };
+            self.push(at, Happening::Kill(end));
+        }
         while let Some(Reverse((time, _, happening))) = self.queue.pop() {
+            self.trace.push((time, happening));
             self.now = time;
             self.events += 1;
-            assert!(self.events < MAX_EVENTS, "the migration does not end");
+            let last = &self.trace[self.trace.len().saturating_sub(20)..];
+            assert!(
+                self.events < MAX_EVENTS,
+                "the migration does not end: {last:?}"
+            );
             self.happen(happening);
+            self.look_for_death();
             self.whole().check();
         }
         self.whole().check_end();
@@ -333,6 +330,7 @@ impl World {
             network: &mut self.network,
             agenda: Vec::new(),
             trouble: &mut self.trouble,
+            record: &mut self.record,
             reachable_from: &mut self.reachable_from,
         };
         act(&mut self.source, &mut self.destination, &mut around);
@@ -362,11 +360,63 @@ impl World {
             Happening::Workload => self.work(),
             Happening::Drain(number) => self.drain(number),
             Happening::Exited(number) => {
-                let key = self.key(number);
-                self.destination.memory.exited(key);
-                self.after_memory();
+                if let Some((key, _)) = self.destination.watched[number].clone() {
+                    self.destination.memory.exited(key);
+                    self.after_memory();
+                }
             }
+            Happening::Release => self.source.release(),
+            Happening::Kill(end) => self.strike(end),
+            Happening::Succeed(end) => self.succeed(end),
         }
+    }
+
+    /// The destination may have been killed in the middle of what just happened.
+    fn look_for_death(&mut self) {
+        let fuse = &self.destination.fuse;
+        if !fuse.has_burnt() || self.destination.down {
+            return;
+        }
+        if self.destination.outcome.is_some() {
+            // It had ended before.
+            fuse.renew();
+        }
+        self.kill(End::Destination);
+    }
+
+    /// Kills a program now, or in the middle of what it does next.
+    fn strike(&mut self, end: End) {
+        let busy = self.destination.copy == Copy::Running && !self.destination.down;
+        if end == End::Destination && busy && self.random.below(2) == 0 {
+            return self.destination.fuse.light(1 + self.random.below(40));
+        }
+        self.kill(end);
+    }
+
+    fn kill(&mut self, end: End) {
+        let mut killed = false;
+        self.with(|source, destination, around| {
+            killed = match end {
+                End::Source => source.die(around),
+                End::Destination => destination.die(around),
+            };
+            // Also a link that nobody has spoken on yet.
+            if let Some(link) = destination.link.filter(|_| killed) {
+                around.give_up(end, link);
+            }
+        });
+        self.record.kills[end as usize] += u64::from(killed);
+    }
+
+    fn succeed(&mut self, end: End) {
+        let mut succeeded = false;
+        self.with(|source, destination, around| {
+            succeeded = match end {
+                End::Source => source.succeed(),
+                End::Destination => destination.succeed(around),
+            };
+        });
+        self.record.successions[end as usize] += u64::from(succeeded);
     }
 
     fn cut(&mut self, link: LinkId, connection: Connection) {
@@ -425,16 +475,15 @@ impl World {
 
     /// The source answers when the path carries packets and its program still runs.
     fn connect(&mut self) {
-        let reachable = self.now >= self.reachable_from && self.source.outcome.is_none();
+        let there = self.source.outcome.is_none() && !self.source.down;
+        let reachable = self.now >= self.reachable_from && there;
         self.with(|_, destination, around| destination.connect(around, reachable));
     }
 
-    fn key(&self, number: usize) -> MemberKey {
-        self.destination.watched[number].0
-    }
-
     fn drain(&mut self, number: usize) {
-        let (key, uffd) = self.destination.watched[number].clone();
+        let Some((key, uffd)) = self.destination.watched[number].clone() else {
+            return;
+        };
         let drained = self.destination.memory.drain(key);
         drained.expect("the model kernel refuses nothing");
         let machine = self.machine(key.pid);
@@ -471,6 +520,10 @@ impl World {
         self.with(|_, destination, around| destination.carry_out(around));
         for number in before..self.destination.watched.len() {
             self.push(self.now, Happening::Drain(number));
+            let watched = self.destination.watched[number].as_ref();
+            if watched.is_some_and(|(_, uffd)| uffd.is_gone()) {
+                self.push(self.now, Happening::Exited(number));
+            }
         }
     }
 
@@ -490,10 +543,10 @@ impl World {
             }
         }
         for number in 0..self.destination.watched.len() {
-            let (key, uffd) = &self.destination.watched[number];
-            if key.pid != *pid {
+            let watched = self.destination.watched[number].as_ref();
+            let Some((_, uffd)) = watched.filter(|(key, _)| key.pid == *pid) else {
                 continue;
-            }
+            };
             let happening = match ended {
                 Some(process) if uffd.process() == process => Happening::Exited(number),
                 _ => Happening::Drain(number),

@@ -6,6 +6,7 @@
 //! `shuttle::replay`.
 
 use std::ops::{Deref, DerefMut};
+use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use model_kernel::{Change, Kind};
 use page_server::memory::PageSource;
 use shuttle::thread;
 use simulation::frozen::FrozenMemory;
+use simulation::notes::{Fuse, Notes};
 use simulation::uffd::{Frozen, Machine, SharedMachine, Uffd, lock};
 use simulation::workload;
 
@@ -53,14 +55,16 @@ impl Scheduled {
 }
 
 impl Descriptor for Scheduled {
-    type Buffer = ();
+    type Buffer = Notes;
     type Lock<T: Send> = ScheduledLock<T>;
 
-    fn buffer() {}
+    fn buffer() -> Notes {
+        Notes::default()
+    }
 
-    fn read(&self, (): &mut ()) -> Result<Vec<MemoryEvent<Self>>, ReadError> {
+    fn read(&self, notes: &mut Notes) -> Result<Vec<MemoryEvent<Self>>, ReadError> {
         thread::yield_now();
-        let mut events = Descriptor::read(&self.uffd, &mut ())?;
+        let mut events = Descriptor::read(&self.uffd, notes)?;
         if let Some(late) = &self.late {
             let mut late = late.lock().expect("nobody panicked");
             std::mem::swap(&mut *late, &mut events);
@@ -81,6 +85,15 @@ impl Descriptor for Scheduled {
     fn wake(&self, pages: PageRange) {
         thread::yield_now();
         Descriptor::wake(&self.uffd, pages);
+    }
+
+    fn wake_all(&self) {
+        thread::yield_now();
+        self.uffd.wake_all();
+    }
+
+    fn number(&self) -> RawFd {
+        self.uffd.number()
     }
 
     fn is_quiet(&self) -> bool {
@@ -170,6 +183,7 @@ impl Scene {
                 memory: frozen,
             },
             disturbance: None,
+            fuse: Fuse::default(),
         }));
         let (memory, _orders) = Memory::new(vec![image]);
         let key = memory

@@ -16,10 +16,11 @@ impl Message {
         Self("Resumed"),
         Self("Drained"),
     ];
-    /// Those of the source, in their order.
-    pub const TO_DESTINATION: [Self; 6] = [
+    /// Those of the source, in their order. `Huge` is only said of workloads with huge pages.
+    pub const TO_DESTINATION: [Self; 7] = [
         Self("Welcome"),
         Self("Advise"),
+        Self("AdviseMore"),
         Self("Freezing"),
         Self("Frozen"),
         Self("CutoverGranted"),

@@ -3,11 +3,13 @@
 use std::fmt::Debug;
 
 use common::images::ImagePid;
+use common::limits::RECENT_PAGES;
 use common::page::{PAGE_SIZE, PageIndex, PageRange};
 use common::proto::bulk::BulkHeader;
 use common::proto::control::{ToDestination, ToSource};
 use common::proto::demand::DemandFrame;
-use common::proto::pages::DataHeader;
+use common::proto::packed::{Body, PackedHeader};
+use common::proto::pages::{DataHeader, DemandReply};
 
 use super::Scenario;
 
@@ -18,8 +20,10 @@ const NOWHERE: PageIndex = PageIndex(0x7_ffff_fffe);
 /// Requests of a flood.
 const FLOOD: usize = 20_000;
 
-/// The protocol version messages are understood in; ends that can speak a newer one are made to speak this.
+/// The protocol version in which pages are pushed as they are, which the wrongs done to such a frame need.
 const VERSION: u16 = 1;
+/// The last of the recent pages: none has come yet when the workload begins to run.
+const NEVER_CAME: u32 = RECENT_PAGES as u32 - 1;
 
 /// A version that there never was.
 const UNOFFERED_VERSION: u16 = 0;
@@ -30,6 +34,15 @@ pub struct BulkFrame {
     /// Its header.
     pub header: BulkHeader,
     /// What follows: a file's name and content, or pages.
+    pub body: Vec<u8>,
+}
+
+/// An answer on the demand stream.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// What it is.
+    pub reply: DemandReply,
+    /// Its pages.
     pub body: Vec<u8>,
 }
 
@@ -55,6 +68,8 @@ pub struct Mischief {
     done: bool,
     /// No page passes for now.
     keeps_pages: bool,
+    /// The source has given the workload away.
+    granted: bool,
 }
 
 impl Mischief {
@@ -64,6 +79,7 @@ impl Mischief {
             scenario,
             done: false,
             keeps_pages: false,
+            granted: false,
         }
     }
 
@@ -101,29 +117,23 @@ impl Mischief {
         }
     }
 
-    /// Whether it must understand pages.
-    fn is_of_pages(&self) -> bool {
-        !matches!(
+    /// Whether its wrong is done to pushed pages as they are.
+    fn is_of_plain_pages(&self) -> bool {
+        matches!(
             self.scenario,
-            Scenario::Passes
-                | Scenario::Claims(_)
-                | Scenario::SpeaksAnotherVersion
-                | Scenario::ForgesTheSecret
-                | Scenario::KeepsPages
-                | Scenario::Holds(_)
-                | Scenario::LosesBefore(_)
-                | Scenario::LosesAfter(_)
-                | Scenario::LosesAtCutover(_)
+            Scenario::Replays
+                | Scenario::SendsUnaskedPages
+                | Scenario::SendsPagesOutside
+                | Scenario::SendsWrongLengths
+                | Scenario::ChangesContent
         )
     }
 
     /// A message of the destination.
     pub fn upward(&mut self, mut message: ToSource) -> Passage<ToSource> {
-        let is_of_pages = self.is_of_pages();
+        let plain = self.is_of_plain_pages();
         match &mut message {
-            ToSource::Hello(hello) if is_of_pages => {
-                hello.versions.retain(|version| *version == VERSION)
-            }
+            ToSource::Hello(hello) if plain => hello.versions.retain(|version| *version == VERSION),
             ToSource::Staged if self.strikes(Scenario::SpeaksOutOfTurn) => {
                 return Passage::Send(vec![ToSource::Resumed]);
             }
@@ -136,6 +146,7 @@ impl Mischief {
             ToSource::Resumed if self.strikes(Scenario::KeepsPages) => self.keeps_pages = true,
             ToSource::Resume(_) => self.keeps_pages = false,
             ToSource::Drained(tally) if self.strikes(Scenario::CountsWrong) => tally.digest ^= 1,
+            ToSource::Drained(tally) if self.strikes(Scenario::CountsMore) => tally.pages += 1,
             _ => {}
         }
         self.by_kind(message)
@@ -143,6 +154,7 @@ impl Mischief {
 
     /// A message of the source.
     pub fn downward(&mut self, mut message: ToDestination) -> Passage<ToDestination> {
+        self.granted |= message == ToDestination::CutoverGranted;
         match &mut message {
             ToDestination::Welcome(welcome) if self.strikes(Scenario::SpeaksAnotherVersion) => {
                 welcome.version = UNOFFERED_VERSION;
@@ -174,15 +186,56 @@ impl Mischief {
         Passage::Send(frames)
     }
 
-    /// Whether answers pass.
-    pub fn lets_answers_pass(&self) -> bool {
-        !self.keeps_pages
+    /// An answer of the source.
+    pub fn answer(&mut self, answer: Answer) -> Passage<Answer> {
+        if self.keeps_pages {
+            return Passage::Stall;
+        }
+        let DemandReply::Data(header) = &answer.reply else {
+            return Passage::Send(vec![answer]);
+        };
+        if self.scenario == Scenario::AnswersTwice {
+            self.strikes(Scenario::AnswersTwice);
+            return Passage::Send(vec![answer.clone(), answer]);
+        }
+        if self.granted && self.strikes(Scenario::Withholds) {
+            let reply = DemandReply::Withheld(header.pid, header.pages);
+            let body = Vec::new();
+            return Passage::Send(vec![Answer { reply, body }]);
+        }
+        Passage::Send(vec![answer])
+    }
+
+    /// What a source that lies once the workload runs there puts before a frame of pages.
+    fn lie(&mut self, pid: ImagePid, pages: PageRange) -> Option<BulkFrame> {
+        if !self.granted {
+            return None;
+        }
+        let page = PageRange::new(pages.start, 1);
+        if self.strikes(Scenario::SendsUnaskedPagesLate) {
+            return Some(one_page(STRANGER, pages.start));
+        }
+        if self.strikes(Scenario::RefersToNothing) {
+            return Some(packed(pid, page, 1, NEVER_CAME.to_le_bytes().to_vec()));
+        }
+        if self.strikes(Scenario::CompressesNonsense) {
+            return Some(packed(pid, page, 0, vec![0xaa; 100]));
+        }
+        None
     }
 
     /// A frame of the bulk stream.
     pub fn bulk(&mut self, frame: BulkFrame) -> Passage<BulkFrame> {
         if self.keeps_pages {
             return Passage::Stall;
+        }
+        let said = match &frame.header {
+            BulkHeader::Data(header) => Some((header.pid, header.pages)),
+            BulkHeader::Packed(header) => Some((header.pid, header.pages)),
+            _ => None,
+        };
+        if let Some(lie) = said.and_then(|(pid, pages)| self.lie(pid, pages)) {
+            return Passage::Send(vec![lie, frame]);
         }
         match frame.header {
             BulkHeader::File { .. } => self.file(frame),
@@ -243,5 +296,22 @@ fn one_page(pid: ImagePid, page: PageIndex) -> BulkFrame {
     BulkFrame {
         header: BulkHeader::Data(header),
         body: vec![0xaa; PAGE_SIZE],
+    }
+}
+
+/// One page that is referred to or compressed.
+fn packed(pid: ImagePid, page: PageRange, referred: u64, body: Vec<u8>) -> BulkFrame {
+    let header = PackedHeader {
+        pid,
+        pages: page,
+        zero: 0,
+        referred,
+        kept: false,
+        body: if referred == 0 { Body::Zstd } else { Body::Raw },
+        payload: body.len() as u32,
+    };
+    BulkFrame {
+        header: BulkHeader::Packed(header),
+        body,
     }
 }

@@ -67,6 +67,18 @@ pub enum Scenario {
     SpeaksAnotherVersion,
     /// A source that says this of its workload or itself.
     Claims(Claim),
+    /// A source that, once the workload runs there, sends a page that refers to one that never came.
+    RefersToNothing,
+    /// A source that, once the workload runs there, sends compressed pages that are none.
+    CompressesNonsense,
+    /// A source that, once the workload runs there, sends pages of a process nobody dumped.
+    SendsUnaskedPagesLate,
+    /// A source that, once the workload runs there, says that a page which a thread waits for will never come.
+    Withholds,
+    /// A source that gives every answer twice.
+    AnswersTwice,
+    /// A destination that counts more pages than came.
+    CountsMore,
     /// Nothing: everything passes.
     Passes,
     /// The first message of this kind stays here until [`FaultyPeer::let_go`].
@@ -81,7 +93,7 @@ pub enum Scenario {
 }
 
 impl Scenario {
-    const ALL: [(Self, &str); 16] = [
+    const ALL: [(Self, &str); 22] = [
         (Self::ForgesTheSecret, "forges-the-secret"),
         (Self::SpeaksAnotherVersion, "speaks-another-version"),
         (Self::KeepsPages, "keeps-pages"),
@@ -98,6 +110,12 @@ impl Scenario {
         (Self::SpeaksOutOfTurn, "speaks-out-of-turn"),
         (Self::Vanishes, "vanishes"),
         (Self::CountsWrong, "counts-wrong"),
+        (Self::RefersToNothing, "refers-to-nothing"),
+        (Self::CompressesNonsense, "compresses-nonsense"),
+        (Self::SendsUnaskedPagesLate, "sends-unasked-pages-late"),
+        (Self::Withholds, "withholds"),
+        (Self::AnswersTwice, "answers-twice"),
+        (Self::CountsMore, "counts-more"),
     ];
 
     /// Its name on the command line.

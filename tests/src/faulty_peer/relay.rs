@@ -11,6 +11,7 @@ use common::identity::Trust;
 use common::proto::bulk::{BULK_HEADER_BYTES, BulkHeader};
 use common::proto::control::BulkHello;
 use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
+use common::proto::pages::{DATA_HEADER_BYTES, DemandReply};
 use common::proto::stream;
 use common::quic::{self, FaultGauge, Listener, PathProfile, Role};
 use quinn::{Connection, ConnectionError, RecvStream, SendStream};
@@ -21,7 +22,7 @@ use tokio::sync::Notify;
 use tokio::task::{JoinSet, spawn};
 use tokio::time::{sleep, timeout};
 
-use super::mischief::{BulkFrame, Mischief, Passage};
+use super::mischief::{Answer, BulkFrame, Mischief, Passage};
 use super::{LET_GO, Orders, Scenario};
 
 /// Time the receiver of a stream's end has to acknowledge it.
@@ -180,6 +181,26 @@ async fn requests(mut from: RecvStream, mut to: SendStream, mischief: Shared) ->
     end(to).await
 }
 
+async fn answers(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> Result<()> {
+    let mut header = [0; DATA_HEADER_BYTES];
+    while from.read_exact(&mut header).await.is_ok() {
+        let reply = DemandReply::decode(&header)?;
+        let length = match &reply {
+            DemandReply::Data(data) => data.payload,
+            DemandReply::Packed(packed) => packed.payload,
+            DemandReply::Withheld(..) => 0,
+        };
+        let mut body = vec![0; length as usize];
+        from.read_exact(&mut body).await?;
+        let passage = lock(&mischief.mischief).answer(Answer { reply, body });
+        for answer in allowed(passage, &mischief.let_go).await {
+            to.write_all(&answer.reply.encode()).await?;
+            to.write_all(&answer.body).await?;
+        }
+    }
+    end(to).await
+}
+
 async fn pass_bulk(orders: Arc<Orders>, below: Connection, mischief: Shared) -> Result<()> {
     let port = orders.source.port() + 1;
     let source = SocketAddr::new(orders.source.ip(), port);
@@ -220,16 +241,6 @@ fn body_bytes(header: &BulkHeader) -> usize {
         BulkHeader::Packed(packed) => packed.payload as usize,
         BulkHeader::SkeletonEnd { .. } => 0,
     }
-}
-
-async fn answers(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> Result<()> {
-    while let Ok(Some(chunk)) = from.read_chunk(usize::MAX, true).await {
-        if !lock(&mischief.mischief).lets_answers_pass() {
-            return std::future::pending().await;
-        }
-        to.write_chunk(chunk.bytes).await?;
-    }
-    end(to).await
 }
 
 async fn copy(mut from: RecvStream, mut to: SendStream) -> Result<()> {

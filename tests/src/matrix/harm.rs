@@ -75,19 +75,20 @@ fn criu_on(namespace: &str) -> Vec<Pid> {
 /// Takes the link away until it was noticed, and gives it back.
 fn cut(rig: &Rig, scene: &mut Scene) -> Result<()> {
     match scene.moment {
-        // It is cut already, and was noticed: it comes back for a moment.
+        // It is cut already, and was noticed: it comes back until the ends have met, and is cut again.
         Moment::Paused => {
             set_link(rig, true)?;
-            return set_link(rig, false);
+            let restorer = &scene.restorer;
+            wait_until(PATIENCE, "the ends to meet again", || {
+                restorer.process.stderr().contains("reconnected")
+            })?;
         }
-        // Nobody needs it any more.
-        Moment::Complete => {
-            set_link(rig, false)?;
-            return set_link(rig, true);
-        }
+        // Nobody needs it any more: it stays away until all is over.
+        Moment::Complete => return set_link(rig, false),
         _ => {}
     }
     let attempts = losses(&scene.restorer);
+    let served = losses(&scene.server);
     set_link(rig, false)?;
     let restorer = &mut scene.restorer;
     wait_until(PATIENCE, "the destination to notice", || {
@@ -98,7 +99,7 @@ fn cut(rig: &Rig, scene: &mut Scene) -> Result<()> {
     if scene.moment != Moment::Hello {
         let server = &mut scene.server;
         wait_until(PATIENCE, "the source to notice", || {
-            !server.process.is_running() || losses(server) > 0
+            !server.process.is_running() || losses(server) > served
         })?;
     }
     set_link(rig, true)

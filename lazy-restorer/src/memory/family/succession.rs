@@ -1,7 +1,7 @@
 //! A family in its journal, and out of it again.
 
-use std::collections::HashMap;
-use std::os::fd::{OwnedFd, RawFd};
+use std::collections::BTreeMap;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use common::page::PageRange;
@@ -10,9 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::super::descriptor::{Buffer, Descriptor};
 use super::super::{ProcessImage, Sink};
 use super::{Arrival, FamilyCounts, LiveFamily, MemoryError, NewPages};
-use crate::journal::{Inbox, Journal, Note, Recovered};
+use crate::journal::{Note, Recovered};
 use crate::resolver::{Change, Family, FamilyState, MemberId};
-use crate::uffd::UserFault;
 
 /// A family at one moment, and the descriptors of its members.
 #[derive(Serialize, Deserialize)]
@@ -72,16 +71,21 @@ impl<D: Descriptor> LiveFamily<D> {
         }
     }
 
+    /// How many pages that a program before us did not live to install nobody misses any more.
+    pub(in super::super) fn no_longer_missed(&mut self) -> u64 {
+        let before = self.missed.len();
+        self.missed.retain(|slot| self.family.is_missed(*slot));
+        (before - self.missed.len()) as u64
+    }
+
     /// Whether the process handed its memory over.
     pub(in super::super) fn is_attached(&self) -> bool {
         self.family.next_member() != MemberId(0)
     }
-}
 
-impl LiveFamily<UserFault> {
-    /// From now on everything that changes is noted in `journal`.
-    pub(in super::super) fn keep_journal(&mut self, journal: Journal) -> Result<(), MemoryError> {
-        self.buffer = Inbox::Kept(Box::new(journal));
+    /// From now on everything that changes is noted in `buffer`.
+    pub(in super::super) fn keep_notes(&mut self, buffer: D::Buffer) -> Result<(), MemoryError> {
+        self.buffer = buffer;
         self.checkpoint()
     }
 
@@ -89,20 +93,19 @@ impl LiveFamily<UserFault> {
         self.counts
     }
 
-    /// Lazy pages in all, and of those the ones that came or never will.
-    pub(in super::super) fn settled_slots(&self) -> (u64, u64, u64) {
-        (
-            self.family.lazy().slots() as u64,
-            self.family.received().count() as u64,
-            self.family.withheld().count() as u64,
-        )
+    /// Lazy pages in all; of those the ones that are still to come, and the ones that never will.
+    pub(in super::super) fn slots(&self) -> (u64, u64, u64) {
+        let lazy = self.family.lazy().slots();
+        let (received, withheld) = (self.family.received(), self.family.withheld());
+        let owed = lazy - received.count() - withheld.count() + self.missed.len();
+        (lazy as u64, owed as u64, withheld.count() as u64)
     }
 
     /// The family that a killed program left: its journal, and the descriptors it had by the numbers they had then.
     pub(in super::super) fn succeed(
         image: ProcessImage,
         left: &Recovered,
-        descriptors: &mut HashMap<RawFd, OwnedFd>,
+        descriptor: &mut impl FnMut(RawFd) -> Option<D>,
     ) -> Result<Self, MemoryError> {
         let pid = image.pid;
         let mut family = LiveFamily::new(image);
@@ -112,22 +115,20 @@ impl LiveFamily<UserFault> {
         })?;
         for (member, fd) in members {
             // One that was closed belonged to a process that has ended.
-            match descriptors.remove(&fd) {
-                Some(fd) => {
-                    let uffd = Arc::new(UserFault::from_fd(fd));
-                    family.uffds.insert(member, uffd);
-                }
+            match descriptor(fd) {
+                Some(uffd) => drop(family.uffds.insert(member, Arc::new(uffd))),
                 None => drop(family.family.exit(member)),
             }
         }
         family.family.discard_unmissed();
+        family.missed = family.family.received_but_missed().into_iter().collect();
         family.restored = true;
         Ok(family)
     }
 
     /// Does again what was noted; returns the descriptors of the members that live.
-    fn replay(&mut self, left: &Recovered) -> Option<HashMap<MemberId, RawFd>> {
-        let mut members = HashMap::new();
+    fn replay(&mut self, left: &Recovered) -> Option<BTreeMap<MemberId, RawFd>> {
+        let mut members = BTreeMap::new();
         if let Some(bytes) = &left.checkpoint {
             let checkpoint: Checkpoint = postcard::from_bytes(bytes).ok()?;
             let lazy = Arc::new(self.family.lazy().clone());
@@ -170,7 +171,7 @@ impl LiveFamily<UserFault> {
 
     /// A successor begins: descriptors are watched, threads that waited fault again, and pages that came but are not
     /// everywhere are asked for once more.
-    pub(in super::super) fn begin_again(&mut self, sink: &Sink<'_, UserFault>) {
+    pub(in super::super) fn begin_again(&mut self, sink: &Sink<'_, D>) {
         let pid = self.family.pid();
         let members: Vec<_> = self
             .uffds
