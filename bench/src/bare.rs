@@ -11,7 +11,7 @@ use common::identity::{Identity, Trust};
 use common::io_thread::{IoThread, Priority};
 use common::privileges::Capabilities;
 use common::quic::{self, FaultGauge, Listener, PathProfile, Role};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tests::identity::Identities;
 use tests::namespace;
 use tests::path::{Path, PathSpec};
@@ -39,7 +39,7 @@ pub struct BareOrder {
 }
 
 /// What was measured.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Bare {
     /// From a request of a fault's size to its page, median.
     pub p50_us: f64,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use nix::unistd::Pid;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tests::criu_baseline::{self, BaselineHome};
 use tests::identity::Identities;
 use tests::pair::{Migration, PairPlan};
@@ -14,7 +14,19 @@ use tests::rig::Rig;
 use tests::{binaries, stop_and_copy};
 
 /// Those that can move a workload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, clap::ValueEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Peer {
     /// Full dump, copy, restore.

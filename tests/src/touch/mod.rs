@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use nix::unistd::Pid;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::latency::Latencies;
 use crate::process::Process;
@@ -23,7 +23,7 @@ pub use board::{Stage, TouchBoard};
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Which pages come in which order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pattern {
     /// None: memory arrives undisturbed.
