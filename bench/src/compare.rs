@@ -1,6 +1,7 @@
 //! `bench compare`: the same workload moved by each peer in turns, over each path.
 
 mod figures;
+mod glance;
 pub mod html;
 mod judge;
 pub mod markdown;

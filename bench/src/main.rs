@@ -1,7 +1,9 @@
 //! `bench`: the demonstration, and the comparison with CRIU's own post-copy.
 
 mod bare;
+mod collected;
 mod compare;
+mod crowd;
 mod demo;
 mod fault;
 mod flood;
@@ -17,6 +19,7 @@ mod record;
 mod runs;
 mod scale;
 mod skew;
+mod star;
 mod stats;
 mod svg;
 mod table;
@@ -49,10 +52,16 @@ enum Command {
     Demo(DemoOptions),
     /// Moves the same workload by CRIU and by ours, in turns and over several paths, and sets what it took side by side.
     Compare(compare::CompareOptions),
+    /// Everything side by side: from one point in the middle one thing is changed at a time, path, workload or size.
+    Report(star::StarOptions),
+    /// Makes report.md and report.html of records of runs again.
+    Page(collected::PageOptions),
     /// Measures how long a workload waits for pages, with and without a push beside, and how fast that push is.
     Fault(fault::FaultOptions),
     /// Moves a workload with and without a flood of handshakes by strangers, in turns.
     Flood(flood::FloodOptions),
+    /// Moves a server under hundreds of connections, and shows how long any of its clients waited.
+    Crowd(crowd::CrowdOptions),
     /// Moves workloads of growing size, and shows what grows with them.
     Scale(scale::ScaleOptions),
     /// Measures what every target is about, and says in one table which are met.
@@ -90,8 +99,11 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Demo(options) => demo::run(&options),
         Command::Compare(options) => compare::run(&options),
+        Command::Report(options) => star::run(&options),
+        Command::Page(options) => collected::run(&options),
         Command::Fault(options) => fault::run(&options),
         Command::Flood(options) => flood::run(&options),
+        Command::Crowd(options) => crowd::run(&options),
         Command::Scale(options) => scale::run(&options),
         Command::Targets(options) => verdict::run(&options),
         Command::Record(options) => record::run(&options),

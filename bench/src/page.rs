@@ -49,6 +49,18 @@ pub fn list(lines: &[String]) -> String {
     format!("<ul>{}</ul>", items.concat())
 }
 
+/// Rows of cells as Markdown, the first row a heading.
+pub fn markdown_table(rows: &[Vec<String>]) -> String {
+    let mut text = String::new();
+    for (number, row) in rows.iter().enumerate() {
+        text += &format!("| {} |\n", row.join(" | "));
+        if number == 0 {
+            text += &format!("| --- |{}\n", " ---: |".repeat(row.len() - 1));
+        }
+    }
+    text
+}
+
 /// Rows of cells, the first row a heading.
 pub fn table(rows: &[Vec<String>]) -> String {
     let row = |(number, cells): (usize, &Vec<String>)| {

@@ -2,14 +2,17 @@
 
 use std::fmt::Write;
 
-use super::markdown;
 use super::report::{Comparison, Report};
+use super::{glance, markdown};
 use crate::page::{escaped, list, verbatim};
 use crate::svg;
 
 /// Everything but the page around it.
 pub fn sections(report: &Report) -> String {
     let mut text = list(&markdown::conditions(report));
+    for (title, rows) in glance::tables(report) {
+        text += &format!("<h3>{}</h3>{}", escaped(&title), crate::page::table(&rows));
+    }
     for table in &report.tables {
         text += &comparison(table);
     }

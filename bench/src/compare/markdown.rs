@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::glance;
 use super::report::{Comparison, Report, Row};
 use super::run::Run;
 use crate::path::ProbedPath;
@@ -18,6 +19,10 @@ fn write_all(text: &mut String, report: &Report) -> std::fmt::Result {
     writeln!(text, "\n# Moves side by side\n")?;
     for line in conditions(report) {
         writeln!(text, "- {line}")?;
+    }
+    for (title, rows) in glance::tables(report) {
+        writeln!(text, "\n## At a glance: {title}\n")?;
+        text.push_str(&crate::page::markdown_table(&rows));
     }
     for table in &report.tables {
         writeln!(text, "\n## {}\n", table.point.title())?;

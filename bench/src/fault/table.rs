@@ -114,14 +114,7 @@ impl Report {
         }
         for setup in &self.tables {
             text += &format!("\n## {}\n\n", setup.setting.title());
-            let mut rows = cells(setup).into_iter();
-            if let Some(heading) = rows.next() {
-                text += &format!("| {} |\n", heading.join(" | "));
-                text += &format!("| --- |{}\n", " ---: |".repeat(heading.len() - 1));
-            }
-            for row in rows {
-                text += &format!("| {} |\n", row.join(" | "));
-            }
+            text += &crate::page::markdown_table(&cells(setup));
             text += &format!("\n```\n{}```\n", below(setup));
         }
         for failure in self.failures() {
