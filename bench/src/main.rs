@@ -6,6 +6,7 @@ mod compare;
 mod crowd;
 mod demo;
 mod fault;
+mod files;
 mod flood;
 mod load;
 mod memory;
@@ -16,6 +17,7 @@ mod peer;
 mod programs;
 mod quiet;
 mod record;
+mod replay;
 mod runs;
 mod scale;
 mod skew;
@@ -62,6 +64,10 @@ enum Command {
     Flood(flood::FloodOptions),
     /// Moves a server under hundreds of connections, and shows how long any of its clients waited.
     Crowd(crowd::CrowdOptions),
+    /// Moves a workload with files of growing size and number that do not change, and shows its cutover.
+    Files(files::FilesOptions),
+    /// Moves a workload, records the order of its touches, and moves it again with that record.
+    Replay(replay::ReplayOptions),
     /// Moves workloads of growing size, and shows what grows with them.
     Scale(scale::ScaleOptions),
     /// Measures what every target is about, and says in one table which are met.
@@ -104,6 +110,8 @@ fn main() -> ExitCode {
         Command::Fault(options) => fault::run(&options),
         Command::Flood(options) => flood::run(&options),
         Command::Crowd(options) => crowd::run(&options),
+        Command::Files(options) => files::run(&options),
+        Command::Replay(options) => replay::run(&options),
         Command::Scale(options) => scale::run(&options),
         Command::Targets(options) => verdict::run(&options),
         Command::Record(options) => record::run(&options),

@@ -112,9 +112,12 @@ impl Mover {
             Peer::CriuTls => Some(Identities::make(&rig.make_folder("identities")?)?),
             _ => None,
         };
+        let program = binaries::criu()?;
+        // What it finds out once is no part of a move.
+        criu_baseline::network_lock(&program);
         Ok(Self::Criu(Criu {
             home: BaselineHome::new(rig)?,
-            program: binaries::criu()?,
+            program,
             stops: peer == Peer::StopAndCopy,
             tls,
         }))

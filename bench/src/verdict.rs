@@ -11,7 +11,10 @@ use serde::Serialize;
 
 use crate::compare::{self, CompareOptions};
 use crate::fault::{self, FaultOptions};
+use crate::files::{self, FilesOptions};
+use crate::flood::{self, FloodOptions};
 use crate::path::ProbedPath;
+use crate::replay::{self, ReplayOptions};
 use crate::runs::{self, Failure, Runs};
 use crate::targets::Target;
 use parts::parts;
@@ -50,6 +53,9 @@ struct Part {
 enum Measure {
     Fault(FaultOptions),
     Compare(Box<CompareOptions>),
+    Flood(FloodOptions),
+    Replay(ReplayOptions),
+    Files(FilesOptions),
 }
 
 /// A target, and where it was measured.
@@ -141,6 +147,14 @@ impl Verdict {
     }
 }
 
+/// What has no path of its own goes over the switch.
+const SWITCH: &str = "switch";
+
+fn over(path: &str, targets: Vec<Target>) -> Vec<(String, Target)> {
+    let named = targets.into_iter();
+    named.map(|target| (path.to_owned(), target)).collect()
+}
+
 impl Measure {
     fn carry_out(&self, runs: &Runs) -> Result<Outcome> {
         Ok(match self {
@@ -159,6 +173,33 @@ impl Measure {
                 Outcome {
                     targets: report.targets(),
                     paths: report.paths,
+                    failures: report.failures,
+                }
+            }
+            Self::Flood(options) => {
+                let report = flood::measure(options, runs)?;
+                print!("{}", report.render(options));
+                Outcome {
+                    targets: over(SWITCH, report.targets()),
+                    paths: Vec::new(),
+                    failures: report.failures,
+                }
+            }
+            Self::Replay(options) => {
+                let report = replay::measure(options, runs)?;
+                print!("{}", report.render(options));
+                Outcome {
+                    targets: over(&options.path.to_string(), report.targets()),
+                    paths: report.paths,
+                    failures: report.failures,
+                }
+            }
+            Self::Files(options) => {
+                let report = files::measure(options, runs)?;
+                print!("{}", report.render(options));
+                Outcome {
+                    targets: over(SWITCH, report.targets(options)),
+                    paths: Vec::new(),
                     failures: report.failures,
                 }
             }

@@ -6,7 +6,10 @@ use tests::path::PathSpec;
 use super::{Measure, Part, VerdictOptions};
 use crate::compare::CompareOptions;
 use crate::fault::FaultOptions;
+use crate::files::FilesOptions;
+use crate::flood::FloodOptions;
 use crate::peer::Peer;
+use crate::replay::ReplayOptions;
 use crate::workload::Kind;
 
 /// All of them.
@@ -118,6 +121,49 @@ pub fn parts(options: &VerdictOptions) -> Result<Vec<Part>> {
                 options.repeat,
             )?,
             &["CPU", "total, compression", "peak RSS"],
+        ),
+        part(
+            "redis, 10 Gbit/s",
+            compare(
+                &["10g"],
+                &[Peer::Ours, Peer::OursPlain],
+                Kind::Redis,
+                memory,
+                options.repeat,
+            )?,
+            &["total, compression"],
+        ),
+        part(
+            "a flood of strangers",
+            Measure::Flood(FloodOptions {
+                memory: memory.min(256),
+                repeat: options.repeat,
+                strangers: 8,
+                json: None,
+                out: None,
+            }),
+            &["total, flooded"],
+        ),
+        part(
+            "the order is known, 1 Gbit/s",
+            Measure::Replay(ReplayOptions {
+                memory: memory.min(64),
+                rate: 10_000,
+                repeat: options.repeat,
+                path: "1g".parse()?,
+                out: None,
+            }),
+            &["network faults with --replay"],
+        ),
+        part(
+            "files that do not change",
+            Measure::Files(FilesOptions {
+                repeat: options.repeat,
+                content: vec![64, 1024],
+                files: vec![100, 10_000],
+                out: None,
+            }),
+            &["cutover, more"],
         ),
         part(
             "the largest",

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use nix::sys::personality::{self, Persona};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
@@ -101,6 +102,16 @@ impl Toucher {
             board,
             plan,
         })
+    }
+
+    /// The same with its memory at the same addresses each time, as `--replay` needs it of a workload whose addresses are
+    /// random.
+    pub fn start_at_fixed_addresses(rig: &Rig, plan: TouchPlan) -> Result<Self> {
+        let before = personality::get()?;
+        personality::set(before | Persona::ADDR_NO_RANDOMIZE)?;
+        let started = Self::start(rig, plan);
+        personality::set(before)?;
+        started
     }
 
     /// Its PID on the source.
