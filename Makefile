@@ -1,15 +1,17 @@
 # On a fresh Debian 12 with root and Rust: `make demo` and `make test` install what is missing and do the rest.
-.PHONY: help setup build demo compare targets test lint doc fuzz zdtm soak fault-matrix
+.PHONY: help setup build demo compare report targets test lint doc fuzz zdtm soak fault-matrix
 
 export POSTCOPY_CRIU := $(CURDIR)/.deps/criu/bin/criu
 CARGO ?= cargo
 MEMORY ?= 512
 REPEAT ?= $(if $(filter soak,$(MAKECMDGOALS)),50,3)
 SECONDS ?= 60
+OUT ?= report
 
 help:
 	@echo 'make demo     a running redis moves to another host and its client never disconnects (MEMORY=$(MEMORY) MiB)'
 	@echo 'make compare  the same beside CRIU'"'"'s own lazy-pages (MEMORY=$(MEMORY) REPEAT=$(REPEAT))'
+	@echo 'make report   everything side by side, one page; 25 minutes for each repeat (REPEAT=$(REPEAT) OUT=$(OUT))'
 	@echo 'make targets  every target in one table, met or not; half an hour (REPEAT=$(REPEAT))'
 	@echo 'make test     every check and every test'
 	@echo 'make fuzz     every decoder under libFuzzer (SECONDS=$(SECONDS) each; needs cargo-fuzz)'
@@ -33,8 +35,11 @@ demo: setup build
 compare: setup build
 	target/release/bench compare --memory $(MEMORY) --repeat $(REPEAT) $(if $(JSON),--json $(JSON))
 
+report: setup build
+	target/release/bench report --repeat $(REPEAT) --out $(OUT) $(if $(ONLY),--only '$(ONLY)')
+
 targets: setup build
-	target/release/bench targets --repeat $(REPEAT) $(if $(JSON),--json $(JSON))
+	target/release/bench targets --repeat $(REPEAT) $(if $(JSON),--json $(JSON)) $(if $(ONLY),--only '$(ONLY)')
 
 lint:
 	$(CARGO) fmt --all --check

@@ -11,7 +11,7 @@ use common::identity::{Identity, Trust};
 use common::io_thread::{IoThread, Priority};
 use common::privileges::Capabilities;
 use common::quic::{self, FaultGauge, Listener, PathProfile, Role};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tests::identity::Identities;
 use tests::namespace;
 use tests::path::{Path, PathSpec};
@@ -39,7 +39,7 @@ pub struct BareOrder {
 }
 
 /// What was measured.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Bare {
     /// From a request of a fault's size to its page, median.
     pub p50_us: f64,
@@ -221,6 +221,7 @@ async fn push(listener: Listener) -> Result<()> {
 async fn round_trips(connection: quinn::Connection, order: BareOrder) -> Result<Vec<Duration>> {
     let (mut send, mut receive) = connection.open_bi().await?;
     let pause = Duration::from_nanos(1_000_000_000_u64.checked_div(order.rate).unwrap_or(0));
+    let mut pacer = Pacer::start()?;
     let mut reply = vec![0; REPLY_BYTES];
     let mut waits = Vec::new();
     for _ in 0..order.round_trips.max(1) {
@@ -228,10 +229,44 @@ async fn round_trips(connection: quinn::Connection, order: BareOrder) -> Result<
         send.write_all(&[0; REQUEST_BYTES]).await?;
         receive.read_exact(&mut reply).await?;
         waits.push(began.elapsed());
-        tokio::time::sleep_until((began + pause).into()).await;
+        if !pause.is_zero() {
+            pacer.sleep_until(began + pause).await?;
+        }
     }
     waits.sort_unstable();
     Ok(waits)
+}
+
+/// Sleeps as the toucher does, in the kernel and to the point, and wakes the connection's thread as a fault does. The
+/// runtime's own timer is a millisecond coarse, so round trips would begin from another depth of idleness than faults.
+struct Pacer {
+    wake_at: std::sync::mpsc::Sender<Instant>,
+    woken: tokio::sync::mpsc::UnboundedReceiver<()>,
+}
+
+impl Pacer {
+    fn start() -> Result<Self> {
+        let (wake_at, asked) = std::sync::mpsc::channel::<Instant>();
+        let (wake, woken) = tokio::sync::mpsc::unbounded_channel();
+        // Ends when it is asked no more.
+        std::thread::Builder::new()
+            .name("bare-pacer".to_owned())
+            .spawn(move || {
+                for at in asked {
+                    std::thread::sleep(at.saturating_duration_since(Instant::now()));
+                    if wake.send(()).is_err() {
+                        return;
+                    }
+                }
+            })
+            .context("no thread to keep the pace")?;
+        Ok(Self { wake_at, woken })
+    }
+
+    async fn sleep_until(&mut self, at: Instant) -> Result<()> {
+        self.wake_at.send(at).context("the pacer has ended")?;
+        self.woken.recv().await.context("the pacer has ended")
+    }
 }
 
 /// MiB per second.

@@ -1,22 +1,22 @@
 //! `bench compare`: the same workload moved by each peer in turns, over each path.
 
 mod figures;
-mod html;
-mod markdown;
+mod glance;
+pub mod html;
+mod judge;
+pub mod markdown;
 mod report;
 mod run;
-mod svg;
 
-use std::fs::OpenOptions;
-use std::io::Write;
-use std::path::{Path as FilePath, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use tests::path::{Path, PathSpec, probe};
-use tests::rig::Rig;
+use tests::path::PathSpec;
 
+use crate::path::ProbedPath;
 use crate::peer::Peer;
+use crate::runs::{self, Failure, Runs};
 use crate::workload::Kind;
 pub use report::Report;
 pub use run::{Order, Run};
@@ -53,43 +53,50 @@ pub struct CompareOptions {
     pub out: Option<PathBuf>,
 }
 
-/// Measures, prints and writes. It fails when a byte differs, never because of a time; a peer that fails is reported.
-pub fn run(options: &CompareOptions) -> Result<()> {
-    let report = measure(options)?;
-    print!("{}", markdown::render(&report));
-    write_all(options, &report)
+/// What was measured.
+#[derive(Debug, Default)]
+pub struct Measured {
+    /// Paths, each with its probes.
+    pub paths: Vec<ProbedPath>,
+    /// Moves that were made.
+    pub moves: Vec<Run>,
+    /// Those that were not.
+    pub failures: Vec<Failure>,
 }
 
-/// The tables of a report.
-pub fn markdown(report: &Report) -> String {
-    markdown::render(report)
+/// Measures, prints and writes. It fails when a byte differs or a move of ours fails, after everything else was
+/// measured, and never because of a time; a rival that fails is reported.
+pub fn run(options: &CompareOptions) -> Result<()> {
+    let report = measure(options, &Runs::open(options.out.as_deref())?)?;
+    print!("{}", markdown::render(&report));
+    if let Some(path) = &options.json {
+        crate::write_json(path, &report)?;
+    }
+    if let Some(folder) = &options.out {
+        crate::page::write(
+            folder,
+            &markdown::render(&report),
+            &[html::sections(&report)],
+        )?;
+    }
+    runs::judge(report.failures())
 }
 
 /// Measures.
-pub fn measure(options: &CompareOptions) -> Result<Report> {
-    if let Some(folder) = &options.out {
-        std::fs::create_dir_all(folder)
-            .with_context(|| format!("cannot make {}", folder.display()))?;
-    }
-    let mut report = Report::new(options);
+pub fn measure(options: &CompareOptions, runs: &Runs) -> Result<Report> {
+    let mut measured = Measured::default();
     for spec in &options.path {
-        report.probed(spec, measure_path(spec)?);
+        let (paths, failures) = (&mut measured.paths, &mut measured.failures);
+        if !ProbedPath::keep(spec, runs, paths, failures)? {
+            continue;
+        }
         for kind in &options.workload {
             for round in 0..options.repeat {
-                turns(options, *spec, *kind, round, &mut report)?;
+                turns(options, *spec, *kind, round, runs, &mut measured)?;
             }
         }
     }
-    report.conclude();
-    Ok(report)
-}
-
-fn measure_path(spec: &PathSpec) -> Result<probe::Measured> {
-    let rig = Rig::new()?;
-    let _path = Path::lay(&rig, *spec)?;
-    let measured = probe::check(&rig, spec)?;
-    eprintln!("{spec}: {measured}");
-    Ok(measured)
+    Ok(Report::of(measured))
 }
 
 /// One move by each peer; who goes first changes from round to round.
@@ -98,12 +105,10 @@ fn turns(
     path: PathSpec,
     kind: Kind,
     round: usize,
-    report: &mut Report,
+    runs: &Runs,
+    measured: &mut Measured,
 ) -> Result<()> {
-    let mut peers = options.peer.clone();
-    let first = round % peers.len().max(1);
-    peers.rotate_left(first);
-    for peer in peers {
+    for peer in in_turn(&options.peer, round) {
         let order = Order {
             peer,
             kind,
@@ -113,50 +118,40 @@ fn turns(
             udp_payload: options.udp_payload,
             seed: round as u64,
         };
-        match order.carry_out() {
-            Ok(run) => {
-                eprintln!("{path}, {kind}, {peer}: {run}");
-                append(options, &run)?;
-                report.runs.push(run);
-            }
-            Err(error) if peer.is_ours() => {
-                return Err(error.context(format!("{peer}, {kind} over {path}")));
-            }
-            Err(error) => {
-                eprintln!("{path}, {kind}, {peer}: FAILED: {error:#}");
-                report
-                    .failures
-                    .push(format!("{peer}, {kind} over {path}: {error:#}"));
-            }
+        let (moves, failures) = (&mut measured.moves, &mut measured.failures);
+        order.keep(runs, moves, failures)?;
+    }
+    Ok(())
+}
+
+/// All peers, another one first in each round.
+pub fn in_turn(peers: &[Peer], round: usize) -> Vec<Peer> {
+    let mut peers = peers.to_vec();
+    let first = round % peers.len().max(1);
+    peers.rotate_left(first);
+    peers
+}
+
+impl Order {
+    /// Makes the move and keeps it, or why it failed.
+    pub fn keep(
+        &self,
+        runs: &Runs,
+        moves: &mut Vec<Run>,
+        failures: &mut Vec<Failure>,
+    ) -> Result<()> {
+        let Self {
+            peer,
+            kind,
+            path,
+            mib,
+            ..
+        } = self;
+        let what = format!("{path}, {kind}, {mib} MiB, {peer}");
+        let outcome = self.carry_out().context(what.clone());
+        if let Ok(run) = &outcome {
+            eprintln!("{what}: {run}");
         }
+        runs.keep(outcome, !peer.is_ours(), moves, failures)
     }
-    Ok(())
-}
-
-fn append(options: &CompareOptions, run: &Run) -> Result<()> {
-    let Some(folder) = &options.out else {
-        return Ok(());
-    };
-    let path = folder.join("runs.jsonl");
-    let mut file = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(&path)
-        .with_context(|| format!("cannot open {}", path.display()))?;
-    writeln!(file, "{}", serde_json::to_string(run)?).context("cannot write a record")
-}
-
-fn write_all(options: &CompareOptions, report: &Report) -> Result<()> {
-    if let Some(path) = &options.json {
-        crate::write_json(path, report)?;
-    }
-    if let Some(folder) = &options.out {
-        write(&folder.join("report.md"), &markdown::render(report))?;
-        write(&folder.join("report.html"), &html::render(report))?;
-    }
-    Ok(())
-}
-
-fn write(path: &FilePath, text: &str) -> Result<()> {
-    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -1,19 +1,25 @@
 //! `bench fault`: how long threads wait for a page, idle and while memory is pushed, and what that costs the push.
 
+pub mod html;
+mod judge;
 mod report;
 mod run;
+mod table;
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use serde::Serialize;
-use tests::path::{Path, PathSpec, probe};
-use tests::rig::Rig;
+use serde::{Deserialize, Serialize};
+use tests::path::PathSpec;
 use tests::touch::Pattern;
 
-use crate::bare::{self, BareOrder};
+use crate::bare::{self, Bare, BareOrder};
+use crate::path::ProbedPath;
 use crate::peer::Peer;
+use crate::runs::{self, Failure, Recorded, Runs};
+pub use report::Report;
+pub use run::Run;
 
 /// What to measure.
 #[derive(Debug, Clone, Args)]
@@ -45,10 +51,56 @@ pub struct FaultOptions {
     /// Writes one record for each run, and what was made of them, to this file.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Directory for runs.jsonl (one record a line, written after each run), report.md and report.html.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
+
+/// What all runs that are set side by side have in common.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Setting {
+    /// The path.
+    pub path: String,
+    /// Memory of the workload.
+    pub memory_mib: u64,
+    /// Pages touched per second; 0 for one after the other.
+    pub rate: u64,
+    /// One page after the other instead of any.
+    pub scan: bool,
+    /// UDP payload, if ours was told.
+    pub udp_payload: Option<u16>,
+}
+
+/// QUIC alone, under the same setting.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BareRun {
+    /// Under which it was measured.
+    #[serde(flatten)]
+    pub setting: Setting,
+    /// What it did.
+    #[serde(flatten)]
+    pub bare: Bare,
+}
+
+impl Recorded for BareRun {
+    const KIND: &'static str = "quic-alone";
+}
+
+/// What was measured.
+#[derive(Debug, Default)]
+pub struct Measured {
+    /// Paths, each with its probes.
+    pub paths: Vec<ProbedPath>,
+    /// Runs that were made.
+    pub runs: Vec<Run>,
+    /// QUIC alone.
+    pub bares: Vec<BareRun>,
+    /// Runs that were not made.
+    pub failures: Vec<Failure>,
 }
 
 /// One kind of run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Case {
     /// Who moves.
     pub peer: Peer,
@@ -68,46 +120,70 @@ impl Case {
     }
 }
 
-/// Measures, prints and writes.
+impl FaultOptions {
+    fn setting(&self, path: &PathSpec) -> Setting {
+        Setting {
+            path: path.to_string(),
+            memory_mib: self.memory,
+            rate: self.rate,
+            scan: self.scan,
+            udp_payload: self.udp_payload,
+        }
+    }
+}
+
+/// Measures, prints and writes. It fails when a run of ours did, after all others were made.
 pub fn run(options: &FaultOptions) -> Result<()> {
-    let report = measure(options)?;
+    let report = measure(options, &Runs::open(options.out.as_deref())?)?;
     print!("{report}");
-    options
-        .json
-        .as_ref()
-        .map_or(Ok(()), |path| crate::write_json(path, &report))
+    if let Some(path) = &options.json {
+        crate::write_json(path, &report)?;
+    }
+    if let Some(folder) = &options.out {
+        crate::page::write(folder, &report.markdown(), &[html::section(&report)])?;
+    }
+    runs::judge(report.failures())
 }
 
 /// Measures.
-pub fn measure(options: &FaultOptions) -> Result<report::Report> {
-    let (mut runs, mut failures) = (Vec::new(), Vec::new());
-    let mut bares = Vec::new();
+pub fn measure(options: &FaultOptions, runs: &Runs) -> Result<Report> {
+    let mut measured = Measured::default();
     for spec in &options.path {
-        let rig = Rig::new()?;
-        let _path = Path::lay(&rig, *spec)?;
-        eprintln!("{spec}: {}", probe::check(&rig, spec)?);
-        drop(rig);
+        let (paths, failures) = (&mut measured.paths, &mut measured.failures);
+        if !ProbedPath::keep(spec, runs, paths, failures)? {
+            continue;
+        }
         for round in 0..options.repeat {
-            let bare = bare::measure(spec, bare_order(options))
-                .with_context(|| format!("QUIC alone over {spec}"))?;
-            eprintln!("{spec}, {bare}");
-            bares.push((spec.to_string(), bare));
-            for case in cases(options, round) {
-                let run = run::measure(case, spec, options, round as u64)
-                    .with_context(|| format!("{} over {spec}, {}", case.peer, case.title()));
-                match run {
-                    Ok(run) => {
-                        eprintln!("{spec}, {run}");
-                        runs.push(run);
-                    }
-                    Err(error) if case.peer == Peer::Ours => return Err(error),
-                    // A rival that gives up is a result.
-                    Err(error) => failures.push(format!("{error:#}")),
-                }
-            }
+            one_round(options, spec, round, runs, &mut measured)?;
         }
     }
-    Ok(report::Report::new(options, runs, &bares, failures))
+    Ok(Report::of(measured))
+}
+
+fn one_round(
+    options: &FaultOptions,
+    spec: &PathSpec,
+    round: usize,
+    runs: &Runs,
+    measured: &mut Measured,
+) -> Result<()> {
+    let bare = bare::measure(spec, bare_order(options));
+    let bare = bare.with_context(|| format!("QUIC alone over {spec}"));
+    let bare = bare.inspect(|bare| eprintln!("{spec}, {bare}"));
+    let bare = bare.map(|bare| BareRun {
+        setting: options.setting(spec),
+        bare,
+    });
+    runs.keep(bare, false, &mut measured.bares, &mut measured.failures)?;
+    for case in cases(options, round) {
+        let run = run::measure(case, spec, options, round as u64);
+        let run = run.with_context(|| format!("{} over {spec}, {}", case.peer, case.title()));
+        let run = run.inspect(|run| eprintln!("{spec}, {run}"));
+        // A rival that gives up is a result.
+        let is_rival = case.peer != Peer::Ours;
+        runs.keep(run, is_rival, &mut measured.runs, &mut measured.failures)?;
+    }
+    Ok(())
 }
 
 fn bare_order(options: &FaultOptions) -> BareOrder {

@@ -1,21 +1,29 @@
 //! `bench`: the demonstration, and the comparison with CRIU's own post-copy.
 
 mod bare;
+mod collected;
 mod compare;
+mod crowd;
 mod demo;
 mod fault;
+mod files;
 mod flood;
 mod load;
 mod memory;
 mod micro;
+mod page;
 mod path;
 mod peer;
 mod programs;
 mod quiet;
 mod record;
+mod replay;
+mod runs;
 mod scale;
 mod skew;
+mod star;
 mod stats;
+mod svg;
 mod table;
 mod targets;
 mod timeline;
@@ -46,10 +54,20 @@ enum Command {
     Demo(DemoOptions),
     /// Moves the same workload by CRIU and by ours, in turns and over several paths, and sets what it took side by side.
     Compare(compare::CompareOptions),
+    /// Everything side by side: from one point in the middle one thing is changed at a time, path, workload or size.
+    Report(star::StarOptions),
+    /// Makes report.md and report.html of records of runs again.
+    Page(collected::PageOptions),
     /// Measures how long a workload waits for pages, with and without a push beside, and how fast that push is.
     Fault(fault::FaultOptions),
     /// Moves a workload with and without a flood of handshakes by strangers, in turns.
     Flood(flood::FloodOptions),
+    /// Moves a server under hundreds of connections, and shows how long any of its clients waited.
+    Crowd(crowd::CrowdOptions),
+    /// Moves a workload with files of growing size and number that do not change, and shows its cutover.
+    Files(files::FilesOptions),
+    /// Moves a workload, records the order of its touches, and moves it again with that record.
+    Replay(replay::ReplayOptions),
     /// Moves workloads of growing size, and shows what grows with them.
     Scale(scale::ScaleOptions),
     /// Measures what every target is about, and says in one table which are met.
@@ -87,8 +105,13 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Demo(options) => demo::run(&options),
         Command::Compare(options) => compare::run(&options),
+        Command::Report(options) => star::run(&options),
+        Command::Page(options) => collected::run(&options),
         Command::Fault(options) => fault::run(&options),
         Command::Flood(options) => flood::run(&options),
+        Command::Crowd(options) => crowd::run(&options),
+        Command::Files(options) => files::run(&options),
+        Command::Replay(options) => replay::run(&options),
         Command::Scale(options) => scale::run(&options),
         Command::Targets(options) => verdict::run(&options),
         Command::Record(options) => record::run(&options),

@@ -6,18 +6,21 @@ use std::hint::black_box;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
+use common::compression::{Compressor, Decompressor};
 use common::digest::page_hash;
 use common::images::ImagePid;
 use common::lazy_map::LazyMap;
 use common::page::{PAGE_SIZE, PageIndex, PageRange, VirtAddr, is_zero};
 use common::proto::demand::DemandFrame;
 use common::proto::pages::DataHeader;
-use lazy_restorer::resolver::{Family, Fault};
+use lazy_restorer::journal::Journal;
+use lazy_restorer::resolver::{Change, Family, Fault};
 use nix::unistd::Pid;
 use page_server::memory::{FrozenProcesses, PageSource};
 use serde::Serialize;
+use tests::dataset::Dataset;
 
 use crate::stats::Summary;
 use crate::table::Table;
@@ -34,6 +37,9 @@ const FRAME: usize = 16;
 /// What to measure.
 #[derive(Debug, Clone, Args)]
 pub struct MicroOptions {
+    /// All of it so often; the samples of all rounds count together.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    repeat: usize,
     /// Writes what the table shows to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -45,21 +51,45 @@ pub(crate) struct Piece {
     name: String,
     /// Nanoseconds each time.
     ns: Summary,
+    #[serde(skip)]
+    samples: Vec<f64>,
     /// Bytes moved or looked at each time.
     bytes: usize,
 }
 
 /// Measures, prints and writes.
 pub fn run(options: &MicroOptions) -> Result<()> {
-    let mut pieces = vec![resolver_step(), demand_frame(), data_header()];
-    pieces.extend(content());
-    pieces.extend(reads()?);
-    pieces.extend(install::pieces()?);
+    let mut pieces = Vec::new();
+    for _ in 0..options.repeat.max(1) {
+        for piece in once()? {
+            merge(&mut pieces, piece);
+        }
+    }
     print!("{}", render(&pieces));
     options
         .json
         .as_ref()
         .map_or(Ok(()), |path| crate::write_json(path, &pieces))
+}
+
+fn once() -> Result<Vec<Piece>> {
+    let mut pieces = vec![resolver_step(), demand_frame(), data_header(), journal()?];
+    pieces.extend(content());
+    pieces.extend(compression()?);
+    pieces.extend(reads()?);
+    pieces.extend(install::pieces()?);
+    Ok(pieces)
+}
+
+/// The samples of a piece that was measured before are put together with the new ones.
+fn merge(pieces: &mut Vec<Piece>, piece: Piece) {
+    match pieces.iter_mut().find(|known| known.name == piece.name) {
+        None => pieces.push(piece),
+        Some(known) => {
+            known.samples.extend(piece.samples);
+            known.ns = Summary::of(&known.samples).unwrap_or(known.ns);
+        }
+    }
 }
 
 /// Times `step`, which is told how often it was called before.
@@ -85,14 +115,11 @@ fn time(name: &str, bytes: usize, mut step: impl FnMut(usize)) -> Piece {
 }
 
 fn piece(name: &str, bytes: usize, samples: &[f64]) -> Piece {
-    let none = Summary {
-        median: 0.0,
-        min: 0.0,
-        max: 0.0,
-    };
+    let none = Summary::single(0.0);
     Piece {
         name: name.to_owned(),
         ns: Summary::of(samples).unwrap_or(none),
+        samples: samples.to_vec(),
         bytes,
     }
 }
@@ -137,6 +164,55 @@ fn data_header() -> Piece {
         let bytes = DataHeader::raw(ImagePid(1), pages, 5).encode();
         let _ = black_box(DataHeader::decode(black_box(&bytes)));
     })
+}
+
+/// The note of a frame that came, and the checkpoint when there is no more room.
+fn journal() -> Result<Piece> {
+    let mut journal = Journal::new(ImagePid(1)).context("no journal")?;
+    let state = [0; 1024];
+    let mut whole = Ok(());
+    let piece = time("journal: note, checkpoint when full", 0, |call| {
+        if journal.room() == 0 && whole.is_ok() {
+            whole = journal.checkpoint(&state);
+        }
+        if journal.room() > 0 {
+            journal.note(Change::Received(call * FRAME, u16::MAX).into());
+        }
+    });
+    whole.context("no checkpoint")?;
+    Ok(piece)
+}
+
+/// A full frame of values as redis holds them, there and back.
+fn compression() -> Result<Vec<Piece>> {
+    let (dataset, mut value, mut pages) = (Dataset::new(1), Vec::new(), Vec::new());
+    for number in 0.. {
+        dataset.value(number, 0, &mut value);
+        pages.extend_from_slice(&value);
+        if pages.len() >= FRAME * PAGE_SIZE {
+            break;
+        }
+    }
+    pages.truncate(FRAME * PAGE_SIZE);
+    let mut room = vec![0; pages.len()];
+    let mut compressor = Compressor::new()?;
+    let length = compressor.compress(&pages, &mut room);
+    let bytes = room[..length.context("the values do not shrink")?].to_vec();
+    let mut decompressor = Decompressor::new()?;
+    let mut back = vec![0; pages.len()];
+    decompressor.decompress(&bytes, &mut back)?;
+    ensure!(back == pages, "other pages came back");
+    let percent = bytes.len() * 100 / pages.len();
+    let name = format!("Zstandard: compress {FRAME} pages to {percent} %");
+    Ok(vec![
+        time(&name, pages.len(), |_| {
+            black_box(compressor.compress(black_box(&pages), &mut room));
+        }),
+        time("Zstandard: decompress them", pages.len(), |_| {
+            let done = decompressor.decompress(black_box(&bytes), &mut back);
+            black_box(done.is_ok());
+        }),
+    ])
 }
 
 /// What every page goes through at both ends.
@@ -199,4 +275,19 @@ fn render(pieces: &[Piece]) -> String {
         ]);
     }
     table.render()
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn samples_of_all_rounds_count_together() {
+        let mut pieces = Vec::new();
+        for samples in [[3.0, 1.0], [2.0, 9.0]] {
+            merge(&mut pieces, piece("a", 0, &samples));
+        }
+        let ns = pieces[0].ns;
+        assert_eq!((pieces.len(), ns.median, ns.max), (1, 2.5, 9.0));
+    }
 }

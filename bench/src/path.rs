@@ -1,10 +1,66 @@
-//! `bench path`: lays paths and shows what the probes say of them.
+//! `bench path`: lays paths and shows what the probes say of them. Nothing is measured over a path before that.
 
-use anyhow::Result;
-use tests::path::{Path, PathSpec, probe};
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use tests::path::probe::{self, Measured};
+use tests::path::{Path, PathSpec};
 use tests::rig::Rig;
 
+use crate::runs::{Failure, Recorded, Runs};
 use crate::table::Table;
+
+/// A path and its probes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ProbedPath {
+    /// As it is written on the command line.
+    pub path: String,
+    /// What the probes found.
+    pub measured: Measured,
+    /// In which ways it is less than it claims.
+    pub caveats: Vec<String>,
+}
+
+impl Recorded for ProbedPath {
+    const KIND: &'static str = "path";
+}
+
+impl ProbedPath {
+    /// Probes a path; an error when it is not what it claims, or better.
+    pub fn probe(spec: &PathSpec) -> Result<Self> {
+        let rig = Rig::new()?;
+        let _path = Path::lay(&rig, *spec)?;
+        let measured = probe::check(&rig, spec)?;
+        let probed = Self {
+            path: spec.to_string(),
+            measured,
+            caveats: measured.caveats(spec),
+        };
+        eprintln!("{}", probed.line());
+        Ok(probed)
+    }
+
+    /// Probes a path and keeps what was found; whether the path is believed.
+    pub fn keep(
+        spec: &PathSpec,
+        runs: &Runs,
+        paths: &mut Vec<Self>,
+        failures: &mut Vec<Failure>,
+    ) -> Result<bool> {
+        let probed = Self::probe(spec).with_context(|| format!("path {spec}"));
+        let is_believed = probed.is_ok();
+        runs.keep(probed, false, paths, failures)?;
+        Ok(is_believed)
+    }
+
+    /// One line for reports.
+    pub fn line(&self) -> String {
+        let mut line = format!("path {}: {}", self.path, self.measured);
+        for caveat in &self.caveats {
+            line += &format!(" (NOT WHAT IT CLAIMS: {caveat})");
+        }
+        line
+    }
+}
 
 /// Checks every path of `specs` and prints what was measured.
 pub fn run(specs: &[PathSpec]) -> Result<()> {
@@ -37,8 +93,8 @@ pub fn run(specs: &[PathSpec]) -> Result<()> {
                 .map_or("-".to_owned(), |rate| format!("{rate:.0} Mbit/s")),
             &format!("{:.0} Mbit/s", measured.tcp_mbit_s),
         ]);
-        if !measured.rate_was_reached(spec) {
-            eprintln!("{spec}: this machine cannot send as much as the path would carry");
+        for caveat in measured.caveats(spec) {
+            eprintln!("{spec}: {caveat}");
         }
         report_lateness(&path);
     }

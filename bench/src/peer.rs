@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use nix::unistd::Pid;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tests::criu_baseline::{self, BaselineHome};
 use tests::identity::Identities;
 use tests::pair::{Migration, PairPlan};
@@ -14,7 +14,19 @@ use tests::rig::Rig;
 use tests::{binaries, stop_and_copy};
 
 /// Those that can move a workload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, clap::ValueEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Peer {
     /// Full dump, copy, restore.
@@ -100,9 +112,12 @@ impl Mover {
             Peer::CriuTls => Some(Identities::make(&rig.make_folder("identities")?)?),
             _ => None,
         };
+        let program = binaries::criu()?;
+        // What it finds out once is no part of a move.
+        criu_baseline::network_lock(&program);
         Ok(Self::Criu(Criu {
             home: BaselineHome::new(rig)?,
-            program: binaries::criu()?,
+            program,
             stops: peer == Peer::StopAndCopy,
             tls,
         }))

@@ -1,6 +1,6 @@
 //! What processes cost, read from `/proc` while they live and once more when they have just ended.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::linux::fs::MetadataExt;
@@ -9,6 +9,9 @@ use anyhow::{Context, Result};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeVal;
 use tests::namespace;
+
+/// Helpers live long, and finding them takes longer than a look.
+const LOOKS_PER_HELPERS: u32 = 10;
 
 /// The two hosts of a move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +34,9 @@ pub struct Program {
     pub cpu_s: f64,
     /// Its largest resident set so far.
     pub peak_rss_kib: u64,
+    /// The same of each process below it that runs the same program, such as the keeper.
+    helpers: HashMap<i32, u64>,
+    looks: u32,
     /// Whether it was looked at after its end.
     pub was_seen_ending: bool,
 }
@@ -49,6 +55,8 @@ impl Program {
             side: None,
             cpu_s: 0.0,
             peak_rss_kib: 0,
+            helpers: HashMap::new(),
+            looks: 0,
             was_seen_ending: false,
         })
     }
@@ -80,13 +88,43 @@ impl Program {
         if self.side.is_some() {
             let peak = peak_rss_kib(self.pid).unwrap_or(0);
             self.peak_rss_kib = self.peak_rss_kib.max(peak);
+            if self.looks.is_multiple_of(LOOKS_PER_HELPERS) {
+                self.look_at_helpers();
+            }
+            self.looks += 1;
+        }
+    }
+
+    /// Resident sets of everything that runs this program below this process, at their largest. Pages that they share
+    /// count in each.
+    pub fn peak_with_helpers_kib(&self) -> u64 {
+        self.peak_rss_kib + self.helpers.values().sum::<u64>()
+    }
+
+    fn look_at_helpers(&mut self) {
+        let exe = |pid| fs::read_link(format!("/proc/{pid}/exe")).ok();
+        // CRIU's own forks turn into the workload.
+        let Some(its) = exe(self.pid).filter(|path| !path.ends_with("criu")) else {
+            return;
+        };
+        let mut below: Vec<i32> = children_of(&self.pid.to_string()).into_iter().collect();
+        while let Some(pid) = below.pop() {
+            below.extend(children_of(&pid.to_string()));
+            if exe(pid).as_ref() == Some(&its) {
+                let peak = self.helpers.entry(pid).or_default();
+                *peak = (*peak).max(peak_rss_kib(pid).unwrap_or(0));
+            }
         }
     }
 }
 
 /// The children of this process.
 pub fn children() -> HashSet<i32> {
-    let Ok(threads) = fs::read_dir("/proc/self/task") else {
+    children_of("self")
+}
+
+fn children_of(pid: &str) -> HashSet<i32> {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
         return HashSet::new();
     };
     threads
@@ -157,4 +195,40 @@ fn status(pid: i32, field: &str) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(field))?;
     line.split_whitespace().next()?.parse().ok()
+}
+
+/// Nanoseconds of CPU all threads of a process have used up to now.
+pub fn cpu_ns(pid: nix::unistd::Pid) -> u64 {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return 0;
+    };
+    threads
+        .flatten()
+        .filter_map(|thread| fs::read_to_string(thread.path().join("schedstat")).ok())
+        .filter_map(|text| text.split_whitespace().next()?.parse::<u64>().ok())
+        .sum()
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn the_time_of_all_threads_counts() {
+        let me = nix::unistd::Pid::this();
+        let before = cpu_ns(me);
+        let spin = || (0..2_000_000_u64).fold(0, |sum, one| std::hint::black_box(sum ^ one));
+        // Still there when it is looked at.
+        let (done, is_done) = std::sync::mpsc::channel();
+        let (looked, has_looked) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            spin();
+            let _ = done.send(());
+            let _ = has_looked.recv();
+        });
+        is_done.recv().expect("it spins");
+        assert!(cpu_ns(me) > before);
+        drop(looked);
+        thread.join().expect("no panic");
+    }
 }

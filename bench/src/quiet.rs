@@ -1,5 +1,6 @@
 //! How much of the machine others use: a run beside a compiler measures the compiler.
 
+use std::fmt;
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -17,6 +18,8 @@ const QUIET: f64 = 0.15;
 const LOOK: Duration = Duration::from_millis(300);
 /// A run is spoilt when others used more than this part of the CPUs during it.
 const SPOILT: f64 = 0.08;
+/// ... or when an emulated path delivered more than this part of its packets late.
+const LATE: f64 = 0.01;
 /// Clock ticks per second in `/proc`.
 const TICKS: f64 = 100.0;
 
@@ -39,22 +42,90 @@ fn attempts() -> usize {
     }
 }
 
-/// Makes a run when the machine is quiet, again when others disturbed it, and returns the least disturbed.
-pub fn measure<T>(mut run: impl FnMut() -> Result<T>, by_others: impl Fn(&T) -> f64) -> Result<T> {
-    let mut best: Option<T> = None;
-    for _ in 0..attempts() {
+/// What kept a run from being what it was to be.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Disturbance {
+    /// The part of the machine's CPUs that others used meanwhile.
+    pub by_others: f64,
+    /// The part of its packets that an emulated path delivered late: the machine was too busy to emulate it.
+    pub late: f64,
+}
+
+impl Disturbance {
+    /// What reports call spoilt.
+    pub const MEANING: &str = "others used over 8 % of the CPUs, or an emulated path delivered over 1 % of its packets \
+        more than a millisecond late";
+
+    /// Whether the run is one of that.
+    pub fn is_spoilt(self) -> bool {
+        self.extent() > 1.0
+    }
+
+    /// As a part of what is borne.
+    fn extent(self) -> f64 {
+        (self.by_others / SPOILT).max(self.late / LATE)
+    }
+}
+
+impl fmt::Display for Disturbance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = |part: f64| part * 100.0;
+        write!(
+            f,
+            "others used {:.0} % of the CPUs",
+            percent(self.by_others)
+        )?;
+        if self.late > 0.0 {
+            write!(f, ", {:.1} % of the packets were late", percent(self.late))?;
+        }
+        Ok(())
+    }
+}
+
+/// One line for reports on how far the runs were disturbed.
+pub fn statement(runs: impl Iterator<Item = Disturbance>) -> String {
+    let runs: Vec<Disturbance> = runs.collect();
+    let spoilt = runs.iter().filter(|run| run.is_spoilt()).count();
+    let most = runs.iter().map(|run| run.by_others).fold(0.0, f64::max) * 100.0;
+    let late = runs.iter().map(|run| run.late).fold(0.0, f64::max) * 100.0;
+    format!(
+        "{spoilt} of {} runs were disturbed ({}); at most: {most:.0} % of the CPUs, {late:.2} % of the packets",
+        runs.len(),
+        Disturbance::MEANING
+    )
+}
+
+/// Makes a run when the machine is quiet, again when it was disturbed, and returns the least disturbed.
+pub fn measure<T>(
+    mut run: impl FnMut() -> Result<T>,
+    disturbance: impl Fn(&T) -> Disturbance,
+) -> Result<T> {
+    let quietly = || {
         if attempts() > 1 {
             wait();
         }
+        run()
+    };
+    least_disturbed(attempts(), quietly, disturbance)
+}
+
+fn least_disturbed<T>(
+    attempts: usize,
+    mut run: impl FnMut() -> Result<T>,
+    disturbance: impl Fn(&T) -> Disturbance,
+) -> Result<T> {
+    let mut best: Option<T> = None;
+    for _ in 0..attempts {
         let next = run()?;
-        let share = by_others(&next);
-        if best.as_ref().is_none_or(|best| share < by_others(best)) {
+        let its = disturbance(&next);
+        let is_better = |best: &T| its.extent() < disturbance(best).extent();
+        if best.as_ref().is_none_or(is_better) {
             best = Some(next);
         }
-        if share <= SPOILT {
+        if !its.is_spoilt() {
             break;
         }
-        eprintln!("(others used {:.0} % of the CPUs)", share * 100.0);
+        eprintln!("({its})");
     }
     best.context("no attempt was made")
 }
@@ -177,6 +248,19 @@ mod test {
         static START: std::sync::LazyLock<Instant> = std::sync::LazyLock::new(Instant::now);
         let share = at(11.5, 1.0, 1000).by_others_since(at(10.0, 0.0, 0));
         assert!((share - 0.25).abs() < 1e-9, "{share}");
+    }
+
+    #[test]
+    fn the_least_disturbed_attempt_counts() {
+        let late = [0.5, 0.02, 0.3].map(|late| Disturbance {
+            by_others: 0.0,
+            late,
+        });
+        let mut attempts = late.into_iter();
+        let next = || attempts.next().context("no more");
+        let best = least_disturbed(3, next, |its: &Disturbance| *its).expect("attempts");
+        assert_eq!(best, late[1]);
+        assert!(best.is_spoilt());
     }
 
     #[test]

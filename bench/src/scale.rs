@@ -2,13 +2,16 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 use tests::path::PathSpec;
 
-use crate::compare::{Order, Run};
+use crate::compare::{Order, Run, in_turn};
+use crate::path::ProbedPath;
 use crate::peer::Peer;
+use crate::quiet;
+use crate::runs::{self, Failure, Runs};
 use crate::stats::Summary;
 use crate::table::Table;
 use crate::workload::Kind;
@@ -40,40 +43,49 @@ pub struct ScaleOptions {
     /// Writes every run to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Directory for runs.jsonl, one record a line, written after each move.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 struct Report {
     memory: &'static str,
+    paths: Vec<ProbedPath>,
     runs: Vec<Run>,
+    failures: Vec<Failure>,
 }
 
-/// Measures, prints and writes.
+/// Measures, prints and writes. It fails when a move of ours did, after all others were made.
 pub fn run(options: &ScaleOptions) -> Result<()> {
-    let mut runs = Vec::new();
+    let runs = Runs::open(options.out.as_deref())?;
+    let mut report = Report {
+        memory: crate::memory::STATEMENT,
+        ..Report::default()
+    };
+    let Report {
+        paths, failures, ..
+    } = &mut report;
+    if ProbedPath::keep(&options.path, &runs, paths, failures)? {
+        measure(options, &runs, &mut report)?;
+    }
+    print!("{}", render(options, &report));
+    if let Some(path) = &options.json {
+        crate::write_json(path, &report)?;
+    }
+    runs::judge(&report.failures)
+}
+
+fn measure(options: &ScaleOptions, runs: &Runs, report: &mut Report) -> Result<()> {
     for mib in sizes(options.min, options.max) {
         for round in 0..options.repeat {
-            let mut peers = options.peer.clone();
-            let first = round % peers.len().max(1);
-            peers.rotate_left(first);
-            for peer in peers {
-                let run = order(options, peer, mib, round as u64)
-                    .carry_out()
-                    .with_context(|| format!("{peer}, {mib} MiB"))?;
-                eprintln!("{mib} MiB, {peer}: {run}");
-                runs.push(run);
+            for peer in in_turn(&options.peer, round) {
+                let order = order(options, peer, mib, round as u64);
+                order.keep(runs, &mut report.runs, &mut report.failures)?;
             }
         }
     }
-    let report = Report {
-        memory: crate::memory::STATEMENT,
-        runs,
-    };
-    print!("{}", render(options, &report));
-    options
-        .json
-        .as_ref()
-        .map_or(Ok(()), |path| crate::write_json(path, &report))
+    Ok(())
 }
 
 fn order(options: &ScaleOptions, peer: Peer, mib: u64, seed: u64) -> Order {
@@ -134,13 +146,21 @@ fn render(options: &ScaleOptions, report: &Report) -> String {
             ]);
         }
     }
-    format!(
-        "\n{} over {}; median (smallest to largest)\n{}\n\n{}",
+    let mut text = format!(
+        "\n{} over {}; median (smallest to largest)\n{}\n{}\n",
         options.workload,
         options.path,
         report.memory,
-        table.render()
-    )
+        quiet::statement(report.runs.iter().map(Run::disturbance))
+    );
+    for path in &report.paths {
+        text += &format!("{}\n", path.line());
+    }
+    text += &format!("\n{}", table.render());
+    for failure in &report.failures {
+        text += &format!("failed: {}\n", failure.what);
+    }
+    text
 }
 
 #[cfg(test)]

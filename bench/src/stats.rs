@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Several measurements of the same thing.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// The middle one.
     pub median: f64,
@@ -28,6 +28,24 @@ impl Summary {
             f64::midpoint(sorted[middle - 1], sorted[middle])
         };
         Some(Self { median, min, max })
+    }
+
+    /// A figure that was measured once.
+    pub fn single(value: f64) -> Self {
+        Self {
+            median: value,
+            min: value,
+            max: value,
+        }
+    }
+
+    /// The median over that of `other`, and the smallest and largest that their spreads allow.
+    pub fn over(self, other: Self) -> Self {
+        Self {
+            median: self.median / other.median,
+            min: self.min / other.max,
+            max: self.max / other.min,
+        }
     }
 }
 
@@ -58,5 +76,12 @@ mod tests {
             Some(3.0)
         );
         assert_eq!(Summary::of(&[]), None);
+    }
+
+    #[test]
+    fn a_ratio_is_as_uncertain_as_its_parts() {
+        let of = |values: &[f64]| Summary::of(values).expect("values");
+        let ratio = of(&[4.0, 6.0, 8.0]).over(of(&[1.0, 2.0, 4.0]));
+        assert_eq!((ratio.median, ratio.min, ratio.max), (3.0, 1.0, 8.0));
     }
 }

@@ -15,6 +15,11 @@ impl Table {
             .push(cells.iter().map(|cell| (*cell).to_owned()).collect());
     }
 
+    /// Adds a row of as many cells as there are.
+    pub fn add(&mut self, cells: Vec<String>) {
+        self.rows.push(cells);
+    }
+
     /// Adds an empty line.
     pub fn gap(&mut self) {
         self.rows.push(Vec::new());

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::stats::Summary;
+
 /// What a figure must not pass.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -18,17 +20,18 @@ pub enum Bound {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Target {
     what: String,
-    value: Option<f64>,
+    /// The median counts.
+    value: Option<Summary>,
     bound: Bound,
     met: Option<bool>,
 }
 
 impl Target {
     /// A figure by itself; nothing to be met when it was not measured.
-    pub fn value(what: &str, value: Option<f64>, bound: Bound) -> Self {
+    pub fn value(what: &str, value: Option<Summary>, bound: Bound) -> Self {
         let met = value.map(|value| match bound {
-            Bound::AtMost(most) => value <= most,
-            Bound::AtLeast(least) => value >= least,
+            Bound::AtMost(most) => value.median <= most,
+            Bound::AtLeast(least) => value.median >= least,
         });
         Self {
             what: what.to_owned(),
@@ -48,8 +51,8 @@ impl Target {
         self.met == Some(true)
     }
 
-    /// What it is about, the figure, the bound and the verdict.
-    pub fn cells(&self) -> [String; 4] {
+    /// What it is about, the figure, its spread, the bound and the verdict.
+    pub fn cells(&self) -> [String; 5] {
         let bound = match self.bound {
             Bound::AtMost(most) => format!("<= {}", short(most)),
             Bound::AtLeast(least) => format!(">= {}", short(least)),
@@ -59,10 +62,10 @@ impl Target {
             Some(false) => "NOT MET",
             None => "not measured",
         };
-        let value = self
-            .value
-            .map_or("-".to_owned(), |value| format!("{value:.2}"));
-        [self.what.clone(), value, bound, verdict.to_owned()]
+        let shown = |of: fn(Summary) -> String| self.value.map_or("-".to_owned(), of);
+        let value = shown(|value| format!("{:.2}", value.median));
+        let spread = shown(|value| format!("{:.2} to {:.2}", value.min, value.max));
+        [self.what.clone(), value, spread, bound, verdict.to_owned()]
     }
 
     /// Whether there is a figure at all.
@@ -71,16 +74,19 @@ impl Target {
     }
 
     /// One figure over another of the same run.
-    pub fn ratio(what: &str, value: Option<f64>, over: Option<f64>, bound: Bound) -> Self {
-        let ratio = value.zip(over).map(|(value, over)| value / over);
+    pub fn ratio(what: &str, value: Option<Summary>, over: Option<Summary>, bound: Bound) -> Self {
+        let ratio = value.zip(over).map(|(value, over)| value.over(over));
         Self::value(what, ratio, bound)
     }
 }
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [what, value, bound, verdict] = self.cells();
-        write!(f, "  {what:<40} {value:>9}  {bound:<9} {verdict}")
+        let [what, value, spread, bound, verdict] = self.cells();
+        write!(
+            f,
+            "  {what:<48} {value:>9}  {spread:>18}  {bound:<9} {verdict}"
+        )
     }
 }
 
@@ -97,11 +103,12 @@ mod tests {
     #[test]
     fn a_target_is_met_or_not_or_unknown() {
         let most = Bound::AtMost(2.0);
-        let met = |value, over| Target::ratio("x", value, over, most).met;
+        let once = |value: Option<f64>| value.map(Summary::single);
+        let met = |value, over| Target::ratio("x", once(value), once(over), most).met;
         assert_eq!(met(Some(4.0), Some(2.0)), Some(true));
         assert_eq!(met(Some(5.0), Some(2.0)), Some(false));
         assert_eq!(met(Some(5.0), None), None);
-        let least = Target::value("x", Some(0.7), Bound::AtLeast(0.8));
+        let least = Target::value("x", once(Some(0.7)), Bound::AtLeast(0.8));
         assert_eq!(least.met, Some(false));
     }
 }

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use anyhow::{Result, anyhow};
 use nix::poll::{PollFd, PollFlags, poll};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::os::fd::AsFd;
 use tests::path::{Bytes, DeviceCounters};
 use tests::pulse::monotonic_ns;
@@ -39,13 +39,23 @@ pub struct Watched {
 }
 
 /// What one host spent.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Cost {
     /// Seconds of CPU of all programs and their children, in hundredths; a little is missing of programs whose end was
     /// not seen. [`Watched::cpu_s`] is exact, but of both hosts.
     pub cpu_s: f64,
-    /// The largest resident set of any one program.
+    /// The largest resident set of any one program of ours or of CRIU, at its peak, with those of the processes below it
+    /// that run the same program (our keeper and init; CRIU's own forks turn into the workload and do not count).
     pub peak_rss_mib: f64,
+}
+
+/// Bytes per second.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rate {
+    /// As the source's device counts them, whatever they are.
+    pub wire: f64,
+    /// Of memory that arrived: more than on the wire where it is compressed.
+    pub memory: f64,
 }
 
 impl Watch {
@@ -145,7 +155,7 @@ impl Watched {
         Cost {
             cpu_s: of_side().map(|one| one.cpu_s).sum(),
             peak_rss_mib: of_side()
-                .map(|one| one.peak_rss_kib as f64 / 1024.0)
+                .map(|one| one.peak_with_helpers_kib() as f64 / 1024.0)
                 .fold(0.0, f64::max),
         }
     }
@@ -156,11 +166,14 @@ impl Watched {
         self.programs.iter().filter(missed).count()
     }
 
-    /// Bytes per second the source sent after `from` (`CLOCK_MONOTONIC`), less `without` bytes in all.
+    /// How fast it went after `from` (`CLOCK_MONOTONIC`), when `memory` bytes were moved in all, and `demanded` of them
+    /// because somebody waited: those are not part of the rate of memory.
+    ///
+    /// How many bytes of memory a byte on the wire stands for is taken to be the same for the whole move.
     ///
     /// Only the middle counts, between a tenth and nine tenths of what was sent: neither the start of a connection nor
     /// its end are the rate of the memory.
-    pub fn rate(&self, from: u64, without: u64) -> Option<f64> {
+    pub fn rate(&self, from: u64, memory: u64, demanded: u64) -> Option<Rate> {
         let after: Vec<_> = self.wire.iter().filter(|(at, _)| *at >= from).collect();
         let (first, last) = (after.first()?.1.sent, after.last()?.1.sent);
         let total = last - first;
@@ -171,8 +184,12 @@ impl Watched {
         let (low, high) = (at(0.1)?, at(0.9)?);
         let time = high.0.checked_sub(low.0).filter(|time| *time > 0)? as f64 / 1e9;
         let bytes = (high.1.sent - low.1.sent) as f64;
-        let share = 1.0 - without as f64 / total.max(1) as f64;
-        Some(bytes * share.max(0.0) / time)
+        let wire = bytes / time;
+        let pushed = memory.saturating_sub(demanded) as f64;
+        Some(Rate {
+            wire,
+            memory: wire * pushed / self.bytes().sent.max(1) as f64,
+        })
     }
 }
 
@@ -191,9 +208,15 @@ mod test {
             wire: vec![wire(0, 0), wire(500, 100), wire(580, 900), wire(2000, 1000)],
             ..Watched::default()
         };
-        assert_eq!(watched.rate(0, 0), Some(10_000.0));
-        assert_eq!(watched.rate(0, 500), Some(5_000.0));
-        assert_eq!(watched.rate(3_000_000_000, 0), None);
+        let rate = |memory, demanded| {
+            let rate = watched.rate(0, memory, demanded).expect("a rate");
+            (rate.wire, rate.memory)
+        };
+        assert_eq!(rate(1000, 0), (10_000.0, 10_000.0));
+        assert_eq!(rate(1000, 500), (10_000.0, 5_000.0));
+        // Compressed, a byte on the wire is two and a half of memory.
+        assert_eq!(rate(2500, 0), (10_000.0, 25_000.0));
+        assert_eq!(watched.rate(3_000_000_000, 1000, 0), None);
         assert_eq!(watched.bytes().sent, 1000);
     }
 }

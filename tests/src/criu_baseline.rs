@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -97,6 +98,22 @@ pub fn migrate_with(
     run.go(pid).with_context(|| run.errors())
 }
 
+/// Options of `criu dump` that have it lock connections as our programs have it do, if it can: by default it starts
+/// iptables twice for each, which takes seconds for hundreds of them.
+pub fn network_lock(criu: &Path) -> &'static [&'static str] {
+    static CAN: OnceLock<bool> = OnceLock::new();
+    let can = || {
+        let mut check = Command::new(criu);
+        check.args(["check", "--feature", "network_lock_nftables"]);
+        let quiet = check.stdout(Stdio::null()).stderr(Stdio::null());
+        quiet.status().is_ok_and(|status| status.success())
+    };
+    match CAN.get_or_init(can) {
+        true => &["--network-lock", "nftables"],
+        false => &[],
+    }
+}
+
 struct Run<'a> {
     rig: &'a Rig,
     home: &'a BaselineHome,
@@ -175,6 +192,7 @@ impl<'a> Run<'a> {
             "--lazy-pages",
         ]);
         command.args(["--address", "0.0.0.0", "--port", PORT, "--tcp-established"]);
+        command.args(network_lock(self.criu));
         command.args(tls(self.identities.map(|both| &both.source)));
         self.complete(command)
     }

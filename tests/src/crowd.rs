@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use crate::namespace;
 use crate::random::Random;
 use crate::resp::{Connection, Reply};
+use crate::rounds::{Felt, Rounds};
 use crate::wait::{wait_for, wait_until};
 
 /// How long a reply may take before the connection counts as dead.
@@ -40,8 +41,8 @@ struct Shared {
 pub struct CrowdReport {
     /// Replies, each as it had to be.
     pub replies: u64,
-    /// The longest time without any reply.
-    pub longest_stall: Duration,
+    /// How long they waited.
+    pub felt: Felt,
 }
 
 impl Crowd {
@@ -120,27 +121,26 @@ fn open(server: SocketAddrV4) -> Result<Connection> {
 }
 
 fn run(members: &mut [Member], random: &mut Random, shared: &Shared) -> Result<CrowdReport> {
-    let mut report = CrowdReport {
-        replies: 0,
-        longest_stall: Duration::ZERO,
-    };
-    let mut last = None;
+    let (mut replies, mut rounds) = (0, Rounds::default());
     while !shared.stop.load(Ordering::Relaxed) {
+        rounds.begin();
+        let mut asked = Vec::new();
         for member in &mut *members {
             let value = value(random, VALUE_BYTES);
+            asked.push(Instant::now());
             member.ask(value).with_context(|| member.key.clone())?;
         }
-        for member in &mut *members {
+        for (member, asked) in members.iter_mut().zip(asked) {
             member.check().with_context(|| member.key.clone())?;
-            let now = Instant::now();
-            // The time to connect is no stall.
-            let before = last.replace(now).unwrap_or(now);
-            report.longest_stall = report.longest_stall.max(now - before);
-            report.replies += 2;
+            rounds.answered(asked, Instant::now());
+            replies += 2;
         }
         shared.rounds.fetch_add(1, Ordering::Relaxed);
     }
-    Ok(report)
+    Ok(CrowdReport {
+        replies,
+        felt: rounds.felt(),
+    })
 }
 
 fn value(random: &mut Random, longest: usize) -> Vec<u8> {

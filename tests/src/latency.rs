@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Buckets to a power of two: a value is known to 1/64 of itself.
 const STEPS: u64 = 64;
@@ -67,7 +67,7 @@ impl Default for Latencies {
 }
 
 /// The figures that are usually asked for, in microseconds.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Percentiles {
     /// How many times were noted.
     pub count: u64,

@@ -44,6 +44,7 @@ pub mod redis_client;
 pub mod relay;
 pub mod resp;
 pub mod rig;
+pub mod rounds;
 pub mod runtimes;
 pub mod service;
 pub mod shared_file;

@@ -14,6 +14,7 @@ use crate::namespace;
 use crate::process::Process;
 use crate::random::Random;
 use crate::rig::Rig;
+use crate::rounds::{Felt, Rounds};
 use crate::wait::{wait_for, wait_until};
 
 /// The port it listens on.
@@ -113,8 +114,8 @@ struct Shared {
 pub struct HttpReport {
     /// Answers, each as it had to be.
     pub answers: u64,
-    /// The longest time without any answer.
-    pub longest_stall: Duration,
+    /// How long they waited.
+    pub felt: Felt,
 }
 
 impl HttpCrowd {
@@ -147,31 +148,31 @@ fn run(
         })
     };
     let mut members: Vec<Connection> = (0..connections).map(|_| open()).collect::<Result<_>>()?;
-    let mut report = HttpReport {
-        answers: 0,
-        longest_stall: Duration::ZERO,
-    };
-    let mut last = Instant::now();
+    let (mut answers, mut rounds) = (0, Rounds::default());
     for round in 0.. {
         if shared.stop.load(Ordering::Relaxed) {
             break;
         }
+        rounds.begin();
         let wanted = |number: usize| (number + round) % files.len();
+        let mut asked = Vec::new();
         for (number, member) in members.iter_mut().enumerate() {
-            let asked = member.ask(&format!("short-{}", wanted(number)));
-            asked.with_context(|| format!("connection {number}"))?;
+            asked.push(Instant::now());
+            let done = member.ask(&format!("short-{}", wanted(number)));
+            done.with_context(|| format!("connection {number}"))?;
         }
-        for (number, member) in members.iter_mut().enumerate() {
+        for (number, (member, asked)) in members.iter_mut().zip(asked).enumerate() {
             let expected = &files[wanted(number)];
             let body = member.head().and_then(|length| member.body(length));
             let body = body.with_context(|| format!("connection {number}"))?;
             ensure!(body == *expected, "connection {number} got a wrong file");
-            let now = Instant::now();
-            report.longest_stall = report.longest_stall.max(now - last);
-            report.answers += 1;
-            last = now;
+            rounds.answered(asked, Instant::now());
+            answers += 1;
         }
         shared.rounds.fetch_add(1, Ordering::Relaxed);
     }
-    Ok(report)
+    Ok(HttpReport {
+        answers,
+        felt: rounds.felt(),
+    })
 }

@@ -12,7 +12,7 @@ use std::thread;
 use anyhow::{Context, Result, anyhow};
 use nix::unistd::Pid;
 
-use crate::criu_baseline::BaselineHome;
+use crate::criu_baseline::{BaselineHome, network_lock};
 use crate::namespace;
 use crate::rig::Rig;
 use crate::shell::run;
@@ -42,6 +42,7 @@ pub fn migrate(rig: &Rig, home: &BaselineHome, criu: &Path, pid: Pid) -> Result<
 fn dump(rig: &Rig, criu: &Path, pid: Pid, images: &Path) -> Command {
     let mut command = rig.source.command(criu);
     command.args(["dump", "--tree", &pid.to_string(), "--tcp-established"]);
+    command.args(network_lock(criu));
     command.args(["--log-file", "dump.log", "--images-dir"]);
     command.arg(images);
     command

@@ -102,7 +102,7 @@ fn hundreds_of_connections(rig: &Rig) -> Result<()> {
     ensure!(replies > 0, "nobody was answered");
     println!(
         "{CONNECTIONS} connections, {replies} replies, longest stall of all together {} ms",
-        report.longest_stall.as_millis()
+        report.felt.stall.as_millis()
     );
     assert_moved(rig, migration.pid)
 }

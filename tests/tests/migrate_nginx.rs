@@ -50,7 +50,7 @@ fn keep_alive_connections_and_a_download(rig: &Rig) -> Result<()> {
     println!(
         "nginx, {CONNECTIONS} connections: {} answers, longest stall of all together {} ms, frozen for {} ms",
         report.answers,
-        report.longest_stall.as_millis(),
+        report.felt.stall.as_millis(),
         migration.source.cutover_us / 1000
     );
     assert_moved(rig, migration.pid)

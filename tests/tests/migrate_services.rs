@@ -76,7 +76,7 @@ fn moves(rig: &Rig, language: Language) -> Result<Pid> {
     println!(
         "{language:?}: {} replies, longest stall {} ms, frozen for {} ms",
         report.replies,
-        report.longest_stall.as_millis(),
+        report.felt.stall.as_millis(),
         migration.source.cutover_us / 1000
     );
     assert_moved(rig, migration.pid)?;

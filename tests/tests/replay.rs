@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::personality::{self, Persona};
 use tests::harness::{self, Need, Test};
 use tests::pair::{PATIENCE, PairPlan};
 use tests::path::Path;
@@ -57,17 +56,15 @@ fn a_recorded_order_spares_faults(rig: &Rig) -> Result<()> {
 fn faults(options: &[&str]) -> Result<u64> {
     let rig = Rig::new()?;
     let _path = Path::lay(&rig, PATH.parse()?)?;
-    let toucher = at_fixed_addresses(|| {
-        Toucher::start(
-            &rig,
-            TouchPlan {
-                mib: MIB,
-                seed: 5,
-                pattern: Pattern::Random,
-                rate: TOUCHES_PER_SECOND,
-            },
-        )
-    })?;
+    let toucher = Toucher::start_at_fixed_addresses(
+        &rig,
+        TouchPlan {
+            mib: MIB,
+            seed: 5,
+            pattern: Pattern::Random,
+            rate: TOUCHES_PER_SECOND,
+        },
+    )?;
     let mut plan = PairPlan::new(&rig)?;
     // Else the path would be as good as one of several times the rate.
     plan.server.extend(["--compress", "never"].map(Into::into));
@@ -77,13 +74,4 @@ fn faults(options: &[&str]) -> Result<u64> {
     toucher.wait_for_touches(PAGES, PATIENCE);
     toucher.finish()?;
     Ok(migration.destination.faults.remote)
-}
-
-/// Runs `start` so that what it starts has its memory at the same addresses each time.
-fn at_fixed_addresses<T>(start: impl FnOnce() -> Result<T>) -> Result<T> {
-    let before = personality::get()?;
-    personality::set(before | Persona::ADDR_NO_RANDOMIZE)?;
-    let started = start();
-    personality::set(before)?;
-    started
 }

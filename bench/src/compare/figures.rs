@@ -30,14 +30,19 @@ const fn figure(
 }
 
 /// All of them, in the order of tables.
-pub const FIGURES: [Figure; 17] = [
+pub const FIGURES: [Figure; 18] = [
     figure("cutover", "cutover", "ms", |run| Some(run.cutover_ms)),
     figure("client_gap", "client's longest gap", "ms", |run| {
         run.client_gap_ms
     }),
     figure("brownout", "brownout", "ms", |run| run.brownout_ms),
     figure("total", "total time", "ms", |run| Some(run.total_ms)),
-    figure("bulk", "memory on the path", "MiB/s", |run| run.bulk_mib_s),
+    figure("bulk", "memory, after the cutover", "MiB/s", |run| {
+        run.bulk_mib_s
+    }),
+    figure("wire_rate", "on the wire meanwhile", "MiB/s", |run| {
+        run.wire_mib_s
+    }),
     figure("wire", "wire bytes / resident", "", |run| {
         Some(run.wire_over_resident)
     }),
@@ -61,10 +66,16 @@ pub const FIGURES: [Figure; 17] = [
         "s",
         |run| Some(run.per_gib(run.destination.cpu_s)),
     ),
-    figure("source_rss", "peak RSS, source", "MiB", |run| {
-        Some(run.source.peak_rss_mib)
-    }),
-    figure("destination_rss", "peak RSS, destination", "MiB", |run| {
-        Some(run.destination.peak_rss_mib)
-    }),
+    figure(
+        "source_rss",
+        "peak RSS, source, with helpers",
+        "MiB",
+        |run| Some(run.source.peak_rss_mib),
+    ),
+    figure(
+        "destination_rss",
+        "peak RSS, destination, with helpers",
+        "MiB",
+        |run| Some(run.destination.peak_rss_mib),
+    ),
 ];

@@ -1,44 +1,32 @@
-//! The report as one page without anything from elsewhere.
+//! The report as a part of a page.
 
 use std::fmt::Write;
 
-use super::markdown;
 use super::report::{Comparison, Report};
-use super::svg;
+use super::{glance, markdown};
+use crate::page::{escaped, list, verbatim};
+use crate::svg;
 
-const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}\
-h2{margin-top:3rem;border-bottom:1px solid #ccc}.plots{display:flex;flex-wrap:wrap;gap:1.5rem}figure{margin:0}\
-figcaption{font-weight:600}svg{font:12px system-ui,sans-serif}svg line{stroke:#222;stroke-width:1.5}\
-.ours{fill:#2a7f62}.criu{fill:#c2703d}.criu-tls{fill:#d9a441}.stop-and-copy{fill:#8a8a8a}\
-pre{background:#f4f4f4;padding:.8rem;overflow-x:auto}li{margin:.2rem 0}";
-
-/// The whole page.
-pub fn render(report: &Report) -> String {
-    let mut page = format!(
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>Moving {0} MiB</title>\
-         <style>{STYLE}</style><h1>Moving {0} MiB</h1><ul>",
-        report.memory_mib
-    );
-    let mut put = |text: &str| page.push_str(text);
-    for line in markdown::conditions(report) {
-        put(&format!("<li>{}</li>", escaped(&line)));
+/// Everything but the page around it.
+pub fn sections(report: &Report) -> String {
+    let mut text = list(&markdown::conditions(report));
+    for (title, rows) in glance::tables(report) {
+        text += &format!("<h3>{}</h3>{}", escaped(&title), crate::page::table(&rows));
     }
-    put("</ul>");
     for table in &report.tables {
-        put(&comparison(table));
+        text += &comparison(table);
     }
-    put(&targets("Across paths", &report.across));
-    for failure in &report.failures {
-        put(&format!("<p>Failed: {}</p>", escaped(failure)));
+    text += &targets("Across paths", &report.across);
+    for failure in report.failures() {
+        text += &format!("<p>Failed: {}</p>", escaped(&failure.what));
     }
-    page + "</html>\n"
+    text
 }
 
 fn comparison(table: &Comparison) -> String {
     let mut text = format!(
-        "<h2>{} over {}</h2><div class=\"plots\">",
-        table.workload,
-        escaped(&table.path)
+        "<h2>{}</h2><div class=\"plots\">",
+        escaped(&table.point.title())
     );
     for row in &table.rows {
         let bars: Vec<_> = table
@@ -72,12 +60,7 @@ fn histogram(table: &Comparison) -> String {
         .filter(|(_, counts)| !counts.is_empty())
         .map(|(peer, counts)| (peer.title(), counts.clone(), peer.to_string()))
         .collect();
-    match &svg::histogram(&rows)[..] {
-        "" => String::new(),
-        svg => {
-            format!("<figure><figcaption>Waits for pages, part of all</figcaption>{svg}</figure>")
-        }
-    }
+    svg::histogram_figure("Waits for pages, part of all", &rows)
 }
 
 fn targets(title: &str, targets: &[crate::targets::Target]) -> String {
@@ -85,11 +68,5 @@ fn targets(title: &str, targets: &[crate::targets::Target]) -> String {
         return String::new();
     }
     let lines: Vec<String> = targets.iter().map(ToString::to_string).collect();
-    format!("<h3>{title}</h3><pre>{}</pre>", escaped(&lines.join("\n")))
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
+    format!("<h3>{title}</h3>{}", verbatim(&lines.join("\n")))
 }

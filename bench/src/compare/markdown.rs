@@ -2,7 +2,11 @@
 
 use std::fmt::Write;
 
+use super::glance;
 use super::report::{Comparison, Report, Row};
+use super::run::Run;
+use crate::path::ProbedPath;
+use crate::quiet;
 
 /// The whole report as Markdown.
 pub fn render(report: &Report) -> String {
@@ -12,18 +16,22 @@ pub fn render(report: &Report) -> String {
 }
 
 fn write_all(text: &mut String, report: &Report) -> std::fmt::Result {
-    writeln!(text, "\n# Moving {} MiB\n", report.memory_mib)?;
+    writeln!(text, "\n# Moves side by side\n")?;
     for line in conditions(report) {
         writeln!(text, "- {line}")?;
     }
+    for (title, rows) in glance::tables(report) {
+        writeln!(text, "\n## At a glance: {title}\n")?;
+        text.push_str(&crate::page::markdown_table(&rows));
+    }
     for table in &report.tables {
-        writeln!(text, "\n## {} over {}\n", table.workload, table.path)?;
+        writeln!(text, "\n## {}\n", table.point.title())?;
         write_table(text, table)?;
         write_targets(text, &table.targets)?;
     }
     write_targets(text, &report.across)?;
-    for failure in &report.failures {
-        writeln!(text, "\nfailed: {failure}")?;
+    for failure in report.failures() {
+        writeln!(text, "\nfailed: {}", failure.what)?;
     }
     Ok(())
 }
@@ -34,29 +42,19 @@ pub fn conditions(report: &Report) -> Vec<String> {
         "median (smallest to largest; number of moves), peers in turns on one machine, first in turn changing"
             .to_owned(),
         report.memory.to_owned(),
-        format!("{} commands or touches per second (0: as many as possible)", report.rate),
         format!("TCP of CRIU and of copies: the kernel's, congestion control {}", report.tcp),
+        "rates are those of the middle of a move; MiB/s of memory count what arrived, MiB/s on the wire what the path \
+         carried for it, which is less where memory is compressed"
+            .to_owned(),
+        "peak RSS: the largest program on a host, with the keeper and init it started; CRIU as it runs for both sides, but \
+         not its forks, which turn into the workload"
+            .to_owned(),
         "wire bytes by the source's device: on a path that is not emulated, packets leave it before they are cut to \
          size, and headers count once for each batch"
             .to_owned(),
     ];
-    let others = report.runs.iter().map(|run| run.used_by_others);
-    lines.push(format!(
-        "others used up to {:.0} % of the machine's CPUs during a move",
-        others.fold(0.0, f64::max) * 100.0
-    ));
-    let late: Vec<u64> = report
-        .runs
-        .iter()
-        .filter_map(|run| run.late_packets)
-        .collect();
-    if let Some(most) = late.iter().max() {
-        lines.push(format!(
-            "emulated paths: at most {most} packets of a move were delivered over a millisecond late"
-        ));
-    }
-    let probed = report.paths.iter();
-    lines.extend(probed.map(|path| format!("path {}: {}", path.path, path.measured)));
+    lines.push(quiet::statement(report.runs.iter().map(Run::disturbance)));
+    lines.extend(report.paths.iter().map(ProbedPath::line));
     lines
 }
 

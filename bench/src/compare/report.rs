@@ -1,13 +1,13 @@
 //! What the moves come to: medians and spreads by path, workload and peer, and the targets.
 
 use serde::Serialize;
-use tests::path::PathSpec;
-use tests::path::probe::Measured;
 
-use super::CompareOptions;
 use super::figures::{FIGURES, Figure};
 use super::run::Run;
+use super::{Measured, judge};
+use crate::path::ProbedPath;
 use crate::peer::Peer;
+use crate::runs::Failure;
 use crate::stats::Summary;
 use crate::targets::{Bound, Target};
 use crate::workload::Kind;
@@ -15,8 +15,6 @@ use crate::workload::Kind;
 /// Everything that is written.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    pub memory_mib: u64,
-    pub rate: u32,
     pub memory: &'static str,
     /// The congestion control of the kernel's TCP, which CRIU and copies use.
     pub tcp: String,
@@ -26,24 +24,25 @@ pub struct Report {
     /// Targets that set one path against another.
     pub across: Vec<Target>,
     /// Moves that did not succeed.
-    pub failures: Vec<String>,
+    pub failures: Vec<Failure>,
     pub runs: Vec<Run>,
 }
 
-/// A path and its probes.
-#[derive(Debug, Serialize)]
-pub struct ProbedPath {
-    pub path: String,
-    #[serde(skip)]
-    spec: PathSpec,
-    pub measured: Measured,
-}
-
-/// One workload over one path.
-#[derive(Debug, Serialize)]
-pub struct Comparison {
+/// What was the same for all peers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Point {
     pub path: String,
     pub workload: Kind,
+    pub memory_mib: u64,
+    /// Commands or touches per second.
+    pub rate: u32,
+}
+
+/// All moves at one point.
+#[derive(Debug, Serialize)]
+pub struct Comparison {
+    #[serde(flatten)]
+    pub point: Point,
     pub peers: Vec<Peer>,
     pub rows: Vec<Row>,
     /// Waits of all runs of each peer, by powers of two of nanoseconds.
@@ -62,51 +61,68 @@ pub struct Row {
     pub counts: Vec<usize>,
 }
 
-impl Report {
-    /// An empty report.
-    pub fn new(options: &CompareOptions) -> Self {
-        let tcp = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control");
+impl Point {
+    fn of(run: &Run) -> Self {
         Self {
-            memory_mib: options.memory,
-            rate: options.rate,
-            memory: crate::memory::STATEMENT,
-            tcp: tcp.unwrap_or_default().trim().to_owned(),
-            paths: Vec::new(),
-            tables: Vec::new(),
-            across: Vec::new(),
-            failures: Vec::new(),
-            runs: Vec::new(),
+            path: run.path.clone(),
+            workload: run.workload,
+            memory_mib: run.memory_mib,
+            rate: run.rate,
         }
     }
 
-    /// Notes what the probes said of a path.
-    pub fn probed(&mut self, spec: &PathSpec, measured: Measured) {
-        self.paths.push(ProbedPath {
-            path: spec.to_string(),
-            spec: *spec,
-            measured,
-        });
+    /// A heading.
+    pub fn title(&self) -> String {
+        let Self {
+            path,
+            workload,
+            memory_mib,
+            rate,
+        } = self;
+        let what = match (workload, rate) {
+            (Kind::Still, _) => return format!("{workload}, {memory_mib} MiB over {path}"),
+            (Kind::Redis | Kind::RedisZipf, _) => "commands",
+            (Kind::Touch | Kind::Scan, _) => "touches",
+        };
+        let pace = match rate {
+            0 => format!("as many {what} as possible"),
+            rate => format!("{rate} {what}/s"),
+        };
+        format!("{workload}, {memory_mib} MiB, {pace}, over {path}")
     }
+}
 
-    /// Makes the tables once all runs are there.
-    pub fn conclude(&mut self) {
-        let mut tables: Vec<Comparison> = Vec::new();
-        for run in &self.runs {
-            let known =
-                |table: &Comparison| table.path == run.path && table.workload == run.workload;
-            if !tables.iter().any(known) {
-                tables.push(Comparison::of(&run.path, run.workload, &self.runs));
+impl Report {
+    /// Puts together what was measured.
+    pub fn of(measured: Measured) -> Self {
+        let tcp = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control");
+        let mut points: Vec<Point> = Vec::new();
+        for run in &measured.moves {
+            let point = Point::of(run);
+            if !points.contains(&point) {
+                points.push(point);
             }
         }
-        self.tables = tables;
-        self.across = self.background_over_distance();
+        let tables = points.iter();
+        let tables = tables.map(|point| Comparison::of(point, &measured.moves));
+        let mut report = Self {
+            memory: crate::memory::STATEMENT,
+            tcp: tcp.unwrap_or_default().trim().to_owned(),
+            tables: tables.collect(),
+            across: Vec::new(),
+            paths: measured.paths,
+            failures: measured.failures,
+            runs: measured.moves,
+        };
+        report.across = report.background_over_distance();
+        report
     }
 
     /// Each target that was measured, and over which path.
     pub fn targets(&self) -> Vec<(String, Target)> {
         let of = |table: &Comparison| {
             let targets = table.targets.iter();
-            let named = targets.map(|target| (table.path.clone(), target.clone()));
+            let named = targets.map(|target| (table.point.path.clone(), target.clone()));
             named.collect::<Vec<_>>()
         };
         let across = self.across.iter();
@@ -115,33 +131,24 @@ impl Report {
     }
 
     /// What did not succeed.
-    pub fn failures(&self) -> &[String] {
+    pub fn failures(&self) -> &[Failure] {
         &self.failures
     }
 
     /// The rate over a long path by that over a short one which is otherwise the same.
     fn background_over_distance(&self) -> Vec<Target> {
         let mut targets = Vec::new();
-        for long in self.paths.iter().filter(|path| !path.spec.rtt.is_zero()) {
-            let is_short_form = |short: &&ProbedPath| {
-                let (one, other) = (short.spec, long.spec);
-                one.rtt.is_zero() && one.rate == other.rate && one.loss == other.loss
-            };
-            let Some(short) = self.paths.iter().find(is_short_form) else {
-                continue;
-            };
-            for table in self.tables.iter().filter(|table| table.path == long.path) {
-                let over = self
-                    .tables
-                    .iter()
-                    .find(|other| other.path == short.path && other.workload == table.workload);
+        for long in &self.tables {
+            for short in self
+                .tables
+                .iter()
+                .filter(|short| short.is_near_form_of(long))
+            {
+                let (from, to) = (&short.point, &long.point);
                 targets.push(Target::ratio(
-                    &format!(
-                        "bulk, {}, {} over {}",
-                        table.workload, long.path, short.path
-                    ),
-                    table.median("bulk", Peer::Ours),
-                    over.and_then(|table| table.median("bulk", Peer::Ours)),
+                    &format!("bulk, {}, {} over {}", to.workload, to.path, from.path),
+                    long.summary("bulk", Peer::Ours),
+                    short.summary("bulk", Peer::Ours),
                     Bound::AtLeast(0.85),
                 ));
             }
@@ -151,11 +158,24 @@ impl Report {
 }
 
 impl Comparison {
-    fn of(path: &str, workload: Kind, runs: &[Run]) -> Self {
-        let here = || {
-            runs.iter()
-                .filter(|run| run.path == path && run.workload == workload)
+    /// Whether this is the same but for the distance. A workload that touches pages waits for each as long as the
+    /// distance is, so that only one that does not shows what it does to the push.
+    fn is_near_form_of(&self, long: &Self) -> bool {
+        let spec = |table: &Self| table.point.path.parse::<tests::path::PathSpec>();
+        let (Ok(near), Ok(far)) = (spec(self), spec(long)) else {
+            return false;
         };
+        let same = Point {
+            path: long.point.path.clone(),
+            ..self.point.clone()
+        } == long.point;
+        let by_distance = near.rtt.is_zero() && !far.rtt.is_zero();
+        let is_still = self.point.workload == Kind::Still;
+        same && is_still && by_distance && near.rate == far.rate && near.loss == far.loss
+    }
+
+    fn of(point: &Point, runs: &[Run]) -> Self {
+        let here = || runs.iter().filter(|run| Point::of(run) == *point);
         let mut peers: Vec<Peer> = here().map(|run| run.peer).collect();
         peers.sort_unstable();
         peers.dedup();
@@ -183,74 +203,20 @@ impl Comparison {
         };
         let mut comparison = Self {
             waits_log2: peers.iter().map(waits).collect(),
-            path: path.to_owned(),
-            workload,
             rows: rows.filter(Row::has_values).collect(),
             peers,
             targets: Vec::new(),
+            point: point.clone(),
         };
-        comparison.targets = comparison.all_targets();
+        comparison.targets = judge::targets(&comparison);
         comparison
     }
 
-    fn median(&self, key: &str, peer: Peer) -> Option<f64> {
+    /// What one figure of one peer comes to.
+    pub fn summary(&self, key: &str, peer: Peer) -> Option<Summary> {
         let column = self.peers.iter().position(|one| *one == peer)?;
         let row = self.rows.iter().find(|row| row.key == key)?;
-        Some(row.values[column]?.median)
-    }
-
-    fn all_targets(&self) -> Vec<Target> {
-        let ours = |key| self.median(key, Peer::Ours);
-        let over = |what: &str, key, peer, bound| {
-            Target::ratio(what, ours(key), self.median(key, peer), bound)
-        };
-        let most = Bound::AtMost;
-        let least = Bound::AtLeast;
-        vec![
-            over("cutover over CRIU's", "cutover", Peer::Criu, most(1.0)),
-            over("total over CRIU's", "total", Peer::Criu, most(1.0)),
-            over(
-                "brownout over CRIU's",
-                "brownout",
-                Peer::Criu,
-                most(1.0 / 3.0),
-            ),
-            over("memory rate over CRIU's", "bulk", Peer::Criu, least(1.5)),
-            over(
-                "touches per second over CRIU's",
-                "touches",
-                Peer::Criu,
-                least(10.0),
-            ),
-            over("wait p99 over CRIU's", "p99", Peer::Criu, most(0.2)),
-            over(
-                "CPU over that of CRIU with TLS",
-                "cpu",
-                Peer::CriuTls,
-                most(1.0),
-            ),
-            Target::ratio(
-                "total, compression as it pays over none",
-                ours("total"),
-                self.median("total", Peer::OursPlain),
-                most(1.05),
-            ),
-            Target::value("touches that waited, percent", ours("waits"), most(21.0)),
-            Target::value("wire bytes over resident bytes", ours("wire"), most(0.5)),
-            Target::value(
-                "peak RSS of page-server, MiB",
-                ours("source_rss"),
-                most(64.0),
-            ),
-            Target::value(
-                "peak RSS of lazy-restorer, MiB",
-                ours("destination_rss"),
-                most(64.0),
-            ),
-        ]
-        .into_iter()
-        .filter(Target::is_measured)
-        .collect()
+        row.values[column]
     }
 }
 

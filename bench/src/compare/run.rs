@@ -3,16 +3,17 @@
 use std::fmt;
 
 use anyhow::Result;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tests::latency::Percentiles;
-use tests::path::{Bytes, Path, PathSpec};
+use tests::path::{Bytes, Lateness, Path, PathSpec};
 use tests::pulse::monotonic_ns;
 use tests::rig::Rig;
 
 use crate::memory;
 use crate::peer::{Mover, Peer};
 use crate::programs::{self, Side};
-use crate::quiet::{self, Use};
+use crate::quiet::{self, Disturbance, Use};
+use crate::runs::Recorded;
 use crate::watch::{Cost, Watch};
 use crate::workload::{Felt, Kind, Plan, Workload};
 
@@ -32,12 +33,14 @@ pub struct Order {
 }
 
 /// A move that was made. Times are in milliseconds.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Run {
     pub peer: Peer,
     pub workload: Kind,
     pub path: String,
     pub memory_mib: u64,
+    /// Commands or touches per second; 0 for as many as possible.
+    pub rate: u32,
     pub seed: u64,
     /// The longest time without an instruction of the workload, measured inside it. Where pages come slowly that may be
     /// a wait for one.
@@ -55,8 +58,10 @@ pub struct Run {
     pub wire: Bytes,
     /// Bytes the source sent over resident bytes.
     pub wire_over_resident: f64,
-    /// Rate of memory on the path after the workload ran again, MiB/s.
+    /// Memory that arrived after the workload ran again, MiB/s.
     pub bulk_mib_s: Option<f64>,
+    /// What the path carried meanwhile, MiB/s: less where memory is compressed.
+    pub wire_mib_s: Option<f64>,
     pub source: Cost,
     pub destination: Cost,
     /// Seconds of CPU of both sides, exact.
@@ -71,8 +76,8 @@ pub struct Run {
     pub waits_log2: Vec<u64>,
     pub touches_per_s: Option<f64>,
     pub network_faults_percent: Option<f64>,
-    /// Packets an emulated path delivered a millisecond late or more: the machine was too busy to emulate it.
-    pub late_packets: Option<u64>,
+    /// How punctual an emulated path was.
+    pub lateness: Option<Lateness>,
     /// What our two programs say of the move.
     pub records: Option<[tests::record::Record; 2]>,
 }
@@ -80,7 +85,7 @@ pub struct Run {
 impl Order {
     /// Makes the move, again if others disturb it.
     pub fn carry_out(&self) -> Result<Run> {
-        quiet::measure(|| self.make(), |run| run.used_by_others)
+        quiet::measure(|| self.make(), Run::disturbance)
     }
 
     /// Makes the move on a rig of its own.
@@ -101,21 +106,23 @@ impl Order {
         let used_by_others = Use::now(&rig).by_others_since(before);
         let felt = workload.end(began)?;
         let bytes = watched.bytes();
-        let rate = watched.rate(felt.moved_ns, 0);
         // Nothing is moved after the workload runs again when it was stopped for all of it.
         let lazily = self.peer != Peer::StopAndCopy;
+        let rate = watched.rate(felt.moved_ns, resident as u64, 0);
+        let rate = rate.filter(|_| lazily);
         Ok(Run {
             total_ms: moved.total.as_secs_f64() * 1e3,
             resident_mib: resident / MIB,
             wire: bytes,
             wire_over_resident: bytes.sent as f64 / resident,
-            bulk_mib_s: rate.filter(|_| lazily).map(|rate| rate / MIB),
+            bulk_mib_s: rate.map(|rate| rate.memory / MIB),
+            wire_mib_s: rate.map(|rate| rate.wire / MIB),
             source: watched.cost(Side::Source),
             destination: watched.cost(Side::Destination),
             cpu_s: watched.cpu_s,
             used_by_others,
             unseen_ends: watched.unseen_ends(),
-            late_packets: path.late_packets(),
+            lateness: path.lateness(),
             records: moved.ours.map(|ours| [ours.source, ours.destination]),
             ..self.felt(&felt)
         })
@@ -137,6 +144,7 @@ impl Order {
             workload: self.kind,
             path: self.path.to_string(),
             memory_mib: self.mib,
+            rate: self.rate,
             seed: self.seed,
             cutover_ms: ms(felt.cutover),
             client_gap_ms: felt.client_gap.map(ms),
@@ -146,6 +154,7 @@ impl Order {
             wire: Bytes::default(),
             wire_over_resident: 0.0,
             bulk_mib_s: None,
+            wire_mib_s: None,
             source: Cost::default(),
             destination: Cost::default(),
             cpu_s: 0.0,
@@ -155,13 +164,25 @@ impl Order {
             waits_log2: felt.waits_log2.clone(),
             touches_per_s: felt.touches_per_s,
             network_faults_percent: felt.network_faults,
-            late_packets: None,
+            lateness: None,
             records: None,
         }
     }
 }
 
+impl Recorded for Run {
+    const KIND: &'static str = "move";
+}
+
 impl Run {
+    /// What kept it from being what it was to be.
+    pub fn disturbance(&self) -> Disturbance {
+        Disturbance {
+            by_others: self.used_by_others,
+            late: self.lateness.map_or(0.0, Lateness::part),
+        }
+    }
+
     /// Seconds of CPU for each GiB of memory, when it was `cpu_s` for all of it.
     pub fn per_gib(&self, cpu_s: f64) -> f64 {
         cpu_s * GIB / (self.resident_mib * MIB)

@@ -1,121 +1,134 @@
 //! What the runs of `bench fault` come to.
 
-use std::fmt;
-use std::time::Duration;
-
 use serde::Serialize;
-use tests::latency::{Latencies, Percentiles};
 use tests::path::PathSpec;
 use tests::touch::Pattern;
 
+use super::judge::Judge;
 use super::run::Run;
-use super::{Case, FaultOptions};
+use super::{BareRun, Case, Measured, Setting};
 use crate::bare::Bare;
+use crate::path::ProbedPath;
 use crate::peer::Peer;
+use crate::runs::Failure;
 use crate::stats::Summary;
-use crate::table::Table;
-use crate::targets::{Bound, Target};
-
-/// From this round trip on CRIU's way to fetch one page range after the other is what bounds it.
-const LONG: Duration = Duration::from_millis(10);
+use crate::targets::Target;
 
 /// Everything that goes to the JSON file.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    memory_mib: u64,
-    touches_per_second: u64,
-    pattern: &'static str,
-    memory: &'static str,
-    paths: Vec<OnePath>,
-    /// Moves by others that did not succeed.
-    failures: Vec<String>,
-    runs: Vec<Run>,
+    pub memory: &'static str,
+    pub paths: Vec<ProbedPath>,
+    pub tables: Vec<Setup>,
+    /// Moves that did not succeed.
+    pub failures: Vec<Failure>,
+    pub runs: Vec<Run>,
 }
 
-/// The runs over one path.
+/// The runs of one setting.
 #[derive(Debug, Serialize)]
-struct OnePath {
-    path: String,
+pub struct Setup {
+    #[serde(flatten)]
+    pub setting: Setting,
     /// What QUIC alone does, in microseconds and MiB/s.
-    bare_p50_us: Option<Summary>,
-    bare_bulk_mib_s: Option<Summary>,
-    rows: Vec<Row>,
-    targets: Vec<Target>,
+    pub bare_p50_us: Option<Summary>,
+    pub bare_bulk_mib_s: Option<Summary>,
+    pub rows: Vec<Row>,
+    pub targets: Vec<Target>,
 }
 
-/// All runs of one kind.
+/// All runs of one kind: the median of each run's, and their spread.
 #[derive(Debug, Serialize)]
-struct Row {
-    case: Case,
-    runs: usize,
-    /// Waits of all runs together.
-    waits: Percentiles,
-    waits_log2: Vec<u64>,
-    /// The median of each run's, and their spread.
-    p50_us: Option<Summary>,
-    p99_us: Option<Summary>,
+pub struct Row {
+    pub case: Case,
+    pub runs: usize,
+    /// Of all runs together.
+    pub waits: u64,
+    /// Waits of all runs together, by powers of two of nanoseconds.
+    pub waits_log2: Vec<u64>,
+    pub p50_us: Option<Summary>,
+    pub p90_us: Option<Summary>,
+    pub p99_us: Option<Summary>,
+    pub p999_us: Option<Summary>,
     /// The same from reading the fault to installing the page, without the wake-up of the workload.
-    served_p99_us: Option<Summary>,
-    network_faults_percent: Option<Summary>,
-    touches_per_s: Option<Summary>,
-    bulk_mib_s: Option<Summary>,
-    total_ms: Option<Summary>,
-    cutover_ms: Option<Summary>,
+    pub served_p50_us: Option<Summary>,
+    pub served_p99_us: Option<Summary>,
+    pub cpu_us_per_fault: Option<Summary>,
+    pub network_faults_percent: Option<Summary>,
+    pub touches_per_s: Option<Summary>,
+    pub bulk_mib_s: Option<Summary>,
+    pub wire_mib_s: Option<Summary>,
+    pub total_ms: Option<Summary>,
+    pub cutover_ms: Option<Summary>,
 }
 
-impl Report {
-    /// Puts the runs together.
-    pub fn new(
-        options: &FaultOptions,
-        runs: Vec<Run>,
-        bares: &[(String, Bare)],
-        failures: Vec<String>,
-    ) -> Self {
-        let paths = options
-            .path
-            .iter()
-            .map(|spec| OnePath::of(spec, &runs, bares))
-            .collect();
-        Self {
-            memory_mib: options.memory,
-            touches_per_second: options.rate,
-            pattern: if options.scan { "scan" } else { "random" },
-            memory: crate::memory::STATEMENT,
-            paths,
-            failures,
-            runs,
+impl Setting {
+    /// A heading.
+    pub fn title(&self) -> String {
+        let pattern = if self.scan { "in order" } else { "at random" };
+        let pace = match self.rate {
+            0 => "one after the other".to_owned(),
+            rate => format!("{rate} per second"),
+        };
+        let mut title = format!(
+            "{} MiB touched {pattern}, {pace}, over {}",
+            self.memory_mib, self.path
+        );
+        if let Some(bytes) = self.udp_payload {
+            title += &format!(", UDP payload {bytes}");
         }
+        title
     }
 }
 
 impl Report {
+    /// Puts together what was measured.
+    pub fn of(measured: Measured) -> Self {
+        let of_runs = measured.runs.iter().map(|run| &run.setting);
+        let of_bares = measured.bares.iter().map(|run| &run.setting);
+        let mut settings: Vec<Setting> = Vec::new();
+        for setting in of_runs.chain(of_bares) {
+            if !settings.contains(setting) {
+                settings.push(setting.clone());
+            }
+        }
+        let tables = settings.into_iter();
+        let tables = tables.map(|setting| Setup::of(setting, &measured.runs, &measured.bares));
+        Self {
+            memory: crate::memory::STATEMENT,
+            tables: tables.collect(),
+            paths: measured.paths,
+            failures: measured.failures,
+            runs: measured.runs,
+        }
+    }
+
     /// Each target that was measured, and over which path.
     pub fn targets(&self) -> Vec<(String, Target)> {
-        let of = |path: &OnePath| {
-            let measured = path.targets.iter().filter(|target| target.is_measured());
-            let named = measured.map(|target| (path.path.clone(), target.clone()));
+        let of = |table: &Setup| {
+            let named = table.targets.iter();
+            let named = named.map(|target| (table.setting.path.clone(), target.clone()));
             named.collect::<Vec<_>>()
         };
-        self.paths.iter().flat_map(of).collect()
+        self.tables.iter().flat_map(of).collect()
     }
 
     /// What did not succeed.
-    pub fn failures(&self) -> &[String] {
+    pub fn failures(&self) -> &[Failure] {
         &self.failures
     }
 }
 
-impl OnePath {
-    fn of(spec: &PathSpec, runs: &[Run], bares: &[(String, Bare)]) -> Self {
-        let path = spec.to_string();
+impl Setup {
+    fn of(setting: Setting, runs: &[Run], bares: &[BareRun]) -> Self {
         let bare = |value: fn(&Bare) -> f64| {
-            let here = bares.iter().filter(|(of, _)| *of == path);
-            Summary::of(&here.map(|(_, bare)| value(bare)).collect::<Vec<_>>())
+            let here = bares.iter().filter(|run| run.setting == setting);
+            Summary::of(&here.map(|run| value(&run.bare)).collect::<Vec<_>>())
         };
         let bare_p50_us = bare(|bare| bare.p50_us);
         let bare_bulk_mib_s = bare(|bare| bare.bulk_mib_s);
         let mut cases: Vec<Case> = Vec::new();
-        let here: Vec<&Run> = runs.iter().filter(|run| run.path == path).collect();
+        let here: Vec<&Run> = runs.iter().filter(|run| run.setting == setting).collect();
         for run in &here {
             if !cases.contains(&run.case) {
                 cases.push(run.case);
@@ -126,15 +139,16 @@ impl OnePath {
             .into_iter()
             .map(|case| Row::of(case, here.iter().copied().filter(|run| run.case == case)))
             .collect();
-        let targets = Targets {
+        let targets = Judge {
             rows: &rows,
             bare_p50_us,
             bare_bulk_mib_s,
-            is_long: spec.rtt >= LONG,
+            path: setting.path.parse().unwrap_or_else(|_| PathSpec::default()),
+            rate: setting.rate,
         }
         .all();
         Self {
-            path,
+            setting,
             bare_p50_us,
             bare_bulk_mib_s,
             rows,
@@ -147,189 +161,46 @@ impl Row {
     fn of<'a>(case: Case, runs: impl Iterator<Item = &'a Run>) -> Self {
         let runs: Vec<&Run> = runs.collect();
         let touches = case.pattern != Pattern::Still;
-        let mut all = Latencies::default();
-        runs.iter().for_each(|run| all.merge(&run.latencies));
+        let mut waits_log2 = Vec::new();
+        for run in runs.iter().filter(|_| touches) {
+            waits_log2.resize(run.waits_log2.len().max(waits_log2.len()), 0);
+            let added = waits_log2.iter_mut().zip(&run.waits_log2);
+            added.for_each(|(sum, count)| *sum += count);
+        }
         let summary = |value: &dyn Fn(&Run) -> Option<f64>| {
             let values: Vec<f64> = runs.iter().filter_map(|run| value(run)).collect();
             Summary::of(&values)
         };
+        let felt = |value: fn(&Run) -> f64| summary(&|run| touches.then(|| value(run)));
+        let served = |value: fn(&tests::record::Latency) -> u64| {
+            summary(&|run| {
+                let served = run.served.as_ref().filter(|_| touches);
+                served.map(|served| value(served) as f64)
+            })
+        };
         Self {
             case,
             runs: runs.len(),
-            waits: all.percentiles(),
-            waits_log2: all.by_power_of_two(),
-            p50_us: summary(&|run| touches.then_some(run.waits.p50_us)),
-            p99_us: summary(&|run| touches.then_some(run.waits.p99_us)),
-            served_p99_us: summary(&|run| {
-                run.served
-                    .filter(|_| touches)
-                    .map(|served| served.p99 as f64)
-            }),
+            waits: runs.iter().map(|run| run.waits.count).sum(),
+            waits_log2,
+            p50_us: felt(|run| run.waits.p50_us),
+            p90_us: felt(|run| run.waits.p90_us),
+            p99_us: felt(|run| run.waits.p99_us),
+            p999_us: felt(|run| run.waits.p999_us),
+            served_p50_us: served(|served| served.p50),
+            served_p99_us: served(|served| served.p99),
+            cpu_us_per_fault: summary(&|run| Some(run.cpu_us_per_fault?.iter().sum())),
             network_faults_percent: summary(&|run| run.network_faults().filter(|_| case.push)),
-            touches_per_s: summary(&|run| touches.then_some(run.touches_per_s)),
+            touches_per_s: felt(|run| run.touches_per_s),
             bulk_mib_s: summary(&|run| run.bulk_mib_s),
+            wire_mib_s: summary(&|run| run.wire_mib_s),
             total_ms: summary(&|run| run.total_ms),
             cutover_ms: summary(&|run| Some(run.cutover_ms)),
         }
     }
-}
 
-struct Targets<'a> {
-    rows: &'a [Row],
-    bare_p50_us: Option<Summary>,
-    bare_bulk_mib_s: Option<Summary>,
-    is_long: bool,
-}
-
-impl Targets<'_> {
-    fn all(&self) -> Vec<Target> {
-        let idle = self.row(Peer::Ours, true, false);
-        let loaded = self.row(Peer::Ours, true, true);
-        let still = self.row(Peer::Ours, false, true);
-        let criu = self.row(Peer::Criu, true, true);
-        let criu_still = self.row(Peer::Criu, false, true);
-        let p50 = |row: Option<&Row>| row?.p50_us.map(|of| of.median);
-        let p99 = |row: Option<&Row>| row?.p99_us.map(|of| of.median);
-        let bulk = |row: Option<&Row>| row?.bulk_mib_s.map(|of| of.median);
-        let faults = loaded.and_then(|row| row.network_faults_percent);
-        let most = Bound::AtMost;
-        vec![
-            Target::ratio(
-                "fault p50, loaded over idle",
-                p50(loaded),
-                p50(idle),
-                most(1.5),
-            ),
-            Target::ratio(
-                "fault p99, loaded over idle",
-                p99(loaded),
-                p99(idle),
-                most(2.0),
-            ),
-            Target::ratio(
-                "bulk with faults over bulk without",
-                bulk(loaded),
-                bulk(still),
-                Bound::AtLeast(0.8),
-            ),
-            Target::value("fault p99, loaded, in us", p99(loaded), most(512.0)),
-            Target::ratio(
-                "fault p99, loaded, over CRIU's",
-                p99(loaded),
-                p99(criu),
-                most(0.2),
-            ),
-            Target::ratio(
-                "fault p50, idle, over QUIC alone",
-                p50(idle),
-                self.bare_p50_us.map(|of| of.median),
-                most(1.5),
-            ),
-            Target::ratio(
-                "bulk over QUIC alone",
-                bulk(still),
-                self.bare_bulk_mib_s.map(|of| of.median),
-                Bound::AtLeast(0.75),
-            ),
-            Target::ratio(
-                "bulk over CRIU's",
-                bulk(still),
-                bulk(criu_still),
-                Bound::AtLeast(1.5),
-            ),
-            Target::ratio(
-                "bulk with faults over CRIU's, long path",
-                bulk(loaded).filter(|_| self.is_long),
-                bulk(criu),
-                Bound::AtLeast(10.0),
-            ),
-            Target::value(
-                "network faults, percent",
-                faults.map(|of| of.median),
-                most(21.0),
-            ),
-        ]
+    /// What tables call it.
+    pub fn title(&self) -> String {
+        format!("{}, {}", self.case.peer, self.case.title())
     }
-
-    fn row(&self, peer: Peer, touches: bool, push: bool) -> Option<&Row> {
-        self.rows.iter().find(|row| {
-            let case = row.case;
-            case.peer == peer && case.push == push && (case.pattern != Pattern::Still) == touches
-        })
-    }
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let touches = match self.touches_per_second {
-            0 => "one after the other".to_owned(),
-            rate => format!("{rate} per second"),
-        };
-        let others = self.runs.iter().map(|run| run.used_by_others);
-        writeln!(
-            f,
-            "\n{} MiB, {} touches, {touches}; median (smallest to largest of the runs)\n{}\n\
-             others used up to {:.0} % of the machine's CPUs during a run",
-            self.memory_mib,
-            self.pattern,
-            self.memory,
-            others.fold(0.0, f64::max) * 100.0
-        )?;
-        for path in &self.paths {
-            write!(f, "\n{}\n{}", path.path, table(&path.rows))?;
-            for target in &path.targets {
-                writeln!(f, "{target}")?;
-            }
-        }
-        self.failures
-            .iter()
-            .try_for_each(|failure| writeln!(f, "failed: {failure}"))
-    }
-}
-
-fn table(rows: &[Row]) -> String {
-    let mut table = Table::default();
-    table.row([
-        "",
-        "n",
-        "waits",
-        "p50 us",
-        "p90",
-        "p99 us",
-        "p99.9",
-        "served p99",
-        "waits %",
-        "bulk MiB/s",
-        "touches/s",
-        "cutover ms",
-        "total ms",
-    ]);
-    for row in rows {
-        let title = format!("{}, {}", row.case.peer, row.case.title());
-        let spread = |of: Option<Summary>| of.map_or("-".to_owned(), |of| of.to_string());
-        let touches = row.case.pattern != Pattern::Still;
-        let shown = |us: f64| {
-            if touches {
-                format!("{us:.0}")
-            } else {
-                "-".to_owned()
-            }
-        };
-        table.row([
-            &title,
-            &row.runs.to_string(),
-            &row.waits.count.to_string(),
-            &spread(row.p50_us),
-            &shown(row.waits.p90_us),
-            &spread(row.p99_us),
-            &shown(row.waits.p999_us),
-            &spread(row.served_p99_us),
-            &spread(row.network_faults_percent),
-            &spread(row.bulk_mib_s),
-            &spread(row.touches_per_s),
-            &spread(row.cutover_ms),
-            &spread(row.total_ms),
-        ]);
-    }
-    table.render()
 }

@@ -1,11 +1,15 @@
 //! Installing pages into memory of this process that is registered with a userfault descriptor.
 
 use std::num::NonZeroUsize;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use common::images::{DumpedVma, ImagePid};
+use common::lazy_map::LazyMap;
 use common::page::{PAGE_SIZE, PageRange, VirtAddr};
+use common::proto::pages::DataHeader;
+use lazy_restorer::memory::{Arrival, Memory, ProcessImage};
 use lazy_restorer::uffd::{Progress, UserFault};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 use userfaultfd::UffdBuilder;
@@ -16,7 +20,8 @@ use super::{FRAME, PAGES, Piece, SAMPLES, piece};
 pub(super) fn pieces() -> Result<Vec<Piece>> {
     let room = Room::new()?;
     let content = vec![0x5a; FRAME * PAGE_SIZE];
-    [1, FRAME]
+    let frame = room.frames(&content)?;
+    let mut pieces = [1, FRAME]
         .into_iter()
         .flat_map(|count| {
             let content = &content[..count * PAGE_SIZE];
@@ -24,13 +29,17 @@ pub(super) fn pieces() -> Result<Vec<Piece>> {
             let zero = room.time("zero", count, |pages| room.fault.zero(pages));
             [copy, zero]
         })
-        .collect()
+        .collect::<Result<Vec<Piece>>>()?;
+    pieces.push(frame);
+    Ok(pieces)
 }
 
 /// Registered memory.
 struct Room {
     pages: PageRange,
     fault: UserFault,
+    /// The same descriptor.
+    fd: OwnedFd,
 }
 
 impl Room {
@@ -48,8 +57,44 @@ impl Room {
         let first = VirtAddr(start.as_ptr() as u64).page();
         Ok(Room {
             pages: PageRange::new(first, PAGES as u64),
-            fault: UserFault::from_fd(fd),
+            fault: UserFault::from_fd(fd.try_clone()?),
+            fd,
         })
+    }
+
+    /// All of what becomes of a pushed frame: its pages are hashed and counted, noted in the journal, and installed.
+    fn frames(&self, content: &[u8]) -> Result<Piece> {
+        let mut samples = Vec::new();
+        // The first round warms the memory and does not count.
+        for round in 0..=SAMPLES {
+            let pid = ImagePid(1);
+            let image = ProcessImage {
+                pid,
+                lazy: LazyMap::new([self.pages])?,
+                vmas: vec![DumpedVma {
+                    pages: self.pages,
+                    lazy: true,
+                    huge_pages: false,
+                }],
+            };
+            let (memory, _orders) = Memory::new(vec![image]);
+            memory.keep_journals()?;
+            memory.attach(pid, UserFault::from_fd(self.fd.try_clone()?))?;
+            memory.restored()?;
+            let began = Instant::now();
+            for first in (0..PAGES).step_by(FRAME) {
+                let start = self.pages.start.forward(first as u64);
+                let header = DataHeader::raw(pid, PageRange::new(start, FRAME as u64), 0);
+                memory.receive(&header, content, Arrival::Pushed)?;
+            }
+            if round > 0 {
+                let steps = (PAGES / FRAME) as f64;
+                samples.push(began.elapsed().as_nanos() as f64 / steps);
+            }
+            self.empty()?;
+        }
+        let name = format!("memory: receive {FRAME} pushed pages");
+        Ok(piece(&name, FRAME * PAGE_SIZE, &samples))
     }
 
     fn time(

@@ -13,10 +13,11 @@ pub mod tun;
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 use crate::binaries;
 use crate::host::Host;
@@ -46,6 +47,22 @@ pub struct Path {
     /// What was asked for.
     pub spec: PathSpec,
     emulator: Option<Emulator>,
+}
+
+/// Packets of an emulated path.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lateness {
+    /// All it took.
+    pub packets: u64,
+    /// Of these, delivered a millisecond late or more.
+    pub late: u64,
+}
+
+impl Lateness {
+    /// Late ones as a part of all.
+    pub fn part(self) -> f64 {
+        self.late as f64 / self.packets.max(1) as f64
+    }
 }
 
 #[derive(Debug)]
@@ -78,11 +95,19 @@ impl Path {
         self.emulator.as_ref().map(|emulator| emulator.counters)
     }
 
-    /// Packets an emulated path delivered late, both ways: with many of them it was not what it claims.
-    pub fn late_packets(&self) -> Option<u64> {
+    /// How punctual an emulated path was, both ways: with many late packets it was not what it claims.
+    pub fn lateness(&self) -> Option<Lateness> {
         let counters = self.emulated()?;
-        let late = |traffic: &emulator::Traffic| traffic.late.load(Ordering::Relaxed);
-        Some(late(&counters.forth) + late(&counters.back))
+        let sum = |of: fn(&emulator::Traffic) -> &AtomicU64| {
+            [&counters.forth, &counters.back]
+                .map(|traffic| of(traffic).load(Ordering::Relaxed))
+                .iter()
+                .sum()
+        };
+        Some(Lateness {
+            packets: sum(|traffic| &traffic.packets),
+            late: sum(|traffic| &traffic.late),
+        })
     }
 }
 
@@ -128,8 +153,13 @@ fn use_device(host: &Host, other: &Host, spec: &PathSpec) -> Result<()> {
     Ok(())
 }
 
+/// Bytes that pass at once, after a rest.
+fn bucket_bytes(rate: u64) -> u64 {
+    ((rate as f64 / 8.0 * BUCKET.as_secs_f64()) as u64).max(SMALLEST_BUCKET)
+}
+
 fn shape(host: &Host, spec: &PathSpec, rate: u64) -> Result<()> {
-    let bucket = ((rate as f64 / 8.0 * BUCKET.as_secs_f64()) as u64).max(SMALLEST_BUCKET);
+    let bucket = bucket_bytes(rate);
     let queue = spec.queue_bytes();
     run_line(&format!(
         "tc -n {host} qdisc add dev {DEVICE} root tbf rate {rate}bit burst {bucket} limit {queue}"

@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::namespace;
 use crate::rig::Rig;
@@ -35,11 +35,15 @@ const FIRST: Duration = Duration::from_secs(5);
 const RTT_SLACK: Duration = Duration::from_millis(1);
 /// ... and the rate is off by no more than this part.
 const RATE_SLACK: f64 = 0.06;
+/// Where neither distance nor loss holds it back, one TCP connection is to reach this part of the rate.
+const TCP_PART: f64 = 0.7;
+/// A round trip that does not hold one connection back while the rate is measured.
+const SHORT: Duration = Duration::from_millis(2);
 /// ... and the loss by no more than this many standard deviations.
 const LOSS_SIGMAS: f64 = 4.5;
 
 /// What the probes found.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Measured {
     /// Median round trip of a small UDP packet.
     pub rtt_us: u64,
@@ -95,8 +99,37 @@ impl Measured {
                 ratio <= 1.0 + RATE_SLACK,
                 "it carries {ratio:.2} of its rate"
             );
+            // What fills the bucket, and is sent before the clock of the other end runs, comes on top of the rate.
+            let free = super::bucket_bytes(rate) as f64 * 8.0 / RATE_TIME.as_secs_f64();
+            let most = rate as f64 * (1.0 + RATE_SLACK) + free;
+            ensure!(
+                self.tcp_mbit_s * 1e6 <= most,
+                "TCP moves {:.0} Mbit/s over it",
+                self.tcp_mbit_s
+            );
         }
         Ok(())
+    }
+
+    /// In which ways the path is less than it claims, for the reports on what was measured over it.
+    pub fn caveats(&self, spec: &PathSpec) -> Vec<String> {
+        let Some(rate) = spec.rate.map(|rate| rate as f64 / 1e6) else {
+            return Vec::new();
+        };
+        let mut caveats = Vec::new();
+        // A program that sends one packet after the other may be slower than the kernel's TCP.
+        let carried = self.tcp_mbit_s.max(self.udp_mbit_s.unwrap_or(0.0));
+        if carried < rate * (1.0 - spec.loss) * (1.0 - RATE_SLACK) {
+            caveats.push(format!("carried {carried:.0} of {rate:.0} Mbit/s"));
+        }
+        let unhindered = spec.rtt + spec.jitter <= SHORT && spec.loss == 0.0;
+        if unhindered && self.tcp_mbit_s < rate * TCP_PART {
+            caveats.push(format!(
+                "one TCP connection moved {:.0} of {rate:.0} Mbit/s",
+                self.tcp_mbit_s
+            ));
+        }
+        caveats
     }
 
     /// Whether more than the path's rate could be sent at all: a busy machine may not manage 10 Gbit/s.
@@ -322,4 +355,39 @@ fn flood(socket: &UdpSocket, rate: f64) -> Result<()> {
 
 fn micros(time: Duration) -> u64 {
     time.as_micros() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(udp: f64, tcp: f64) -> Measured {
+        Measured {
+            rtt_us: 100,
+            rtt_p99_us: 200,
+            loss: 0.0,
+            udp_mbit_s: Some(udp),
+            tcp_mbit_s: tcp,
+        }
+    }
+
+    #[test]
+    fn a_path_that_carries_less_says_so() {
+        let spec: PathSpec = "10g".parse().expect("a path");
+        let slow = measured(4000.0, 3000.0);
+        assert!(slow.agrees_with(&spec).is_ok());
+        let caveats = slow.caveats(&spec);
+        assert_eq!(caveats.len(), 2, "{caveats:?}");
+        assert_eq!(caveats[0], "carried 4000 of 10000 Mbit/s");
+        assert!(measured(4000.0, 9500.0).caveats(&spec).is_empty());
+        assert!(measured(9990.0, 9400.0).caveats(&spec).is_empty());
+    }
+
+    #[test]
+    fn a_path_that_carries_more_is_not_believed() {
+        let spec: PathSpec = "1g".parse().expect("a path");
+        assert!(measured(990.0, 950.0).agrees_with(&spec).is_ok());
+        assert!(measured(1200.0, 950.0).agrees_with(&spec).is_err());
+        assert!(measured(990.0, 1200.0).agrees_with(&spec).is_err());
+    }
 }

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use nix::sys::personality::{self, Persona};
 use nix::unistd::Pid;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::latency::Latencies;
 use crate::process::Process;
@@ -23,7 +24,7 @@ pub use board::{Stage, TouchBoard};
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Which pages come in which order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pattern {
     /// None: memory arrives undisturbed.
@@ -101,6 +102,16 @@ impl Toucher {
             board,
             plan,
         })
+    }
+
+    /// The same with its memory at the same addresses each time, as `--replay` needs it of a workload whose addresses are
+    /// random.
+    pub fn start_at_fixed_addresses(rig: &Rig, plan: TouchPlan) -> Result<Self> {
+        let before = personality::get()?;
+        personality::set(before | Persona::ADDR_NO_RANDOMIZE)?;
+        let started = Self::start(rig, plan);
+        personality::set(before)?;
+        started
     }
 
     /// Its PID on the source.

@@ -85,6 +85,14 @@ pub fn histogram(rows: &[(&str, Vec<u64>, String)]) -> String {
     svg + "</svg>"
 }
 
+/// The same with a title; nothing when there is nothing to show.
+pub fn histogram_figure(title: &str, rows: &[(&str, Vec<u64>, String)]) -> String {
+    match &histogram(rows)[..] {
+        "" => String::new(),
+        svg => format!("<figure><figcaption>{title}</figcaption>{svg}</figure>"),
+    }
+}
+
 fn columns(counts: &[u64], first: usize, column: f64, base: f64, class: &str) -> String {
     let total = counts.iter().sum::<u64>().max(1) as f64;
     let one = |(power, count): (usize, &u64)| {
@@ -101,7 +109,7 @@ fn columns(counts: &[u64], first: usize, column: f64, base: f64, class: &str) ->
 }
 
 /// The lower end of a power's range.
-fn time(power: usize) -> String {
+pub fn time(power: usize) -> String {
     let ns = 1_u64 << power;
     match ns {
         0..1_000 => format!("{ns}ns"),

@@ -1,0 +1,274 @@
+//! `bench files`: does the cutover grow with files that do not change?
+
+use std::fmt;
+use std::fs;
+use std::io::Write;
+use std::path::{Path as FilePath, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use tests::fake_criu;
+use tests::pair::PairPlan;
+use tests::random::Random;
+use tests::rig::Rig;
+use tests::touch::{Pattern, TouchPlan, Toucher};
+
+use crate::memory;
+use crate::quiet::{self, Disturbance, Use};
+use crate::runs::{self, Failure, Recorded, Runs};
+use crate::stats::Summary;
+use crate::table::Table;
+use crate::targets::{Bound, Target};
+
+/// Memory of the workload: it is not about that.
+const MEMORY_MIB: u64 = 16;
+
+/// What to measure.
+#[derive(Debug, Clone, Args)]
+pub struct FilesOptions {
+    /// Moves of each kind
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub repeat: usize,
+    /// Unchanged content in the smaller and in the larger tree, MiB
+    #[arg(long, value_name = "MIB", num_args = 2, default_values_t = [64, 1024])]
+    pub content: Vec<u64>,
+    /// Unchanged files in the smaller and in the larger tree
+    #[arg(long, value_name = "N", num_args = 2, default_values_t = [100, 10_000])]
+    pub files: Vec<u64>,
+    /// Directory for runs.jsonl, one record a line, written after each move
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
+
+/// Files that are sent along with `--sync`, of which one changes shortly before the freeze.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Tree {
+    files: u64,
+    mib: u64,
+}
+
+/// One move.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Run {
+    /// None: nothing is sent along.
+    tree: Option<Tree>,
+    /// The longest time without an instruction of the workload.
+    cutover_ms: f64,
+    /// From the first command to the end of both programs.
+    total_ms: f64,
+    /// The part of the machine's CPUs that others used meanwhile.
+    used_by_others: f64,
+}
+
+impl Recorded for Run {
+    const KIND: &'static str = "files";
+}
+
+/// What was measured.
+#[derive(Debug, Default)]
+pub struct Report {
+    runs: Vec<Run>,
+    /// Moves that did not succeed.
+    pub failures: Vec<Failure>,
+}
+
+/// Measures, prints and writes. It fails when a move did, after all others were made.
+pub fn run(options: &FilesOptions) -> Result<()> {
+    let report = measure(options, &Runs::open(options.out.as_deref())?)?;
+    print!("{}", report.render(options));
+    runs::judge(&report.failures)
+}
+
+/// Measures.
+pub fn measure(options: &FilesOptions, runs: &Runs) -> Result<Report> {
+    let mut report = Report::default();
+    for round in 0..options.repeat {
+        let mut trees = trees(options);
+        let first = round % trees.len();
+        trees.rotate_left(first);
+        for tree in trees {
+            let disturbance = |run: &Run| Disturbance {
+                by_others: run.used_by_others,
+                late: 0.0,
+            };
+            let run = quiet::measure(|| one(tree, round as u64), disturbance);
+            let run = run.with_context(|| format!("a move with {}", Shown(tree)));
+            let run = run.inspect(|run| eprintln!("{}: {run:?}", Shown(tree)));
+            runs.keep(run, false, &mut report.runs, &mut report.failures)?;
+        }
+    }
+    Ok(report)
+}
+
+/// Without any, and then content and number by themselves, from small to large.
+fn trees(options: &FilesOptions) -> Vec<Option<Tree>> {
+    let content = options.content.iter();
+    let content = content.map(|mib| Tree {
+        files: BY_CONTENT,
+        mib: *mib,
+    });
+    let number = options.files.iter();
+    let number = number.map(|files| Tree {
+        files: *files,
+        mib: BY_NUMBER_MIB,
+    });
+    let trees = content.chain(number).map(Some);
+    std::iter::once(None).chain(trees).collect()
+}
+
+/// Files of the trees that differ in their content.
+const BY_CONTENT: u64 = 16;
+/// Content of the trees that differ in the number of their files.
+const BY_NUMBER_MIB: u64 = 8;
+
+fn one(tree: Option<Tree>, seed: u64) -> Result<Run> {
+    let rig = Rig::new()?;
+    let plan = TouchPlan {
+        mib: MEMORY_MIB,
+        seed,
+        pattern: Pattern::Still,
+        rate: 0,
+    };
+    let toucher = Toucher::start(&rig, plan)?;
+    memory::warm(2 * MEMORY_MIB)?;
+    let mut pair = PairPlan::new(&rig)?;
+    let mut late = "true".to_owned();
+    if let Some(tree) = tree {
+        let path = rig.make_folder("tree")?;
+        fill(&path, tree, seed)?;
+        // Both hosts have one file system here, so the destination sees another directory in its place.
+        pair.destination_mounts = vec![(rig.make_folder("tree-there")?, path.clone())];
+        let sync = ["--sync".into(), path.clone().into_os_string()];
+        pair.server.extend(sync.clone());
+        pair.restorer.extend(sync);
+        late = format!("echo late >> '{}/0/0'", path.display());
+    }
+    // When CRIU is called the first pass is over, and nothing is frozen yet.
+    pair.source_criu = fake_criu::running_before(&rig, "dump", &late)?;
+    let before = Use::now(&rig);
+    let migration = pair.migrate(&rig, toucher.pid())?;
+    let used_by_others = Use::now(&rig).by_others_since(before);
+    if tree.is_some() {
+        let there = fs::read(rig.folder().join("tree-there/0/0"))?;
+        anyhow::ensure!(there.ends_with(b"late\n"), "the late change is missing");
+    }
+    toucher.finish()?;
+    Ok(Run {
+        tree,
+        cutover_ms: toucher.report()?.cutover.as_secs_f64() * 1e3,
+        total_ms: migration.total.as_secs_f64() * 1e3,
+        used_by_others,
+    })
+}
+
+/// Files in directories of a hundred, of content that cannot be guessed.
+fn fill(path: &FilePath, tree: Tree, seed: u64) -> Result<()> {
+    let bytes = ((tree.mib << 20) / tree.files) as usize;
+    let mut random = Random::new(seed);
+    let block: Vec<u8> = (0..1 << 20).map(|_| random.index(256) as u8).collect();
+    for number in 0..tree.files {
+        let folder = path.join((number / 100).to_string());
+        fs::create_dir_all(&folder)?;
+        let mut file = fs::File::create(folder.join((number % 100).to_string()))?;
+        let mut left = bytes;
+        while left > 0 {
+            let from = random.index(block.len());
+            let piece = &block[from..block.len().min(from + left)];
+            file.write_all(piece)?;
+            left -= piece.len();
+        }
+    }
+    Ok(())
+}
+
+struct Shown(Option<Tree>);
+
+impl fmt::Display for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            None => f.write_str("no files"),
+            Some(Tree { files, mib }) => write!(f, "{files} files, {mib} MiB"),
+        }
+    }
+}
+
+impl Report {
+    /// The larger tree over the smaller one.
+    pub fn targets(&self, options: &FilesOptions) -> Vec<Target> {
+        let trees = trees(options);
+        let over = |what, large: usize, small: usize| {
+            let of = |index: usize| self.summary(trees[index], |run| run.cutover_ms);
+            Target::ratio(what, of(large), of(small), Bound::AtMost(1.2))
+        };
+        vec![
+            over("cutover, more unchanged content over less", 2, 1),
+            over("cutover, more unchanged files over fewer", 4, 3),
+        ]
+    }
+
+    fn summary(&self, tree: Option<Tree>, value: fn(&Run) -> f64) -> Option<Summary> {
+        let runs = self.runs.iter().filter(|run| run.tree == tree);
+        Summary::of(&runs.map(value).collect::<Vec<_>>())
+    }
+
+    /// For people.
+    pub fn render(&self, options: &FilesOptions) -> String {
+        let mut table = Table::default();
+        table.row(["with --sync", "cutover ms", "total ms"]);
+        for tree in trees(options) {
+            let shown = |value| {
+                let of = self.summary(tree, value);
+                of.map_or("-".to_owned(), |of| of.to_string())
+            };
+            table.row([
+                &Shown(tree).to_string(),
+                &shown(|run| run.cutover_ms),
+                &shown(|run| run.total_ms),
+            ]);
+        }
+        let mut text = format!(
+            "\none file changes shortly before the freeze; median (smallest to largest) of {} moves each\n\n{}",
+            options.repeat,
+            table.render()
+        );
+        for target in self.targets(options) {
+            text += &format!("{target}\n");
+        }
+        for failure in &self.failures {
+            text += &format!("failed: {}\n", failure.what);
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn the_targets_set_large_trees_over_small_ones() {
+        let options = FilesOptions {
+            repeat: 1,
+            content: vec![64, 1024],
+            files: vec![100, 10_000],
+            out: None,
+        };
+        let runs = trees(&options)
+            .into_iter()
+            .zip([10.0, 20.0, 22.0, 20.0, 30.0]);
+        let runs = runs.map(|(tree, cutover_ms)| Run {
+            tree,
+            cutover_ms,
+            total_ms: 0.0,
+            used_by_others: 0.0,
+        });
+        let report = Report {
+            runs: runs.collect(),
+            ..Report::default()
+        };
+        let met = report.targets(&options);
+        let met: Vec<bool> = met.iter().map(Target::is_met).collect();
+        assert_eq!(met, [true, false]);
+    }
+}
