@@ -11,13 +11,13 @@
 //! On a short path the scheduler adds more to a round trip than the queue that is wanted, and by that law alone the
 //! window would melt away. So most of the best rate of the last second is kept: a window of `rate * round trip` carries
 //! that rate whatever the round trip is made of, and as long as the rate is below what the path can do, none of it is
-//! our queue. What the path can do is tried again every second.
+//! our queue. What the path can do is tried again every few seconds.
 
 use std::time::Duration;
 
 /// The standing queue, as the time it takes to drain, while faults wait no longer for it.
 const QUEUE_MAX: Duration = Duration::from_millis(1);
-/// What it is at first.
+/// What it is at first, and may be for the sake of the rate that is kept.
 const QUEUE_BEGIN: Duration = Duration::from_micros(250);
 /// The standing queue that is kept however long faults wait: without any the path would run dry between two rounds.
 const QUEUE_MIN: Duration = Duration::from_micros(30);
@@ -30,13 +30,13 @@ const START_QUEUE_PART: u32 = 8;
 /// Faults wait too long when their round trip is above the idle one by this part of it,
 const FAULT_EXCESS_PART: u32 = 5;
 /// and by this much: less is the scheduler, which adds it to every round trip on a busy machine.
-const FAULT_EXCESS_MIN: Duration = Duration::from_micros(60);
+const FAULT_EXCESS_MIN: Duration = Duration::from_micros(50);
 /// The wanted queue is changed this often,
 const QUEUE_INTERVAL: Duration = Duration::from_millis(1);
 /// to this part of it while faults wait too long,
 const QUEUE_SHRINK: f64 = 0.7;
-/// and to this multiple otherwise: from the smallest to the largest in a tenth of a second.
-const QUEUE_GROW: f64 = 1.02;
+/// and to this multiple otherwise: from the smallest to the largest in less than a second.
+const QUEUE_GROW: f64 = 1.005;
 
 /// The shortest round; shorter ones say more about the scheduler than about the path.
 const ROUND_MIN: Duration = Duration::from_micros(250);
@@ -51,17 +51,22 @@ const EMPTY_ROUNDS: u32 = 3;
 const EMPTY_GROW: f64 = 1.125;
 
 /// This part of the best rate is kept however long round trips seem.
-const RATE_KEPT: f64 = 0.88;
+const RATE_KEPT: f64 = 0.95;
 /// A path that is tried out gets this multiple of the best rate so far,
 const RATE_TRIED: f64 = 1.2;
 /// for one interval,
 const RATE_INTERVAL: Duration = Duration::from_millis(20);
-/// so often. The best rate is that of the last two such times. (An interval is long enough that what a token bucket lets
-/// through at once does not count for much, and the slowest percent of faults is not all made in trials.)
-const TRIAL_INTERVAL: Duration = Duration::from_millis(1000);
+/// so often at first, half as often after each trial that found nothing, and at least so often. The best rate is that of
+/// the last two such times. (An interval is long enough that what a token bucket lets through at once does not count for
+/// much, and the slowest percent of faults is not all made in trials.)
+const TRIAL_PAUSES: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(4));
 /// A trial that carried this multiple of the best rate so far is followed by another at once: the path has become faster,
 /// or somebody else has left it.
 const RATE_RISEN: f64 = 1.05;
+/// Less than this part of the best rate in each of
+const RATE_FALLEN: f64 = 0.6;
+/// so many intervals: the path has become slower, and what it could do before is forgotten.
+const FALLEN_INTERVALS: u32 = 10;
 
 /// More than this part of a round's bytes lost: the path cannot take this much, whatever its delay says.
 const LOSS_MAX: f64 = 0.03;
@@ -131,6 +136,10 @@ struct Rate {
     filled: bool,
     /// What round trips are like, in seconds.
     round_trip: f64,
+    /// Until the next trial, from the last one on.
+    pause: Duration,
+    /// Intervals in a row that carried far less than the best rate, and the best of them.
+    fallen: (u32, f64),
 }
 
 /// The queue worth having.
@@ -354,13 +363,28 @@ impl Rate {
             let carried = self.acked as f64 / time.as_secs_f64();
             risen = self.is_trying() && carried > RATE_RISEN * self.best();
             self.best_now = self.best_now.max(carried);
+            self.forget_if_fallen(carried);
         }
         (self.began, self.acked, self.filled) = (now, 0, false);
         if risen {
-            self.tried = now;
-        } else if now.saturating_sub(self.tried) > TRIAL_INTERVAL.max(40 * shortest) {
+            (self.tried, self.pause) = (now, TRIAL_PAUSES.0);
+        } else if now.saturating_sub(self.tried) > self.pause.max(40 * shortest) {
             self.best_before = std::mem::take(&mut self.best_now);
             self.tried = now;
+            self.pause = (self.pause * 2).clamp(TRIAL_PAUSES.0, TRIAL_PAUSES.1);
+        }
+    }
+
+    fn forget_if_fallen(&mut self, carried: f64) {
+        let (intervals, best) = self.fallen;
+        self.fallen = match carried < RATE_FALLEN * self.best() {
+            true => (intervals + 1, best.max(carried)),
+            false => (0, 0.0),
+        };
+        if self.fallen.0 >= FALLEN_INTERVALS {
+            (self.best_before, self.best_now) = (0.0, self.fallen.1);
+            self.fallen = (0, 0.0);
+            self.pause = TRIAL_PAUSES.0;
         }
     }
 

@@ -19,7 +19,7 @@ use crate::rehearsal::Prelude;
 use crate::unpacker::Unpacker;
 
 /// Credit is renewed when this part of the window has been used: often enough that the source never waits for it.
-const RENEWALS_PER_WINDOW: u64 = 8;
+const RENEWALS_PER_WINDOW: u64 = 4;
 
 /// Takes pages in until the source finishes the stream; `installed` counts the bytes.
 pub async fn take_in(

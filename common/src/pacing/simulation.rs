@@ -243,7 +243,7 @@ fn a_path_that_becomes_slower_and_faster_again_is_followed() {
     simulation.run(300 * MS);
     simulation.rate = GIGABIT / 10.0;
     // The best rate of before has to be forgotten.
-    simulation.run(3 * TRIAL_INTERVAL);
+    simulation.run(1000 * MS);
     let slow = simulation.run(300 * MS);
     assert!(simulation.share(slow) > 0.85, "{}", simulation.share(slow));
     assert!(slow.mean_queue() < 2 * MS, "{:?}", slow.mean_queue());
@@ -263,7 +263,7 @@ fn what_others_leave_is_taken_at_once_also_on_a_busy_machine() {
     simulation.fault_noise = MS / 25;
     simulation.run(2000 * MS);
     simulation.rate = GIGABIT;
-    simulation.run(TRIAL_INTERVAL + 500 * MS);
+    simulation.run(TRIAL_PAUSES.0 + 500 * MS);
     let seen = simulation.run(500 * MS);
     assert!(simulation.share(seen) > 0.45, "{}", simulation.share(seen));
 }
@@ -301,7 +301,7 @@ fn a_queue_target_recovers_when_faults_are_fast_again() {
     (1..100).for_each(|n| window.heed(n * MS, slow(u64::from(n))));
     assert_eq!(window.wanted_queue(), QUEUE_MIN);
     // Nobody faults any more: the same count again and again.
-    (100..300).for_each(|n| window.heed(n * MS, slow(99)));
+    (100..900).for_each(|n| window.heed(n * MS, slow(99)));
     assert_eq!(window.wanted_queue(), QUEUE_MAX);
 }
 

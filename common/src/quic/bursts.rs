@@ -2,7 +2,7 @@
 //!
 //! quinn hands ten packets over at a time, whatever the kernel would take, and looks once more for packets after each
 //! receive that left none. With packets of 1452 bytes the calls cost a bulk connection more than encryption does (measured:
-//! `docs/decisions/0060-bursts.md`). So packets of a bulk connection that follow each other at once are joined into one
+//! `docs/decisions/0061-bursts.md`). So packets of a bulk connection that follow each other at once are joined into one
 //! segmented send, and a receive that did not fill its buffers is known to have emptied the socket.
 
 use std::fmt;
@@ -354,8 +354,9 @@ mod tests {
         builder.enable_all().build().expect("a runtime")
     }
 
-    /// Lets `socket` join as much as there is room for.
-    fn is_fast(socket: &Bursts) {
+    /// Lets `socket`, which can be written to when this returns, join as much as there is room for.
+    async fn is_fast(socket: &Bursts) {
+        socket.io.writable().await.expect("a socket");
         let mut burst = socket.joining.as_ref().expect("joins").burst();
         burst.pace.most = MAX_BURST_BYTES;
         burst.pace.since = Instant::now() + Duration::from_secs(3600);
@@ -365,7 +366,7 @@ mod tests {
     fn packets_keep_their_order_whether_joined_or_not() {
         runtime().block_on(async {
             let (from, to) = (socket(true), socket(false));
-            is_fast(&from);
+            is_fast(&from).await;
             let send = |range, segment| from.try_send(&transmit(&to, &contents(range), segment));
             send(0..10, Some(PACKET)).expect("room");
             send(10..20, Some(PACKET)).expect("room");
@@ -387,7 +388,7 @@ mod tests {
     fn a_burst_is_sent_when_it_is_full_and_when_nothing_follows() {
         runtime().block_on(async {
             let (from, to) = (socket(true), socket(false));
-            is_fast(&from);
+            is_fast(&from).await;
             for start in [0, 40, 80] {
                 let contents = contents(start..start + 40);
                 let sent = from.try_send(&transmit(&to, &contents, Some(PACKET)));
