@@ -354,7 +354,11 @@ impl<D: Descriptor> Memory<D> {
         let mut all = true;
         for pid in self.families.keys() {
             if let Some(mut family) = self.family(*pid) {
-                all &= family.relieve(&self.sink())?;
+                let relieved = family.relieve(&self.sink());
+                let in_place = family.no_longer_missed();
+                drop(family);
+                self.settle(in_place);
+                all &= relieved?;
             }
         }
         Ok(all)
