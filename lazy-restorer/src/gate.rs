@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use procfs::process::Process;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
@@ -79,6 +80,14 @@ pub enum Call {
 #[derive(Debug)]
 pub struct Held {
     stream: tokio::net::UnixStream,
+    /// CRIU, whose script is at the other end, when it said that.
+    criu: Option<i32>,
+}
+
+/// The parent of the process at the other end.
+fn parent_of_peer(stream: &tokio::net::UnixStream) -> Option<i32> {
+    let script = stream.peer_cred().ok()?.pid()?;
+    Some(Process::new(script).ok()?.stat().ok()?.ppid)
 }
 
 impl Gate {
@@ -123,7 +132,10 @@ async fn understand(
             }
             None
         }
-        Ok(ARMED) => Some(Call::Armed(Held { stream })),
+        Ok(ARMED) => Some(Call::Armed(Held {
+            criu: parent_of_peer(&stream),
+            stream,
+        })),
         Ok(RESUMED) => Some(Call::Resumed),
         said => {
             tracing::warn!(?said, "CRIU's script says something else");
@@ -136,6 +148,11 @@ impl Held {
     /// Another descriptor of the same gate.
     pub fn copy(&self) -> io::Result<OwnedFd> {
         self.stream.as_fd().try_clone_to_owned()
+    }
+
+    /// Whether CRIU is gone, or its script: another one is the script's parent then.
+    pub fn has_lost_criu(&self) -> bool {
+        self.criu.is_none() || parent_of_peer(&self.stream) != self.criu
     }
 
     /// Lets the tasks run.
@@ -193,6 +210,22 @@ mod tests {
             },
         );
         assert!(passed.expect("connected"));
+    }
+
+    #[test]
+    fn a_script_whose_parent_is_the_same_has_not_lost_it() {
+        let passed = with_gate(
+            |path| ask(path, ARMED),
+            async |mut gate: Gate| {
+                let Some(Call::Armed(mut held)) = gate.next().await else {
+                    panic!("not armed");
+                };
+                assert!(!held.has_lost_criu());
+                held.criu = Some(i32::MAX);
+                assert!(held.has_lost_criu());
+            },
+        );
+        assert!(!passed.expect("connected"));
     }
 
     #[test]

@@ -601,7 +601,7 @@ impl Migration<'_> {
                 return Err(error);
             }
         }
-        if resident.has_lost_criu() {
+        if held.has_lost_criu() || resident.has_lost_criu() {
             return Err(self.fail(Failure::Restore, LOST_CRIU));
         }
         // Written before it can happen: a restart must not take a copy for dead that runs. Should we be killed before the
@@ -769,7 +769,7 @@ const SECOND_ANNOUNCEMENT: Duration = Duration::from_millis(200);
 /// Time to try to learn whether the source has given the workload away; killing our copy, which never ran, is safe.
 const GRANT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Time to try to tell a source that our copy is dead, which never ran. Afterwards `resume` still can.
+/// Time to try to tell a source that our copy is dead, which never ran, or whole. Afterwards `resume` still can.
 pub(crate) const TELLING: Duration = Duration::from_secs(600);
 
 /// Time we have to take descriptors that CRIU has sent already.

@@ -379,6 +379,26 @@ impl Side {
             .with_context(|| format!("it ended: {}", self.process.stderr()))
     }
 
+    /// Whether it is a destination that has nothing to do but to tell its source how it ended.
+    pub fn is_telling(&self) -> bool {
+        let said = self.process.stderr();
+        said.contains("never ran and is dead") || said.contains("every page is here")
+    }
+
+    /// Waits for the end of a destination. One that goes on telling a source which has ended is told to end; true then, and
+    /// its session is left for `resume`.
+    pub fn end_telling(&mut self, source_has_ended: bool) -> Result<bool> {
+        wait_until(PATIENCE, "lazy-restorer to end or to go on telling", || {
+            !self.process.is_running() || (source_has_ended && self.is_telling())
+        })?;
+        let is_telling = self.process.is_running();
+        if is_telling {
+            self.terminate()?;
+        }
+        self.end()?;
+        Ok(is_telling)
+    }
+
     /// The PID of the restored root.
     pub fn restored_pid(&self) -> Result<Pid> {
         read_pid(&self.files.pidfile)

@@ -182,14 +182,16 @@ fn go_on_with_push(rig: &Rig, plan: &PairPlan, restorer: &mut Side) -> Result<()
 }
 
 /// Both programs end; a source that nobody reached yet goes on waiting until it is told to end. So does a destination whose
-/// copy never ran, and that cannot tell so to a source which has ended: true when it was told to end, and keeps its
+/// copy never ran, or is whole, and that cannot tell so to a source which has ended: true when it was told to end, and keeps its
 /// session for `resume`.
 fn until_over(server: &mut Side, restorer: &mut Side) -> Result<bool> {
-    let gave_up = |restorer: &Side| restorer.process.stderr().contains("never ran and is dead");
     wait_until(
         PATIENCE,
         "lazy-restorer to end or to give its copy up",
-        || !restorer.process.is_running() || (gave_up(restorer) && !server.process.is_running()),
+        || {
+            !restorer.process.is_running()
+                || (restorer.is_telling() && !server.process.is_running())
+        },
     )?;
     let told = restorer.process.is_running();
     if told {

@@ -187,7 +187,9 @@ impl External<'_> {
             "lazy-restorer: every page is here and the workload needs the source no more, but the source does not know \
              that; trying to tell it"
         );
-        let told = self.tell(None, Ending::Whole(&whole)).await;
+        // Without a limit of the operator's it ends nevertheless: a source that has heard it may be gone.
+        let limit = self.plan.lost.give_up_after.is_none().then_some(TELLING);
+        let told = self.tell(limit, Ending::Whole(&whole)).await;
         drop(held);
         told.map_err(|reason| {
             let text = format!(

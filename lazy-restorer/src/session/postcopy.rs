@@ -15,7 +15,7 @@ use common::session_file::{Side, Whole};
 use tokio::time::{Instant, interval, sleep, timeout};
 
 use super::{
-    EXPLANATION, Ending, Migration, Outage, Teller, gave_up, lost, understood, unexpected,
+    EXPLANATION, Ending, Migration, Outage, TELLING, Teller, gave_up, lost, understood, unexpected,
 };
 use crate::connect::Source;
 use crate::copy::SURVIVOR;
@@ -307,7 +307,9 @@ impl Migration<'_> {
              that; trying to tell it"
         );
         let patience = self.plan.lost.give_up_after;
-        let told = self.tell(welcome, patience, None, Ending::Whole(whole));
+        // Without a limit of the operator's it ends nevertheless: a source that has heard it may be gone.
+        let limit = patience.is_none().then_some(TELLING);
+        let told = self.tell(welcome, patience, limit, Ending::Whole(whole));
         if let Err(reason) = told.await {
             let text = format!(
                 "{reason}; the workload is whole here, and the source does not know it: `lazy-restorer resume --session \
