@@ -108,7 +108,8 @@ fn cut(rig: &Rig, scene: &mut Scene) -> Result<()> {
 /// How often a program has said that its link is lost.
 fn losses(side: &Side) -> usize {
     let stderr = side.process.stderr();
-    stderr.matches("trying to reconnect").count() + stderr.matches("link lost").count()
+    let words = ["trying to reconnect", "link lost", "is lost again"];
+    words.map(|word| stderr.matches(word).count()).iter().sum()
 }
 
 fn kill_program(side: &mut Side) -> Result<()> {
