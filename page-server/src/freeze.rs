@@ -295,9 +295,18 @@ impl Frozen {
                 // CRIU has died and killed nobody: they stand still by the stop that waited for this, as themselves.
                 signal_all(&self.tasks, Signal::SIGKILL);
                 freezer::thaw_noted(&self.plan.directory);
+                self.wait_for_the_dead().await;
                 self.plan.engine.forget();
                 Err(self.plan.dump_error(ended?))
             }
+        }
+    }
+
+    /// Who hears that this host has released the workload must not find it here.
+    async fn wait_for_the_dead(&self) {
+        let deadline = Instant::now() + RELEASE_TIMEOUT;
+        while self.tasks.iter().any(|task| is_alive(*task)) && Instant::now() < deadline {
+            sleep(CRIU_PAUSE).await;
         }
     }
 
