@@ -363,6 +363,7 @@ import os, sys, time
 path, there, done = sys.argv[1:]
 name = "." + os.path.basename(path) + "."
 is_on_its_way = lambda: any(entry.startswith(name) for entry in os.listdir(there))
+open(done + ".ready", "w").close()
 while not is_on_its_way():
     time.sleep(0.0002)
 grown = 0
@@ -396,11 +397,14 @@ fn late_changes_among_many_files(rig: &Rig) -> Result<()> {
     let script = rig.folder().join("attributes.py");
     fs::write(&script, ATTRIBUTES)?;
     let (grows, grown) = (trees.path.join("grows"), rig.folder().join("grown"));
-    fs::write(&grows, vec![7; 32 << 20])?;
+    // Large enough that it is on its way for some time.
+    fs::write(&grows, vec![7; 96 << 20])?;
     let mut command = rig.source.command("setsid");
     command.args(["/usr/bin/python3", "-I", "-c", GROWER]);
     command.args([&grows, &trees.there, &grown]);
     let grower = Process::start_detached("grower", &mut command)?;
+    let looks = grown.with_extension("ready");
+    wait_until(PATIENCE, "the grower to look", || looks.exists())?;
     let mut plan = trees.plan(rig)?;
     let sync = ["--sync".into(), trees.path.clone().into_os_string()];
     plan.server.extend(sync.clone());
