@@ -368,6 +368,21 @@ impl Side {
         Ok(line.to_owned())
     }
 
+    /// How often it has said that its link is lost.
+    pub fn losses(&self) -> usize {
+        let stderr = self.process.stderr();
+        let words = ["trying to reconnect", "link lost", "is lost again"];
+        words.map(|word| stderr.matches(word).count()).iter().sum()
+    }
+
+    /// Waits until it has said so more often than `before`, or has ended.
+    pub fn wait_for_loss(&mut self, before: usize) -> Result<()> {
+        let noticed = wait_until(PATIENCE, "the loss of the link to be noticed", || {
+            !self.process.is_running() || self.losses() > before
+        });
+        noticed.with_context(|| format!("all it said: {}", self.process.stderr()))
+    }
+
     /// Waits until the copy runs; fails at once when the program ends before.
     pub fn wait_for_copy(&mut self) -> Result<Pid> {
         let mut ended = false;

@@ -274,7 +274,10 @@ fn a_source_that_keeps_pages(rig: &Rig) -> Result<()> {
 
 /// Nobody knows which end is right, so neither copy is touched: the original stays frozen until the operator decides.
 fn a_destination_that_counts_wrong(rig: &Rig) -> Result<()> {
-    let torture = ends_disagree(rig, Scenario::CountsWrong)?;
+    let Disagreement {
+        torture,
+        ends: _ends,
+    } = ends_disagree(rig, Scenario::CountsWrong)?;
     torture.wait_for_rounds(100)?;
     // The operator decides for the copy.
     kill(torture.pid(), Signal::SIGKILL).context("the original ended")?;
@@ -287,7 +290,13 @@ fn a_source_that_changes_content(rig: &Rig) -> Result<()> {
     ends_disagree(rig, Scenario::ChangesContent).map(drop)
 }
 
-fn ends_disagree(rig: &Rig, scenario: Scenario) -> Result<Torture> {
+/// A copy that runs, and both ends that disagree on it. Without the destination's the copy has no keeper left, and its leash kills it.
+struct Disagreement {
+    torture: Torture,
+    ends: (FaultyPeer, Side, Side),
+}
+
+fn ends_disagree(rig: &Rig, scenario: Scenario) -> Result<Disagreement> {
     let (torture, peer, mut server, mut restorer) = torture_through(rig, scenario)?;
     wait_until(PATIENCE, "the source to disagree", || {
         server.process.stderr().contains("the ends disagree")
@@ -296,7 +305,8 @@ fn ends_disagree(rig: &Rig, scenario: Scenario) -> Result<Torture> {
     ensure!(task::is_frozen(torture.pid()), "the original is not kept");
     ensure!(server.process.is_running(), "the source gave up");
     ensure!(restorer.process.is_running(), "the destination gave up");
-    Ok(torture)
+    let ends = (peer, server, restorer);
+    Ok(Disagreement { torture, ends })
 }
 
 /// The workload runs on the destination, which refuses what comes and says why: threads that miss pages wait, none reads

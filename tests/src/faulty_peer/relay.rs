@@ -14,7 +14,7 @@ use common::proto::demand::{DEMAND_FRAME_BYTES, DemandFrame};
 use common::proto::pages::{DATA_HEADER_BYTES, DemandReply};
 use common::proto::stream;
 use common::quic::{self, FaultGauge, Listener, PathProfile, Role};
-use quinn::{Connection, ConnectionError, RecvStream, SendStream};
+use quinn::{Connection, ConnectionError, ReadError, RecvStream, SendStream};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::signal::unix::{SignalKind, signal};
@@ -127,8 +127,9 @@ async fn pass_fault(below: Connection, above: Connection, mischief: Shared) -> R
             let (send, recv) = below.accept_bi().await?;
             let (above_send, above_recv) = above.open_bi().await?;
             let answers = spawn(answers(above_recv, send, mischief.clone()));
-            requests(recv, above_send, mischief).await?;
-            answers.await?
+            let up = requests(recv, above_send, mischief).await?;
+            let down = answers.await??;
+            anyhow::Ok((up, down))
         })
     };
     tokio::select! {
@@ -140,8 +141,17 @@ async fn pass_fault(below: Connection, above: Connection, mischief: Shared) -> R
 }
 
 /// Passes on what is left, then the end.
-async fn close(other: &Connection, reason: &ConnectionError, mut rest: JoinSet<Result<()>>) {
-    let passing = async { while rest.join_next().await.is_some() {} };
+async fn close(
+    other: &Connection,
+    reason: &ConnectionError,
+    mut rest: JoinSet<Result<SendStream>>,
+) {
+    let mut passed = Vec::new();
+    let passing = async {
+        while let Some(stream) = rest.join_next().await {
+            passed.push(stream);
+        }
+    };
     let _ = timeout(2 * FAREWELL, passing).await;
     match reason {
         ConnectionError::ApplicationClosed(frame) => other.close(frame.error_code, &frame.reason),
@@ -154,7 +164,7 @@ async fn messages<M: Serialize + DeserializeOwned>(
     mut to: SendStream,
     mischief: Shared,
     pass: fn(&mut Mischief, M) -> Passage<M>,
-) -> Result<()> {
+) -> Result<SendStream> {
     while let Ok(message) = stream::receive(&mut from).await {
         let passage = pass(&mut lock(&mischief.mischief), message);
         let is_last = matches!(passage, Passage::Lose(_));
@@ -166,10 +176,14 @@ async fn messages<M: Serialize + DeserializeOwned>(
             lose_everything();
         }
     }
-    end(to).await
+    end(from, to).await
 }
 
-async fn requests(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> Result<()> {
+async fn requests(
+    mut from: RecvStream,
+    mut to: SendStream,
+    mischief: Shared,
+) -> Result<SendStream> {
     let mut frame = [0; DEMAND_FRAME_BYTES];
     while from.read_exact(&mut frame).await.is_ok() {
         let frame = DemandFrame::decode(&frame)?;
@@ -178,10 +192,10 @@ async fn requests(mut from: RecvStream, mut to: SendStream, mischief: Shared) ->
             to.write_all(&frame.encode()).await?;
         }
     }
-    end(to).await
+    end(from, to).await
 }
 
-async fn answers(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> Result<()> {
+async fn answers(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> Result<SendStream> {
     let mut header = [0; DATA_HEADER_BYTES];
     while from.read_exact(&mut header).await.is_ok() {
         let reply = DemandReply::decode(&header)?;
@@ -198,7 +212,7 @@ async fn answers(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> 
             to.write_all(&answer.body).await?;
         }
     }
-    end(to).await
+    end(from, to).await
 }
 
 async fn pass_bulk(orders: Arc<Orders>, below: Connection, mischief: Shared) -> Result<()> {
@@ -219,7 +233,7 @@ async fn pass_bulk(orders: Arc<Orders>, below: Connection, mischief: Shared) -> 
     Ok(())
 }
 
-async fn frames(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> Result<()> {
+async fn frames(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> Result<SendStream> {
     let mut header = [0; BULK_HEADER_BYTES];
     while from.read_exact(&mut header).await.is_ok() {
         let header = BulkHeader::decode(&header)?;
@@ -231,7 +245,7 @@ async fn frames(mut from: RecvStream, mut to: SendStream, mischief: Shared) -> R
             to.write_all(&frame.body).await?;
         }
     }
-    end(to).await
+    end(from, to).await
 }
 
 fn body_bytes(header: &BulkHeader) -> usize {
@@ -243,18 +257,22 @@ fn body_bytes(header: &BulkHeader) -> usize {
     }
 }
 
-async fn copy(mut from: RecvStream, mut to: SendStream) -> Result<()> {
+async fn copy(mut from: RecvStream, mut to: SendStream) -> Result<SendStream> {
     while let Ok(Some(chunk)) = from.read_chunk(usize::MAX, true).await {
         to.write_chunk(chunk.bytes).await?;
     }
-    end(to).await
+    end(from, to).await
 }
 
-async fn end(mut to: SendStream) -> Result<()> {
-    if to.finish().is_ok() {
+/// Passes the end of a stream on. A stream that was lost with its connection did not end: what it went on to is returned
+/// open, since dropping it would end it.
+async fn end(mut from: RecvStream, mut to: SendStream) -> Result<SendStream> {
+    let next = from.read_chunk(usize::MAX, true).await;
+    let is_lost = matches!(next, Err(ReadError::ConnectionLost(_)));
+    if !is_lost && to.finish().is_ok() {
         let _ = timeout(FAREWELL, to.stopped()).await;
     }
-    Ok(())
+    Ok(to)
 }
 
 /// What may go on; never returns when nothing may.

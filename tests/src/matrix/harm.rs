@@ -87,29 +87,16 @@ fn cut(rig: &Rig, scene: &mut Scene) -> Result<()> {
         Moment::Complete => return set_link(rig, false),
         _ => {}
     }
-    let attempts = losses(&scene.restorer);
-    let served = losses(&scene.server);
+    let attempts = scene.restorer.losses();
+    let served = scene.server.losses();
     set_link(rig, false)?;
-    let restorer = &mut scene.restorer;
-    wait_until(PATIENCE, "the destination to notice", || {
-        !restorer.process.is_running() || losses(restorer) > attempts
-    })?;
+    scene.restorer.wait_for_loss(attempts)?;
     // What was held goes on over a link that is not there.
     scene.let_go(rig)?;
     if scene.moment != Moment::Hello {
-        let server = &mut scene.server;
-        wait_until(PATIENCE, "the source to notice", || {
-            !server.process.is_running() || losses(server) > served
-        })?;
+        scene.server.wait_for_loss(served)?;
     }
     set_link(rig, true)
-}
-
-/// How often a program has said that its link is lost.
-fn losses(side: &Side) -> usize {
-    let stderr = side.process.stderr();
-    let words = ["trying to reconnect", "link lost", "is lost again"];
-    words.map(|word| stderr.matches(word).count()).iter().sum()
 }
 
 fn kill_program(side: &mut Side) -> Result<()> {

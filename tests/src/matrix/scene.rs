@@ -134,10 +134,15 @@ impl Scene {
     fn lose_the_link(&mut self, rig: &Rig) -> Result<()> {
         self.wait_until_it_runs()?;
         set_link(rig, false)?;
-        let says = |side: &Side, words: &str| side.process.stderr().contains(words);
-        wait_until(PATIENCE, "both ends to notice", || {
-            says(&self.server, "link lost") && says(&self.restorer, "trying to reconnect")
-        })
+        for end in [&mut self.server, &mut self.restorer] {
+            end.wait_for_loss(0)?;
+            ensure!(
+                end.process.is_running(),
+                "it ended before the link was lost: {}",
+                end.process.stderr()
+            );
+        }
+        Ok(())
     }
 
     fn stop_the_release(&mut self, rig: &Rig) -> Result<()> {
