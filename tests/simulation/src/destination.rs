@@ -280,11 +280,10 @@ impl Destination {
 
     fn let_run(&mut self, around: &mut Surroundings<'_>) {
         if self.copy_dies == Some(CopyDies::AtTheGate) {
-            // CRIU was killed: nobody got the word that lets the tasks run. This is said once, over this link.
+            // CRIU was killed: nobody got the word that lets the tasks run. Said over this link, and over others when it is
+            // lost before the answer.
             self.copy = Copy::Dead;
-            self.tell_dead(around);
-            self.outcome = Some(Outcome::Untold);
-            return;
+            return self.tell_dead(around);
         }
         self.copy = Copy::Running;
         self.memory.restored().expect("early pages fit");
