@@ -11,6 +11,8 @@ use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
+use crate::session_file::ContainerName;
+
 /// The runtime that is used when the operator names none.
 const DEFAULT_RUNTIME: &str = "runc";
 /// Bytes of a `config.json` that are read: a large one has a few tens of KiB.
@@ -209,6 +211,15 @@ impl Runtime {
         Err(self.failed(last_line(&text)))
     }
 
+    /// What somebody else needs to know to find the container `id`.
+    pub fn name_of(&self, id: &str) -> ContainerName {
+        ContainerName {
+            id: id.to_owned(),
+            runtime: self.shown(),
+            root: self.root().map(|root| root.display().to_string()),
+        }
+    }
+
     fn ask(&self, arguments: &[&str]) -> Result<std::process::Output, ContainerError> {
         let mut command = Command::new(&self.program);
         if let Some(root) = &self.root {
@@ -230,6 +241,15 @@ impl Runtime {
             program: self.shown(),
             text,
         }
+    }
+}
+
+/// A container's tasks were killed, and not by its runtime, which must hear of it.
+pub fn forget(name: &ContainerName) {
+    let root = name.root.as_deref().map(Path::new);
+    let runtime = Runtime::find(Some(Path::new(&name.runtime)), root);
+    if let Err(error) = runtime.and_then(|runtime| runtime.delete(&name.id)) {
+        tracing::warn!(%error, "the container is gone, but the runtime still lists it");
     }
 }
 

@@ -156,6 +156,8 @@ pub struct DestinationSide {
     pub pidfile: Option<String>,
     /// The operator's command for when the copy runs, until it has been run.
     pub on_resumed: Option<String>,
+    /// The container it is, if it is one.
+    pub container: Option<ContainerName>,
     /// The copy has every page and needs nobody any more; only the source is still to be told so.
     pub whole: Option<Whole>,
 }

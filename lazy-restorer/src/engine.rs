@@ -11,6 +11,7 @@ use std::path::Path;
 
 use common::container::quote_runtime;
 use common::criu::quote_errors;
+use common::session_file::ContainerName;
 use tokio::process::Command;
 
 use crate::restore::RestorePlan;
@@ -40,6 +41,14 @@ impl Engine {
     /// Whether the restored processes get their old PIDs in the PID namespace of this host.
     pub fn needs_pids_of_host(&self) -> bool {
         matches!(self, Engine::Criu)
+    }
+
+    /// How the runtime knows it, if it is a container.
+    pub fn container_name(&self) -> Option<ContainerName> {
+        match self {
+            Engine::Runc(container) => Some(container.name()),
+            Engine::Criu | Engine::Nursery => None,
+        }
     }
 
     /// What went wrong, from the logs.

@@ -473,6 +473,7 @@ impl External<'_> {
                 pidfile: None,
                 addresses: Vec::new(),
                 on_resumed: None,
+                container: None,
                 whole: None,
             }),
         };

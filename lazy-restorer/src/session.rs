@@ -685,6 +685,7 @@ impl Migration<'_> {
                     .as_ref()
                     .map(|path| path.display().to_string()),
                 on_resumed: self.plan.on_resumed.clone(),
+                container: self.engine.container_name(),
                 whole: None,
             }),
         };

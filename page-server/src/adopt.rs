@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use common::container::forget;
 use common::session_file::{ContainerName, FrozenTasks, Original, SessionFile, Task};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -13,7 +14,6 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::engine;
 use crate::freeze::FreezeError;
 use crate::freezer;
 use crate::hook::Verdict;
@@ -169,7 +169,7 @@ impl Adopted {
         self.signal(Signal::SIGKILL);
         freezer::thaw_noted(&self.left.directory);
         if let Some(container) = self.left.container.as_ref().filter(|_| !by_criu) {
-            engine::runc::forget(container);
+            forget(container);
         }
         self.remove_directory();
         told

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::ExitStatus;
 
+use common::container::forget;
 use common::container::quote_runtime;
 use common::criu::{ended_by_itself, quote_errors};
 use common::session_file::ContainerName;
@@ -79,10 +80,8 @@ impl Engine {
 
     /// The original was killed by us and not by CRIU: the runtime must hear of it.
     pub fn forget(&self) {
-        if let Engine::Runc(container) = self
-            && let Err(error) = container.delete()
-        {
-            tracing::warn!(%error, "the container is gone, but the runtime still lists it");
+        if let Some(container) = self.container_name() {
+            forget(&container);
         }
     }
 }

@@ -17,6 +17,7 @@ use tests::gate::Gate;
 use tests::harness::{self, Body, CONTAINER_MIGRATION, Need, Test};
 use tests::host::Host;
 use tests::leftovers::{Snapshot, assert_moved};
+use tests::matrix::set_link;
 use tests::namespace;
 use tests::newcomers::{self, Newcomers};
 use tests::pair::{PATIENCE, PairPlan, Side, session_of};
@@ -29,7 +30,7 @@ use tests::task;
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
-    let tests: [(&'static str, Body); 20] = [
+    let tests: [(&'static str, Body); 21] = [
         ("a_container_moves", a_container_moves),
         ("hundreds_of_connections", hundreds_of_connections),
         ("a_container_comes_back", a_container_comes_back),
@@ -69,6 +70,10 @@ fn main() -> ExitCode {
         (
             "a_container_that_was_replaced_is_refused",
             a_container_that_was_replaced_is_refused,
+        ),
+        (
+            "the_copy_of_a_container_is_killed",
+            the_copy_of_a_container_is_killed,
         ),
         ("a_network_of_its_own_by_path", a_network_of_its_own_by_path),
         (
@@ -517,7 +522,44 @@ fn a_container_is_thawed_by_force(rig: &Rig) -> Result<()> {
     let mut command = rig.source.command(binaries::program("page-server")?);
     command.args(["thaw", "--session", &session_of(rig, "source")?]);
     shell::run(command.arg("--i-know-the-copy-is-dead"))?;
-    ensure!(boxed.container.source.running()? == original, "another one");
+    serves_again(rig, &boxed.container, original)
+}
+
+/// `--on-lost thaw-source` without a PID namespace of ours: every task of the container is killed, and only then the
+/// source's runs.
+fn the_copy_of_a_container_is_killed(rig: &Rig) -> Result<()> {
+    let boxed = Boxed::start(rig, 16)?;
+    let (original, mut plan) = (boxed.pid()?, boxed.plan.clone());
+    let words = [
+        "--no-push",
+        "--give-up-after",
+        "1s",
+        "--on-lost",
+        "thaw-source",
+    ];
+    plan.restorer.extend(words.map(Into::into));
+    let (mut server, mut restorer) = start(rig, &plan, original)?;
+    let copy = restorer.wait_for_copy()?;
+    let tasks = task::descendants(copy);
+    boxed.client.wait_for_replies(50)?;
+    set_link(rig, false)?;
+    wait_until(PATIENCE, "the copy to end", || {
+        tasks.iter().chain([&copy]).all(|pid| !task::is_alive(*pid))
+    })?;
+    ensure!(task::is_frozen(original), "both could run");
+    drop(boxed.client);
+    set_link(rig, true)?;
+    let dead = ["the copy here is dead"];
+    expect_failure(&mut restorer, ABORTED_BY_PEER, &dead)?;
+    expect_failure(&mut server, ABORTED_BY_PEER, &["the copy is dead"])?;
+    let there = boxed.container.destination.state();
+    ensure!(there.is_none(), "the destination has {there:?}");
+    serves_again(rig, &boxed.container, original)
+}
+
+/// The source's container runs, and takes commands.
+fn serves_again(rig: &Rig, container: &Container, original: Pid) -> Result<()> {
+    ensure!(container.source.running()? == original, "another one");
     wait_until(PATIENCE, "the original to run", || {
         !task::is_frozen(original)
     })?;

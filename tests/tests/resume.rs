@@ -248,6 +248,7 @@ fn a_stale_copy_is_never_acted_on(rig: &Rig) -> Result<()> {
             addresses: Vec::new(),
             pidfile: None,
             on_resumed: None,
+            container: None,
             whole: None,
         };
         store.write(&SessionFile {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use common::container::{Bundle, ContainerError, Runtime};
 use common::criu::under_runtime;
+use common::session_file::ContainerName;
 use nix::mount::{MntFlags, umount2};
 use tokio::process::Command;
 
@@ -66,6 +67,11 @@ impl Container {
             self.bundle = Some(Bundle::read(&self.directory)?);
         }
         Ok(())
+    }
+
+    /// How its runtime knows it.
+    pub fn name(&self) -> ContainerName {
+        self.runtime.name_of(&self.id)
     }
 
     /// Whether the bundle, or its root filesystem, comes from the source.

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use common::container;
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::images::ImagePid;
@@ -11,7 +12,7 @@ use common::proto::control::{Abort, Present, ToDestination, ToSource, Welcome};
 use common::proto::version::V3;
 use common::record::unix_us;
 use common::session::{Event, State};
-use common::session_file::{Side, Whole};
+use common::session_file::{SessionFile, Side, Whole};
 use tokio::time::{Instant, interval, sleep, timeout};
 
 use super::{
@@ -207,6 +208,7 @@ impl Migration<'_> {
         self.kill_copy(resident).await;
         self.copy_may_run = false;
         self.withdraw();
+        self.forget_container();
         let noted = self.kept.change(|file| {
             if let Side::Destination(side) = &mut file.side {
                 side.may_run = false;
@@ -229,6 +231,14 @@ impl Migration<'_> {
     async fn kill_copy(&self, resident: &Resident) {
         while !resident.kill().await {
             tracing::error!("{SURVIVOR}");
+        }
+    }
+
+    /// The copy is dead: its name is free again.
+    fn forget_container(&self) {
+        let side = self.kept.file().and_then(SessionFile::destination);
+        if let Some(container) = side.and_then(|side| side.container.as_ref()) {
+            container::forget(container);
         }
     }
 

@@ -73,25 +73,7 @@ impl Container {
 
     /// How its runtime knows it.
     pub fn name(&self) -> ContainerName {
-        let root = self.runtime.root().map(|root| root.display().to_string());
-        ContainerName {
-            id: self.id.clone(),
-            runtime: self.runtime.program().display().to_string(),
-            root,
-        }
-    }
-
-    pub(super) fn delete(&self) -> Result<(), ContainerError> {
-        self.runtime.delete(&self.id)
-    }
-}
-
-/// The container's tasks were killed, and not by CRIU: its runtime must hear of it.
-pub fn forget(name: &ContainerName) {
-    let root = name.root.as_deref().map(Path::new);
-    let runtime = Runtime::find(Some(Path::new(&name.runtime)), root);
-    if let Err(error) = runtime.and_then(|runtime| runtime.delete(&name.id)) {
-        tracing::warn!(%error, "the container is gone, but the runtime still lists it");
+        self.runtime.name_of(&self.id)
     }
 }
 

@@ -20,8 +20,8 @@ use common::proto::pages::{DataHeader, DemandReply};
 use common::proto::stream;
 use common::session::State;
 use common::session_file::{
-    AtRest, DestinationSide, FrozenTasks, Original, Runs, SessionFile, Side, SourceSide, Task,
-    Whole, WholeProcess, encode,
+    AtRest, ContainerName, DestinationSide, FrozenTasks, Original, Runs, SessionFile, Side,
+    SourceSide, Task, Whole, WholeProcess, encode,
 };
 use lazy_restorer::journal::{Journal, Note};
 use lazy_restorer::resolver::Change;
@@ -399,6 +399,11 @@ fn destination_file() -> SessionFile {
             }],
             pidfile: Some(String::from("/run/pid")),
             on_resumed: Some(String::from("true")),
+            container: Some(ContainerName {
+                id: String::from("box"),
+                runtime: String::from("runc"),
+                root: None,
+            }),
             whole: Some(Whole {
                 tally: tally(),
                 processes: vec![WholeProcess {
