@@ -5,15 +5,14 @@
 //! restore that fails gives it back: the tasks that were rebuilt are killed first, and never ran.
 
 mod lost;
+mod socket;
+mod whole;
 
-use std::fs;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use common::control::ControlError;
 use common::exit::{Failure, SessionError};
@@ -23,7 +22,7 @@ use common::lost::LostPlan;
 use common::operator::Facts;
 use common::proto::control::{Abort, ToDestination, ToSource};
 use common::proto::version::V3;
-use common::record::{Phases, unix_us};
+use common::record::Phases;
 use common::session::{Event, Session, State};
 use common::session_file::{
     DestinationSide, Kept, Remembered, SessionFile, Side, StoreError, Task, boot_id,
@@ -32,10 +31,9 @@ use common::stop::StopSignal;
 use nix::unistd::Pid;
 use quinn::SendStream;
 use tempfile::TempDir;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{interval, timeout};
+use tokio::time::timeout;
 
 use crate::advise::{Checks, Leniency};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
@@ -44,19 +42,16 @@ use crate::engine::Engine;
 use crate::exits::{self, pidfd_kill, pidfd_open};
 use crate::fetch::{Orders, TransferError};
 use crate::files::Files;
-use crate::handover::{self, Handover, HandoverError, Handovers, SOCKET_NAME};
+use crate::handover::{Handover, HandoverError, Handovers};
 use crate::keeper::{Keeper, Setup};
 use crate::memory::{Memory, ProcessImage};
-use crate::outage::{Outage, Silence, UNANSWERED};
-use crate::progress::Progress;
+use crate::outage::Outage;
 use crate::ready::Ready;
 use crate::report::Record;
 use crate::resident::{Credits, FAILURES, Link, reported};
-use crate::session::parts;
 use crate::{push, skeleton};
+use socket::Socket;
 
-/// Time between two looks at how far the memory has come.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// Time in which the control stream may explain better why another stream broke.
 const EXPLANATION: Duration = Duration::from_millis(500);
 
@@ -630,108 +625,6 @@ impl External<'_> {
         tracing::debug!(%image, %pid, "handed over");
         Ok(())
     }
-
-    /// The tasks run. Waits until their memory is whole, over as many links as it takes.
-    async fn until_whole(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
-        self.record.resumed_at_unix_us = unix_us(SystemTime::now());
-        let mut whole = match self.send(ToSource::Resumed).await {
-            Ok(()) => self.until_agreed(filling).await,
-            Err(error) => Err(error),
-        };
-        while let Err(error) = &whole
-            && is_of_link(error)
-        {
-            if error.failure == Failure::Peer {
-                // Its operator is to learn it, too; a source that gave up does not listen.
-                let abort = self.abort(error);
-                let _ = timeout(EXPLANATION, self.source.control.send(&abort)).await;
-            }
-            let text = error.text.clone();
-            whole = match self.recover(filling, &text, true).await {
-                Ok(()) => self.until_agreed(filling).await,
-                Err(error) => Err(error),
-            };
-        }
-        whole
-    }
-
-    async fn until_agreed(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
-        self.until_settled(filling).await?;
-        self.advance(Event::AllPresent)?;
-        self.send(ToSource::Drained(filling.memory.tally())).await?;
-        let answer = self.source.control.next().await;
-        match self.understood(answer)? {
-            ToDestination::Complete => {
-                self.reunite();
-                self.advance(Event::Agreed)
-            }
-            message => Err(self.unexpected(&message)),
-        }
-    }
-
-    async fn until_settled(&mut self, filling: &mut Filling) -> Result<(), SessionError> {
-        if self.plan.push {
-            filling.begin_push(&self.source, &self.threads);
-        }
-        let memory = filling.memory.clone();
-        let progress = Progress::start(&memory);
-        let mut shown = interval(PROGRESS_INTERVAL);
-        let mut silence = Silence::begin(&memory);
-        let (began, owed) = (Instant::now(), memory.counts().owed);
-        loop {
-            let step = tokio::select! {
-                () = memory.settled() => return Ok(()),
-                _ = shown.tick() => {
-                    progress.show(&memory);
-                    if memory.counts().owed < owed || began.elapsed() > EXPLANATION {
-                        self.reunite();
-                    }
-                    if silence.is_too_long(&memory) {
-                        return Err(self.fail(Failure::Connection, UNANSWERED));
-                    }
-                    continue;
-                }
-                message = self.source.control.next() => Step::Message(Box::new(message)),
-                Some(error) = filling.failures.recv() => Step::Failure(error),
-                name = self.stop.wait() => {
-                    let counts = memory.counts();
-                    tracing::warn!(?counts, "{name} ignored: the workload needs pages that are still on the source");
-                    continue;
-                }
-            };
-            match step {
-                Step::Failure(TransferError::Link) => {
-                    let said = timeout(EXPLANATION, self.source.control.next()).await;
-                    if let Ok(said) = said {
-                        self.understood(said)?;
-                    }
-                    return Err(self.fail(Failure::Connection, "a stream of pages broke"));
-                }
-                Step::Failure(error) if error.is_of_source() => {
-                    return Err(self.fail(Failure::Peer, error));
-                }
-                Step::Failure(error) => return Err(self.fail(Failure::Restore, error)),
-                Step::Message(message) => {
-                    let message = self.understood(*message)?;
-                    return Err(self.unexpected(&message));
-                }
-                Step::Handover(_) => {}
-            }
-        }
-    }
-
-    /// Tells the source which pages have come.
-    async fn tell_present(&mut self, memory: &Memory) -> Result<(), SessionError> {
-        for (pid, map) in memory.present_map() {
-            for part in parts(pid, &map.received) {
-                self.send(ToSource::Present(part)).await?;
-            }
-            for part in parts(pid, &map.withheld) {
-                self.send(ToSource::Withheld(part)).await?;
-            }
-        }
-        self.send(ToSource::PresentEnd).await
-    }
 }
 
 /// Whether another link may do better.
@@ -788,48 +681,4 @@ fn release(keeper: Keeper) {
 
 fn interrupted(state: State, signal: &str) -> SessionError {
     SessionError::new(Failure::Interrupted, state, format!("stopped by {signal}"))
-}
-
-/// The socket while it waits for CRIU. Dropping it turns away whoever was not accepted, and removes it.
-struct Socket {
-    listener: AsyncFd<UnixListener>,
-    path: PathBuf,
-}
-
-impl Socket {
-    /// Binds the socket in `work`; one that a dead daemon left behind is replaced.
-    fn bind(work: &Path) -> Result<Self, HandoverError> {
-        let path = work.join(SOCKET_NAME);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
-        }
-        let listener = handover::bind(work)?;
-        listener.set_nonblocking(true)?;
-        // SAFETY: the listener is owned and goes into the `AsyncFd`.
-        let listener = unsafe { AsyncFd::register(listener) }
-            .map_err(|error| io::Error::other(error.to_string()))?;
-        Ok(Socket { listener, path })
-    }
-
-    /// Waits until CRIU connects, and collects from then on. May be cancelled without loss.
-    async fn accept(&self) -> Result<Handovers, HandoverError> {
-        let stream = loop {
-            let mut ready = self.listener.readable().await?;
-            match ready.try_io(|listener| listener.get_ref().accept()) {
-                Ok(accepted) => break accepted?.0,
-                Err(_) => continue,
-            }
-        };
-        stream.set_nonblocking(false)?;
-        handover::collect(move || Ok(stream))
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.path) {
-            tracing::debug!(%error, "the lazy-pages socket");
-        }
-    }
 }
