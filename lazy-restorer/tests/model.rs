@@ -46,6 +46,9 @@ proptest! {
 
 fn run(scenario: &Scenario) {
     let mut migration = Migration::new(&scenario.dump);
+    if scenario.waits_only {
+        migration.wait_only();
+    }
     for (index, step) in scenario.steps.iter().enumerate() {
         if index == scenario.attach_at {
             migration.attach();

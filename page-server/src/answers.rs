@@ -11,8 +11,8 @@ use crate::memory::{MemoryError, PageSource};
 use crate::packer::Packer;
 use crate::pending::Run;
 
-/// Answers, compressed while the push found that this pays: a page that a thread waits for is on a slow link for longer
-/// than compressing it takes.
+/// Answers, compressed where the push found that this pays: pages that go together more often than one by itself, for
+/// which a thread waits.
 #[derive(Debug)]
 pub struct Answers {
     /// `None` for a destination that takes pages only as they are.
@@ -37,7 +37,8 @@ impl Answers {
         run: Run,
         new: u64,
     ) -> Result<Frame, MemoryError> {
-        let Some(packer) = self.packer.as_mut().filter(|_| self.paying.is_so()) else {
+        let pays = self.paying.is_so(run.pages.count);
+        let Some(packer) = self.packer.as_mut().filter(|_| pays) else {
             return frame::read(source, run, new);
         };
         let loaded = frame::load(source, run, new)?;
@@ -69,6 +70,7 @@ mod tests {
     use common::proto::pages::{DATA_HEADER_BYTES, DemandReply};
 
     use super::*;
+    use crate::compression::Pays;
 
     /// Pages of one byte each; page 0 is zero, page 9 is noise.
     struct Simple;
@@ -95,7 +97,7 @@ mod tests {
         }
     }
 
-    fn reply(version: u16, pays: bool, start: u64, count: u64) -> (DemandReply, usize) {
+    fn reply(version: u16, pays: Pays, start: u64, count: u64) -> (DemandReply, usize) {
         let paying = Paying::default();
         paying.say(pays);
         let mut answers = Answers::new(version, paying).expect("memory");
@@ -113,12 +115,12 @@ mod tests {
 
     #[test]
     fn answers_are_compressed_while_it_pays_and_is_understood() {
-        let (packed, length) = reply(version::V3, true, 0, 4);
+        let (packed, length) = reply(version::V3, Pays::Several, 0, 4);
         assert!(
             matches!(packed, DemandReply::Packed(header) if header.zero == 1 && header.stored_pages() == 3)
         );
         assert!(length < 4096, "{length}");
-        for (version, pays) in [(version::V3, false), (version::V2, true)] {
+        for (version, pays) in [(version::V3, Pays::Nothing), (version::V2, Pays::Single)] {
             let (plain, length) = reply(version, pays, 0, 4);
             assert!(matches!(plain, DemandReply::Data(_)));
             assert_eq!(length, DATA_HEADER_BYTES + 3 * 4096);
@@ -126,11 +128,19 @@ mod tests {
     }
 
     #[test]
+    fn a_page_by_itself_is_compressed_where_that_pays() {
+        for (pays, is_packed) in [(Pays::Several, false), (Pays::Single, true)] {
+            let (reply, _) = reply(version::V3, pays, 1, 1);
+            assert_eq!(matches!(reply, DemandReply::Packed(_)), is_packed);
+        }
+    }
+
+    #[test]
     fn what_does_not_shrink_goes_as_it_is() {
-        let (plain, length) = reply(version::V3, true, 9, 1);
+        let (plain, length) = reply(version::V3, Pays::Single, 9, 1);
         assert!(matches!(plain, DemandReply::Data(_)));
         assert_eq!(length, DATA_HEADER_BYTES + 4096);
-        let (zero, length) = reply(version::V3, true, 0, 1);
+        let (zero, length) = reply(version::V3, Pays::Single, 0, 1);
         assert!(matches!(zero, DemandReply::Data(header) if header.is_zero(0)));
         assert_eq!(length, DATA_HEADER_BYTES);
     }

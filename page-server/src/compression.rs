@@ -5,7 +5,7 @@
 //! the faster one is kept. Now and then the other is tried again, ever more rarely as long as it loses.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 /// What the operator wants.
@@ -33,22 +33,43 @@ const PAUSE_SLICES: (u32, u32) = (8, 128);
 /// ends, and where it pays it pays more.
 const CLEARLY: f64 = 0.8;
 
+/// Sending a byte takes longer than this many nanoseconds where a single page is compressed: at 500 Mbit/s what it spares
+/// the link is what it costs two processors while a thread waits.
+const SLOW: f64 = 16.0;
+
+/// For what compressing pays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Pays {
+    /// For nothing.
+    #[default]
+    Nothing,
+    /// For pages that go together.
+    Several,
+    /// Also for a page by itself.
+    Single,
+}
+
 /// Shows those who answer requests what the push found out. Clones show the same.
 ///
 /// It has one writer, and who reads an old value for a moment does no harm: no lock, so that a fault never waits for
 /// bulk here.
 #[derive(Clone, Debug, Default)]
-pub struct Paying(Arc<AtomicBool>);
+pub struct Paying(Arc<AtomicU8>);
 
 impl Paying {
-    /// Says whether compressing pays.
-    pub fn say(&self, pays: bool) {
-        self.0.store(pays, Ordering::Relaxed);
+    /// Says for what compressing pays.
+    pub fn say(&self, pays: Pays) {
+        self.0.store(pays as u8, Ordering::Relaxed);
     }
 
-    /// Whether compressing pays.
-    pub fn is_so(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+    /// Whether compressing pays for so many pages that go together.
+    pub fn is_so(&self, pages: u64) -> bool {
+        let least = match pages {
+            1 => Pays::Single,
+            _ => Pays::Several,
+        };
+        self.0.load(Ordering::Relaxed) >= least as u8
     }
 }
 
@@ -128,10 +149,16 @@ impl Compression {
         self.way == Way::Packed
     }
 
-    /// Whether compressing is known to be the faster way, or wanted whatever it costs.
-    pub fn pays(&self) -> bool {
+    /// For what compressing is known to be the faster way, or wanted whatever it costs.
+    pub fn pays(&self) -> Pays {
         // A trial proves nothing yet, either way.
-        self.compresses() != self.on_trial
+        if self.compresses() == self.on_trial {
+            return Pays::Nothing;
+        }
+        match self.raw {
+            Some(raw) if raw < SLOW => Pays::Several,
+            _ => Pays::Single,
+        }
     }
 
     /// A run was sent the way it was to be.
@@ -320,6 +347,25 @@ mod tests {
         assert!(compressed > 0.5, "{compressed}");
         let (compressed, _) = world(0.5).run(&mut compression);
         assert!(compressed < 0.5, "{compressed}");
+    }
+
+    #[test]
+    fn single_pages_are_compressed_on_slow_links_only() {
+        for (link, pays) in [
+            (0.5, Pays::Nothing),
+            (8.0, Pays::Several),
+            (80.0, Pays::Single),
+        ] {
+            let mut compression = Compression::new(Mode::Auto);
+            world(link).run(&mut compression);
+            // It may be in the middle of a trial.
+            while compression.on_trial {
+                world(link).send(&mut compression);
+            }
+            assert_eq!(compression.pays(), pays, "{link} ns for a byte");
+        }
+        assert_eq!(Compression::new(Mode::Always).pays(), Pays::Single);
+        assert_eq!(Compression::new(Mode::Never).pays(), Pays::Nothing);
     }
 
     #[test]

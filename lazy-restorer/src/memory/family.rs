@@ -145,6 +145,8 @@ pub(super) struct LiveFamily<D: Descriptor> {
     /// Slots that came to a program before us, which was killed before it installed them: owed once more.
     missed: BTreeSet<usize>,
     blocktime: Blocktime,
+    /// The moment since which the resolver counts.
+    began: Instant,
     buffer: D::Buffer,
     counts: FamilyCounts,
 }
@@ -171,6 +173,7 @@ impl<D: Descriptor> LiveFamily<D> {
             waiting: BTreeMap::new(),
             missed: BTreeSet::new(),
             blocktime: Blocktime::default(),
+            began: Instant::now(),
             buffer: D::buffer(),
             counts: FamilyCounts::default(),
         }
@@ -407,8 +410,8 @@ impl<D: Descriptor> LiveFamily<D> {
             } => {
                 self.note_waiting(slot);
                 let pid = self.family.pid();
-                let wanted = [Some(PageRange::new(page, 1)), neighbours];
-                for pages in wanted.into_iter().flatten() {
+                let itself = PageRange::new(page, 1);
+                for pages in std::iter::once(itself).chain(neighbours) {
                     sink.order(Order::Demand(DemandFrame::Request(pid, pages)));
                 }
             }
@@ -473,6 +476,9 @@ impl<D: Descriptor> LiveFamily<D> {
             .ok_or(MemoryError::UnknownPages(header.pid, header.pages))?;
         let new = self.account(header, payload, slots, arrival)?;
         let placed = self.place_frame(header, payload, sink)?;
+        if arrival == Arrival::Demanded {
+            self.family.came(self.began.elapsed());
+        }
         if !self.restored {
             self.keep(header, payload)?;
         }
@@ -744,7 +750,9 @@ impl<D: Descriptor> LiveFamily<D> {
         }
         for slot in slots {
             if let Some(since) = self.waiting.remove(&slot) {
-                self.blocktime.record(since.elapsed());
+                let (waited, now) = (since.elapsed(), self.began.elapsed());
+                self.blocktime.record(waited);
+                self.family.served(now.saturating_sub(waited), now);
             }
         }
     }

@@ -14,18 +14,25 @@ mod address_space;
 mod change;
 mod departures;
 mod prefetch;
+mod reach;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::images::{DumpedVma, ImagePid};
 use common::lazy_map::LazyMap;
+use common::limits::MAX_FRAME_PAGES;
 use common::page::{PageIndex, PageRange};
 use common::page_set::PageSet;
 
 pub use self::address_space::{AddressSpace, Piece};
 pub use self::change::{CHANGE_WORDS, Change, FamilyState};
 use self::prefetch::Prefetch;
+use self::reach::Reach;
+
+/// Runs of neighbours that come with one fault: in more pieces they cost both ends more than they are worth.
+const MAX_NEIGHBOUR_RUNS: usize = 4;
 
 /// A member of a family, numbered in the order they appeared; 0 is the restored process itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -49,8 +56,8 @@ pub enum Fault {
         slot: usize,
         /// The page, by its dump-time address.
         page: PageIndex,
-        /// Neighbours worth having, without the page itself.
-        neighbours: Option<PageRange>,
+        /// Runs of neighbours worth having, without the page itself.
+        neighbours: Vec<PageRange>,
     },
 }
 
@@ -79,6 +86,7 @@ pub struct Family {
     members: Vec<Option<AddressSpace>>,
     /// `None`: neighbours are not asked for.
     prefetch: Option<Prefetch>,
+    reach: Reach,
 }
 
 impl Family {
@@ -93,6 +101,7 @@ impl Family {
             discarding: PageSet::empty(slots),
             members: Vec::new(),
             prefetch: Some(Prefetch::default()),
+            reach: Reach::default(),
             lazy,
         }
     }
@@ -181,8 +190,8 @@ impl Family {
         if self.requested.contains(slot) || self.received.contains(slot) {
             return Fault::Waiting { slot };
         }
-        let neighbours = self.neighbours(slot);
         self.requested.insert(slot);
+        let neighbours = self.neighbours(slot);
         Fault::Request {
             slot,
             page: self.lazy.page(slot),
@@ -190,12 +199,32 @@ impl Family {
         }
     }
 
-    /// Pages next to a faulting slot that nobody asked for yet, marked as requested.
-    fn neighbours(&mut self, slot: usize) -> Option<PageRange> {
-        let window = self.prefetch.as_mut()?.window(slot, self.lazy.slots());
-        let run = self.wanted_run(window)?;
-        self.requested.insert_range(run.clone());
-        Some(self.lazy.contiguous(run))
+    /// A thread that waited for a page since `since` goes on at `now`; both since any fixed moment.
+    pub fn served(&mut self, since: Duration, now: Duration) {
+        self.reach.served(since, now);
+    }
+
+    /// Pages that were asked for are in place at `now`.
+    pub fn came(&mut self, now: Duration) {
+        self.reach.came(now);
+    }
+
+    /// Pages around a faulting slot that nobody asked for yet, marked as requested, in runs that a frame can carry.
+    fn neighbours(&mut self, slot: usize) -> Vec<PageRange> {
+        let slots = self.lazy.slots();
+        let Some(prefetch) = self.prefetch.as_mut() else {
+            return Vec::new();
+        };
+        let mut window = prefetch.window(slot, slots, self.reach.pages());
+        let mut neighbours = Vec::new();
+        while neighbours.len() < MAX_NEIGHBOUR_RUNS
+            && let Some(run) = self.wanted_run(window.clone())
+        {
+            window.start = run.end;
+            self.requested.insert_range(run.clone());
+            neighbours.push(self.lazy.contiguous(run));
+        }
+        neighbours
     }
 
     /// The first run of owed, unrequested slots in `window` that lies in one piece of the dumped address space.
@@ -207,9 +236,10 @@ impl Family {
                 && !self.discarding.contains(*slot)
         };
         let start = window.clone().find(wanted)?;
-        let end = (start..window.end)
+        let longest = window.end.min(start + MAX_FRAME_PAGES);
+        let end = (start..longest)
             .find(|slot| !wanted(slot))
-            .unwrap_or(window.end);
+            .unwrap_or(longest);
         let contiguous = self.lazy.contiguous(start..end).count as usize;
         Some(start..start + contiguous)
     }

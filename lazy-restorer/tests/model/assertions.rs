@@ -1,5 +1,6 @@
 //! What must hold, at every step and at the end.
 
+use common::limits::MAX_FRAME_PAGES;
 use common::page::{PageIndex, PageRange};
 use lazy_restorer::resolver::{Fault, Install};
 
@@ -52,6 +53,7 @@ impl Migration {
     }
 
     pub fn check_request(&self, pages: PageRange) {
+        assert!(pages.count <= MAX_FRAME_PAGES as u64, "{pages:?}");
         for page in pages_of(pages) {
             let slot = self
                 .lazy

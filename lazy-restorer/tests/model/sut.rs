@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::images::ImagePid;
 use common::lazy_map::LazyMap;
@@ -48,6 +49,14 @@ impl Migration {
             received: HashSet::new(),
             withheld: HashSet::new(),
             disturbance: None,
+        }
+    }
+
+    /// Waits without a pause: enough of them that faults reach as far as they may.
+    pub fn wait_only(&mut self) {
+        for wait in 0..100 {
+            let [since, now] = [wait, wait + 1].map(Duration::from_millis);
+            self.family.served(since, now);
         }
     }
 
@@ -168,10 +177,8 @@ impl Migration {
             Fault::Request {
                 page, neighbours, ..
             } => {
-                for pages in [Some(PageRange::new(page, 1)), neighbours]
-                    .into_iter()
-                    .flatten()
-                {
+                let itself = PageRange::new(page, 1);
+                for pages in std::iter::once(itself).chain(neighbours) {
                     self.check_request(pages);
                     self.outstanding.extend(pages_of(pages));
                     self.source

@@ -24,6 +24,8 @@ pub struct Scenario {
     /// The process hands its memory over before this step.
     pub attach_at: usize,
     pub steps: Vec<Step>,
+    /// Threads have lately done nothing but wait: faults reach as far as they may.
+    pub waits_only: bool,
 }
 
 /// `who` picks among live processes, `at` among what is there to pick from.
@@ -75,10 +77,13 @@ pub enum Step {
 
 pub fn scenario() -> impl Strategy<Value = Scenario> {
     let steps = prop::collection::vec(step(), 1..90);
-    (dump(), 0usize..8, steps).prop_map(|(dump, attach_at, steps)| Scenario {
+    // What is drawn last leaves what seeds of old failures draw before as it was.
+    let drawn = (dump(), 0usize..8, steps, any::<bool>());
+    drawn.prop_map(|(dump, attach_at, steps, waits_only)| Scenario {
         dump,
         attach_at,
         steps,
+        waits_only,
     })
 }
 
