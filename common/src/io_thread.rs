@@ -12,9 +12,9 @@ use tokio::sync::oneshot;
 
 use crate::privileges::{self, Capabilities};
 
-/// The longest there is. Who wakes up preempts this thread only while its own slice (0.7 to 2.8 ms, by the number of CPUs)
-/// would end sooner than what is left of this one; with a slice of 3 ms it often does not (decision 0018).
-const BULK_SLICE: Duration = Duration::from_millis(100);
+/// Longer than what threads have that asked for nothing: 0.7 to 2.8 ms, by the number of CPUs (kernel/sched/fair.c:
+/// sysctl_sched_base_slice).
+const BULK_SLICE: Duration = Duration::from_millis(3);
 
 /// How the kernel schedules the thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
