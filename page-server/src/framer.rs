@@ -7,7 +7,7 @@ use common::proto::packed::{Body, PackedHeader};
 use common::proto::version;
 
 use crate::compression::{Compression, Mode, Paying, SentRun};
-use crate::frame::{self, Frame, Loaded};
+use crate::frame::{self, Buffers, Frame, Loaded};
 use crate::memory::{MemoryError, PageSource};
 use crate::packer::Packer;
 use crate::pending::Run;
@@ -44,6 +44,7 @@ pub struct PushedFrame {
 pub struct Framer {
     /// `None` for a destination that does not know packed frames.
     packing: Option<Packing>,
+    buffers: Buffers,
 }
 
 #[derive(Debug)]
@@ -60,7 +61,10 @@ impl Framer {
     /// Makes frames for a new stream.
     pub fn new(form: Form) -> io::Result<Self> {
         if form.version < version::V2 {
-            return Ok(Framer { packing: None });
+            return Ok(Framer {
+                packing: None,
+                buffers: Buffers::default(),
+            });
         }
         let compression = Compression::new(form.compress);
         form.paying.say(compression.pays());
@@ -74,6 +78,7 @@ impl Framer {
         };
         Ok(Framer {
             packing: Some(packing),
+            buffers: Buffers::default(),
         })
     }
 
@@ -84,9 +89,13 @@ impl Framer {
             let frame = frame::read(source, run, all)?;
             return Ok(PushedFrame::plain(frame, run));
         };
-        let loaded = frame::load(source, run, all)?;
+        let loaded = frame::load_into(self.buffers.take(), source, run, all)?;
         let repeated = packing.repeats.look(source, &loaded)?;
-        Ok(packing.pack(loaded, &repeated))
+        let pushed = packing.pack(loaded, &repeated);
+        if !pushed.compressed && pushed.referred == 0 {
+            self.buffers.lend(&pushed.frame.bytes);
+        }
+        Ok(pushed)
     }
 
     /// What comes next has to wait for something else than the path.

@@ -3,14 +3,17 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, IoSliceMut};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use common::images::ImagePid;
-use common::page::{PAGE_SIZE, PageRange};
+use common::page::PageRange;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 
 use crate::huge;
+use crate::sockets::pidfd_open;
 
 /// Content of frozen pages.
 pub trait PageSource: Send + Sync {
@@ -46,6 +49,8 @@ pub struct FrozenProcesses {
 #[derive(Debug)]
 struct FrozenProcess {
     pid: Pid,
+    /// Names the process, and nobody who gets its PID later.
+    pidfd: OwnedFd,
     /// `/proc/PID/mem`: cheaper for a single page, and reads mappings without read permission too.
     mem: File,
 }
@@ -56,9 +61,10 @@ impl FrozenProcesses {
         let processes = pids
             .into_iter()
             .map(|(image, pid)| {
-                let mem = File::open(format!("/proc/{pid}/mem"))
-                    .map_err(|error| MemoryError::Open(image, pid, error))?;
-                Ok((image, FrozenProcess { pid, mem }))
+                let failed = |error| MemoryError::Open(image, pid, error);
+                let pidfd = pidfd_open(pid).map_err(failed)?;
+                let mem = File::open(format!("/proc/{pid}/mem")).map_err(failed)?;
+                Ok((image, FrozenProcess { pid, pidfd, mem }))
             })
             .collect::<Result<_, MemoryError>>()?;
         Ok(FrozenProcesses { processes })
@@ -93,24 +99,28 @@ impl PageSource for FrozenProcesses {
 impl FrozenProcess {
     /// True when everything was read; mappings without read permission end it early.
     ///
-    /// The first page is read last, and not by the PID: that it can be read says that the process lived until then, so
-    /// that its number was no other's.
+    /// The PID may be another's by the time it is used. That the process has not ended afterwards says that it was not: a
+    /// PID is free only when the process is gone.
     fn read_vectored(&self, pages: PageRange, buffer: &mut [u8]) -> bool {
-        let (first, rest) = buffer.split_at_mut(PAGE_SIZE);
-        let wanted = rest.len();
+        let wanted = buffer.len();
         let remote = RemoteIoVec {
-            base: pages.start.forward(1).addr().0 as usize,
+            base: pages.start.addr().0 as usize,
             len: wanted,
         };
-        let read = process_vm_readv(self.pid, &mut [IoSliceMut::new(rest)], &[remote]);
-        let start = pages.start.addr().0;
-        read == Ok(wanted) && self.mem.read_exact_at(first, start).is_ok()
+        let read = process_vm_readv(self.pid, &mut [IoSliceMut::new(buffer)], &[remote]);
+        read == Ok(wanted) && self.lives()
+    }
+
+    /// A pidfd is readable once its process has ended (pidfd_open(2)).
+    fn lives(&self) -> bool {
+        let mut end = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        poll(&mut end, PollTimeout::ZERO) == Ok(0)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use common::page::VirtAddr;
+    use common::page::{PAGE_SIZE, VirtAddr};
 
     use super::*;
 
@@ -141,10 +151,12 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("1000").spawn();
         let child = child.as_mut().expect("sleep runs");
         let mem = File::open(format!("/proc/{}/mem", child.id())).expect("our child");
+        let pidfd = pidfd_open(Pid::from_raw(child.id().cast_signed())).expect("our child");
         child.kill().expect("our child");
         child.wait().expect("our child");
         let process = FrozenProcess {
             pid: Pid::this(),
+            pidfd,
             mem,
         };
         let memory = FrozenProcesses {
