@@ -117,6 +117,10 @@ fn trees(options: &FilesOptions) -> Vec<Option<Tree>> {
     std::iter::once(None).chain(trees).collect()
 }
 
+/// The file that changes, besides those that do not. It is as large in every tree: what changed is compared as a whole.
+const LATE: &str = "late";
+/// Its size.
+const LATE_BYTES: usize = 64 << 10;
 /// Files of the trees that differ in their content.
 const BY_CONTENT: u64 = 16;
 /// Content of the trees that differ in the number of their files.
@@ -142,7 +146,8 @@ fn one(tree: Option<Tree>, seed: u64) -> Result<Run> {
         let sync = ["--sync".into(), path.clone().into_os_string()];
         pair.server.extend(sync.clone());
         pair.restorer.extend(sync);
-        late = format!("echo late >> '{}/0/0'", path.display());
+        fs::write(path.join(LATE), vec![1; LATE_BYTES])?;
+        late = format!("echo late >> '{}/{LATE}'", path.display());
     }
     // When CRIU is called the first pass is over, and nothing is frozen yet.
     pair.source_criu = fake_criu::running_before(&rig, "dump", &late)?;
@@ -150,7 +155,7 @@ fn one(tree: Option<Tree>, seed: u64) -> Result<Run> {
     let migration = pair.migrate(&rig, toucher.pid())?;
     let used_by_others = Use::now(&rig).by_others_since(before);
     if tree.is_some() {
-        let there = fs::read(rig.folder().join("tree-there/0/0"))?;
+        let there = fs::read(rig.folder().join("tree-there").join(LATE))?;
         anyhow::ensure!(there.ends_with(b"late\n"), "the late change is missing");
     }
     toucher.finish()?;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use tests::dataset::Dataset;
 use tests::namespace;
-use tests::pulse::monotonic_ns;
+use tests::pulse::wall_ns;
 use tests::random::Random;
 use tests::resp::{Connection, Reply};
 use tests::wait::{wait_for, wait_until};
@@ -156,17 +156,17 @@ impl Session {
         let pause = 1_000_000_000_u64
             .checked_div(u64::from(self.plan.rate))
             .unwrap_or(0);
-        let mut due = monotonic_ns();
+        let mut due = wall_ns();
         self.timeline = Timeline::default();
         while !shared.stop.load(Ordering::Relaxed) {
-            let sent = monotonic_ns();
+            let sent = wall_ns();
             let number = keys.next();
             if random.below(10) < 3 {
                 self.set(number)?;
             } else {
                 self.get(number)?;
             }
-            let answered = monotonic_ns();
+            let answered = wall_ns();
             self.timeline.note(sent, answered);
             shared.replies.fetch_add(1, Ordering::Relaxed);
             // Commands missed during a gap are not made up for: that would hide how the service recovers.

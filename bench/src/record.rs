@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use tests::pair::PairPlan;
-use tests::pulse::monotonic_ns;
+use tests::pulse::wall_ns;
 use tests::rig::Rig;
 
 use crate::workload::{Kind, Plan, Workload};
@@ -48,7 +48,7 @@ pub fn run(options: &RecordOptions) -> Result<()> {
     plan.restorer
         .extend(["--record-for".into(), seconds.into()]);
     workload.settle()?;
-    let began = monotonic_ns();
+    let began = wall_ns();
     plan.migrate(&rig, workload.pid())?;
     workload.end(began).map(drop)
 }

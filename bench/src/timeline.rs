@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tests::pulse::monotonic_ns;
+use tests::pulse::wall_ns;
 
 /// The width of one bucket.
 const BUCKET: Duration = Duration::from_millis(20);
@@ -23,7 +23,7 @@ pub struct Timeline {
 impl Default for Timeline {
     fn default() -> Self {
         Self {
-            started_ns: monotonic_ns(),
+            started_ns: wall_ns(),
             buckets: Vec::new(),
             longest_ns: 0,
             longest_from_ns: 0,

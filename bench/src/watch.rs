@@ -12,7 +12,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 use std::os::fd::AsFd;
 use tests::path::{Bytes, DeviceCounters};
-use tests::pulse::monotonic_ns;
+use tests::pulse::wall_ns;
 use tests::rig::Rig;
 
 use crate::programs::{self, Program, Side};
@@ -31,7 +31,7 @@ pub struct Watch {
 /// What was seen.
 #[derive(Debug, Clone, Default)]
 pub struct Watched {
-    /// What the path had carried, and when (`CLOCK_MONOTONIC`).
+    /// What the path had carried, and when (`wall_ns`).
     wire: Vec<(u64, Bytes)>,
     programs: Vec<Program>,
     /// Seconds of CPU of everything that was started and has ended.
@@ -111,9 +111,7 @@ struct Eyes {
 
 impl Eyes {
     fn look(&mut self) -> Result<()> {
-        self.watched
-            .wire
-            .push((monotonic_ns(), self.counters.read()?));
+        self.watched.wire.push((wall_ns(), self.counters.read()?));
         for pid in programs::children() {
             if self.known.insert(pid) {
                 self.watched.programs.extend(Program::new(pid));
@@ -166,7 +164,7 @@ impl Watched {
         self.programs.iter().filter(missed).count()
     }
 
-    /// How fast it went after `from` (`CLOCK_MONOTONIC`), when `memory` bytes were moved in all, and `demanded` of them
+    /// How fast it went after `from` (`wall_ns`), when `memory` bytes were moved in all, and `demanded` of them
     /// because somebody waited: those are not part of the rate of memory.
     ///
     /// How many bytes of memory a byte on the wire stands for is taken to be the same for the whole move.

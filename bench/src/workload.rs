@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use tests::latency::Percentiles;
 use tests::process::Process;
-use tests::pulse::{Pulse, monotonic_ns};
+use tests::pulse::{Pulse, wall_ns};
 use tests::rig::Rig;
 use tests::touch::{Pattern, TouchPlan, Toucher};
 use tests::wait::wait_until;
@@ -90,7 +90,7 @@ pub struct Felt {
     pub client_gap: Option<Duration>,
     /// From the first bad moment until the work gets on as before.
     pub brownout: Option<Duration>,
-    /// When the workload ran again (`CLOCK_MONOTONIC`).
+    /// When the workload ran again (`wall_ns`).
     pub moved_ns: u64,
     /// Waits for pages, where the workload can tell.
     pub waits: Option<Percentiles>,
@@ -162,7 +162,7 @@ impl Workload {
         wait_until(PATIENCE, "the heartbeat", forgot)
     }
 
-    /// Sees it through after the move, which began at `began` (`CLOCK_MONOTONIC`); everything it held must be as it was.
+    /// Sees it through after the move, which began at `began` (`wall_ns`); everything it held must be as it was.
     pub fn end(self, began: u64) -> Result<Felt> {
         match self {
             Self::Redis { pulse, load, .. } => redis_felt(pulse, load, began),
@@ -172,7 +172,7 @@ impl Workload {
 }
 
 fn redis_felt(pulse: &Pulse, load: Load, began: u64) -> Result<Felt> {
-    let now = monotonic_ns();
+    let now = wall_ns();
     let beats = || pulse.last_ns.load(Ordering::Relaxed) > now;
     wait_until(PATIENCE, "the heartbeat after the move", beats)?;
     let foreign = pulse.foreign_ticks.load(Ordering::Relaxed);

@@ -1,18 +1,15 @@
 //! Makes directories here equal to the source's by `rsync`, whose other end runs on the source; its protocol travels in
 //! a stream of the bulk connection.
 //!
-//! rsync starts a program to reach the other host: this very program, in another role ([`run_if_called`]), which hands
-//! what it is given to us by a local socket.
+//! rsync starts a program to reach the other host: this very program, in another role ([`remote_shell`](crate::remote_shell)), which hands
+//! us what it is given.
 
 use std::env;
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process::{ExitCode, Stdio};
-use std::thread;
+use std::process::{Output, Stdio};
 use std::time::Instant;
 
 use common::proto::ProtoError;
@@ -25,9 +22,10 @@ use tempfile::TempDir;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixListener;
 use tokio::process::Command;
+use tokio::task::JoinSet;
 
-/// Names the socket of the waiting `lazy-restorer`; set for rsync and inherited by what it starts.
-const SOCKET_VARIABLE: &str = "POSTCOPY_FILES_SOCKET";
+use crate::remote_shell::{Remote, SOCKET_VARIABLE};
+
 /// What rsync calls the other host, and hands on as the first argument.
 const HOST: &str = "source";
 /// A file vanished on the source while it was read.
@@ -102,6 +100,25 @@ pub struct PassCounts {
     pub bytes: u64,
 }
 
+/// What a pass brought.
+#[derive(Debug, Default)]
+pub struct Brought {
+    /// Of what.
+    pub counts: PassCounts,
+    /// Those rsyncs that have not said yet how it went.
+    outstanding: JoinSet<Result<(), FilesError>>,
+}
+
+impl Brought {
+    /// Waits until every rsync has said that all went well.
+    pub async fn settle(&mut self) -> Result<(), FilesError> {
+        while let Some(said) = self.outstanding.join_next().await {
+            said.map_err(io::Error::other)??;
+        }
+        Ok(())
+    }
+}
+
 /// Directories to make equal.
 #[derive(Clone, Debug, Default)]
 pub struct Files {
@@ -160,19 +177,23 @@ impl Files {
         paths.any(|brought| path.starts_with(resolved(brought)))
     }
 
-    /// Makes all of them equal to the source's.
-    pub async fn pass(&self, bulk: &Connection, pass: Pass) -> Result<PassCounts, FilesError> {
+    /// Makes all of them equal to the source's. After the first pass they are; after the last one what rsync says of
+    /// that is outstanding.
+    pub async fn pass(&self, bulk: &Connection, pass: Pass) -> Result<Brought, FilesError> {
         let started = Instant::now();
-        let mut counts = PassCounts::default();
+        let mut brought = Brought::default();
         for path in &self.paths {
             fs::create_dir_all(path)?;
             let mut tree = Tree {
                 bulk,
                 path,
-                counts: &mut counts,
+                brought: &mut brought,
             };
             match pass {
-                Pass::First => tree.compare_all().await?,
+                Pass::First => {
+                    tree.compare_all().await?;
+                    brought.settle().await?;
+                }
                 Pass::Last => {
                     let changes = tree.changes().await;
                     // These first: then their times are equal, and the rest does not look at them again.
@@ -181,8 +202,8 @@ impl Files {
                 }
             }
         }
-        counts.took_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        Ok(counts)
+        brought.counts.took_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        Ok(brought)
     }
 }
 
@@ -223,12 +244,12 @@ impl PathList {
 struct Tree<'a> {
     bulk: &'a Connection,
     path: &'a Path,
-    counts: &'a mut PassCounts,
+    brought: &'a mut Brought,
 }
 
 impl Tree<'_> {
     async fn compare_all(&mut self) -> Result<(), FilesError> {
-        self.counts.trees += 1;
+        self.brought.counts.trees += 1;
         self.rsync(&["--delete".into()]).await
     }
 
@@ -277,7 +298,7 @@ impl Tree<'_> {
         if paths.is_empty() {
             return Ok(());
         }
-        self.counts.paths += paths.len() as u64;
+        self.brought.counts.paths += paths.len() as u64;
         let list = PathList::write(paths)?;
         let options = options.iter().map(OsString::from).chain(list.options());
         self.rsync(&options.collect::<Vec<_>>()).await
@@ -303,35 +324,38 @@ impl Tree<'_> {
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()?;
-        let output = child.wait_with_output();
-        tokio::pin!(output);
-        let output = tokio::select! {
-            // The end of the stream is rsync's to judge.
-            Err(error) = self.carry(listener) => return Err(error),
-            output = &mut output => output?,
-        };
-        match output.status.code() {
-            Some(0) => Ok(()),
-            Some(VANISHED) => {
-                tracing::warn!(path = %path.display(), "a file vanished while it was read");
-                Ok(())
-            }
-            _ => Err(FilesError::Rsync {
-                path: path.to_owned(),
-                status: output.status,
-                error: first_line(&output.stderr),
-            }),
+        let mut output = Box::pin(child.wait_with_output());
+        let path = path.to_owned();
+        tokio::select! {
+            carried = self.carry(listener) => if !carried? {
+                return judge(&path, &output.await?);
+            },
+            output = &mut output => return judge(&path, &output?),
         }
+        // It ends some 20 ms after it has done everything, for that is how often it looks for its other process.
+        self.brought.outstanding.spawn(async move {
+            let output = output.await?;
+            // Until then it is found there by the program that it started.
+            drop(directory);
+            judge(&path, &output)
+        });
+        Ok(())
     }
 
-    /// Carries rsync's protocol between its program and a stream of ours.
-    async fn carry(&mut self, listener: UnixListener) -> Result<(), FilesError> {
+    /// Carries rsync's protocol between its program and a stream of ours, until the other end has nothing to say any more:
+    /// it hears before that everything is in place here. False when the stream broke.
+    async fn carry(&mut self, listener: UnixListener) -> Result<bool, FilesError> {
         let (local, _) = listener.accept().await?;
-        let (mut from_rsync, mut to_rsync) = local.into_split();
-        let received = stream::receive(&mut from_rsync).await;
+        let Remote {
+            arguments,
+            mut from_rsync,
+            mut to_rsync,
+        } = Remote::accept(local)
+            .await
+            .map_err(|error| self.wrong(error))?;
         let request = FilesRequest::Rsync {
             path: self.path.display().to_string(),
-            arguments: received.map_err(|error| self.wrong(error))?,
+            arguments,
         };
         let (mut send, mut receive): (SendStream, RecvStream) = self.bulk.open_bi().await?;
         let sent = stream::send(&mut send, &request).await;
@@ -342,16 +366,48 @@ impl Tree<'_> {
             let _ = send.shutdown().await;
             copied.map(drop)
         };
-        let back = async {
-            let copied = copy_counted(&mut receive, &mut to_rsync, &mut self.counts.bytes).await;
+        let bytes = &mut self.brought.counts.bytes;
+        let back = async move {
+            let copied = copy_counted(&mut receive, &mut to_rsync, bytes).await;
             let _ = to_rsync.shutdown().await;
             copied
         };
-        let (there, back) = tokio::join!(there, back);
-        if let Err(error) = there.and(back) {
-            tracing::debug!(%error, "files");
+        tokio::pin!(there);
+        let mut is_listening = true;
+        tokio::pin!(back);
+        let carried = loop {
+            tokio::select! {
+                carried = &mut back => break carried,
+                carried = &mut there, if is_listening => {
+                    is_listening = false;
+                    log_broken(&carried);
+                }
+            }
+        };
+        log_broken(&carried);
+        Ok(carried.is_ok())
+    }
+}
+
+/// What that means is rsync's to judge.
+fn log_broken(carried: &io::Result<()>) {
+    if let Err(error) = carried {
+        tracing::debug!(%error, "files");
+    }
+}
+
+fn judge(path: &Path, output: &Output) -> Result<(), FilesError> {
+    match output.status.code() {
+        Some(0) => Ok(()),
+        Some(VANISHED) => {
+            tracing::warn!(path = %path.display(), "a file vanished while it was read");
+            Ok(())
         }
-        std::future::pending().await
+        _ => Err(FilesError::Rsync {
+            path: path.to_owned(),
+            status: output.status,
+            error: first_line(&output.stderr),
+        }),
     }
 }
 
@@ -375,71 +431,9 @@ async fn copy_counted(
     Ok(())
 }
 
-/// Runs as rsync's way to the other host when called as it.
-pub fn run_if_called() -> Option<ExitCode> {
-    let socket = env::var_os(SOCKET_VARIABLE)?;
-    Some(match hand_over(Path::new(&socket)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
-    })
-}
-
-fn hand_over(socket: &Path) -> io::Result<()> {
-    // Ourselves, the host, and `rsync` come before what the other end needs.
-    let arguments: Vec<String> = env::args().skip(3).collect();
-    let mut stream = UnixStream::connect(socket)?;
-    stream.write_all(&frame(&arguments)?)?;
-    let mut to_source = stream.try_clone()?;
-    let there = thread::spawn(move || {
-        let copied = copy(&mut io::stdin(), &mut to_source);
-        // What does not arrive shows at the other end of the pipe.
-        let _ = to_source.shutdown(Shutdown::Write);
-        copied
-    });
-    copy(&mut stream, &mut io::stdout())?;
-    drop(there);
-    Ok(())
-}
-
-/// The arguments in the format that `stream::receive` takes.
-fn frame(arguments: &Vec<String>) -> io::Result<Vec<u8>> {
-    let mut frame = Vec::new();
-    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-    runtime
-        .block_on(stream::send(&mut frame, arguments))
-        .map_err(|error| io::Error::other(error.to_string()))?;
-    Ok(frame)
-}
-
-/// Copies at once what comes: rsync waits for answers.
-fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
-    let mut buffer = vec![0; BUFFER_BYTES];
-    loop {
-        let length = from.read(&mut buffer)?;
-        if length == 0 {
-            return Ok(());
-        }
-        to.write_all(&buffer[..length])?;
-        to.flush()?;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn arguments_arrive_as_they_are() {
-        let arguments = vec![String::from("--server"), String::from("/a b/")];
-        let frame = frame(&arguments).expect("framed");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .build()
-            .expect("a runtime");
-        let received: Vec<String> = runtime
-            .block_on(stream::receive(&mut &frame[..]))
-            .expect("received");
-        assert_eq!(received, arguments);
-    }
 
     #[test]
     fn only_plain_directories_are_made() {

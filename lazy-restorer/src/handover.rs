@@ -155,13 +155,15 @@ fn receive_process(stream: &UnixStream, image: ImagePid) -> Result<Handover, Han
     })
 }
 
-struct Received {
-    bytes: usize,
-    fd: Option<OwnedFd>,
+/// What came at once.
+pub(crate) struct Received {
+    pub(crate) bytes: usize,
+    pub(crate) fd: Option<OwnedFd>,
     credentials: Option<UnixCredentials>,
 }
 
-fn receive(stream: &UnixStream, buffer: &mut [u8]) -> Result<Received, HandoverError> {
+/// Receives bytes, and the descriptor that comes with them.
+pub(crate) fn receive(stream: &UnixStream, buffer: &mut [u8]) -> Result<Received, HandoverError> {
     let mut space = cmsg_space!([RawFd; 1], UnixCredentials);
     let mut parts = [IoSliceMut::new(buffer)];
     let message = recvmsg::<()>(

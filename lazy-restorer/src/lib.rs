@@ -43,6 +43,7 @@ pub mod progress;
 pub mod push;
 pub mod ready;
 pub mod rehearsal;
+pub mod remote_shell;
 pub mod report;
 pub mod resident;
 pub mod resolver;

@@ -12,10 +12,10 @@ use common::{host, logging, open_files};
 use lazy_restorer::cli::{self, Cli, Command, LazyPages, Restore, Resume};
 use lazy_restorer::keeper::Keeper;
 use lazy_restorer::report::Record;
-use lazy_restorer::{external, files, gate, nursery, ready, session, session_command};
+use lazy_restorer::{external, gate, nursery, ready, remote_shell, session, session_command};
 
 fn main() -> ExitCode {
-    if let Some(code) = files::run_if_called() {
+    if let Some(code) = remote_shell::run_if_called() {
         return code;
     }
     if let Some(code) = gate::run_if_called() {

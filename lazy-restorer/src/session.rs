@@ -4,6 +4,7 @@
 //! [`State::Cutover`] on the workload is ours: nothing but its end, or every page being here, ends the session
 //! (`session/postcopy.rs`).
 
+mod files;
 mod postcopy;
 mod resume;
 
@@ -36,7 +37,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use crate::advise::{self, Checks, Leniency, Objection};
 use crate::connect::{ConnectPlan, Source, Threads, connect};
 use crate::engine::Engine;
-use crate::files::{Files, Pass};
+use crate::files::{Brought, Files, Pass};
 use crate::gate::Held;
 use crate::keeper::{Keeper, Setup};
 use crate::outage::{Ending, Outage, Teller, say_dead};
@@ -111,6 +112,7 @@ pub async fn run(
         rolled_back: false,
         outage: None,
         door: None,
+        brought: Brought::default(),
     };
     let result = migration.perform(keeper).await;
     migration.conclude(result)
@@ -137,6 +139,8 @@ struct Migration<'a> {
     outage: Option<Outage>,
     /// Keeps packets for the service addresses out as long as no socket is there to take them.
     door: Option<Door>,
+    /// The files of the last pass.
+    brought: Brought,
 }
 
 /// Writes the skeleton as it comes.
@@ -218,6 +222,7 @@ impl Migration<'_> {
         match restored {
             Ok(resident) => self.postcopy(source, resident).await,
             Err(error) => {
+                let error = self.explained_by_files(source, error).await;
                 self.clean_up(source).await;
                 Err(error)
             }
@@ -427,33 +432,6 @@ impl Migration<'_> {
         }
     }
 
-    /// Makes the operator's directories equal to the source's. What the source says meanwhile waits.
-    async fn bring_files(&mut self, source: &mut Source, pass: Pass) -> Result<(), SessionError> {
-        let (state, plan) = (self.state(), self.plan);
-        let bulk = source.bulk.clone();
-        let brought = tokio::select! {
-            brought = plan.files.pass(&bulk, pass) => brought,
-            () = until(self.thaw_by) => {
-                return Err(SessionError::new(Failure::Restore, state, plan.freeze_limit.exceeded()));
-            }
-            name = self.stop.wait() => return Err(interrupted(state, name)),
-        };
-        let error = match brought {
-            Ok(counts) => {
-                match pass {
-                    Pass::First => self.record.files.first = counts,
-                    Pass::Last => self.record.files.last = counts,
-                }
-                return Ok(());
-            }
-            Err(error) => error,
-        };
-        match timeout(EXPLANATION, self.next(source)).await {
-            Ok(Err(reason)) if reason.failure == Failure::Peer => Err(reason),
-            _ => Err(self.fail(Failure::Restore, error)),
-        }
-    }
-
     /// A broken stream is best explained by what the source says about it.
     async fn staging_failed(
         &mut self,
@@ -584,6 +562,7 @@ impl Migration<'_> {
         held: Held,
     ) -> Result<(), SessionError> {
         self.until_attached(resident).await?;
+        self.settle_files(source).await?;
         self.remember(source, resident)?;
         self.send(source, &ToSource::CutoverRequest).await?;
         self.advance(Event::CutoverAsked)?;

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::process::Stdio;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use common::limits::MAX_CONTROL_BYTES;
@@ -22,7 +22,9 @@ use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::sleep;
 
 use crate::mapped::mapped_files;
+use crate::report::LastLook;
 use crate::survey::{Again, Survey};
+use crate::watch::{Unwatched, Watch, Watching};
 
 /// Letters that may be among the short options of a sending rsync. Missing is `s`, which reads more options from the
 /// stream.
@@ -71,6 +73,10 @@ pub struct Files {
     shared: bool,
     /// Trees as they were before they were sent first.
     surveys: Mutex<HashMap<PathBuf, Arc<Survey>>>,
+    /// Trees that are watched since shortly before the freeze.
+    watched: Mutex<HashMap<PathBuf, Watching>>,
+    /// What was looked at since then.
+    last_look: Mutex<LastLook>,
     /// Files to be compared whatever their times say, when that was found out along with the changes.
     whole: Mutex<HashMap<PathBuf, Vec<Vec<u8>>>>,
 }
@@ -169,8 +175,7 @@ impl Files {
         });
         match made.await.map_err(io::Error::other)?? {
             Ok(survey) => {
-                let mut surveys = self.surveys.lock().unwrap_or_else(PoisonError::into_inner);
-                surveys.insert(path.to_owned(), Arc::new(survey));
+                locked(&self.surveys).insert(path.to_owned(), Arc::new(survey));
             }
             Err(error) => tracing::warn!(%error, "the last pass will compare all files"),
         }
@@ -179,9 +184,34 @@ impl Files {
         Ok(())
     }
 
+    /// Watches all trees that have been sent, so that the last look at them is only at what changed. To be called before
+    /// the workload is frozen: it takes as long as a look at everything.
+    pub async fn watch(&self) {
+        for path in &self.paths {
+            if let Err(error) = self.watch_one(path).await {
+                tracing::info!(path = %path.display(), %error, "the last look will be at all files");
+            }
+        }
+    }
+
+    async fn watch_one(&self, path: &Path) -> Result<(), Unwatched> {
+        let Some(survey) = self.surveyed(path) else {
+            return Ok(());
+        };
+        let tree = path.to_owned();
+        let begun = spawn_blocking(move || Watch::begin(&tree, &survey)).await;
+        let watching = Watching::start(begun.map_err(io::Error::other)??)?;
+        locked(&self.watched).insert(path.to_owned(), watching);
+        Ok(())
+    }
+
+    /// What the last looks were at.
+    pub fn last_look(&self) -> LastLook {
+        *locked(&self.last_look)
+    }
+
     fn surveyed(&self, path: &Path) -> Option<Arc<Survey>> {
-        let surveys = self.surveys.lock().unwrap_or_else(PoisonError::into_inner);
-        surveys.get(path).cloned()
+        locked(&self.surveys).get(path).cloned()
     }
 
     async fn changes(&self, path: &Path) -> Changes {
@@ -203,8 +233,7 @@ impl Files {
             };
             list.push(path);
         }
-        let mut compared = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
-        compared.insert(path.to_owned(), whole);
+        locked(&self.whole).insert(path.to_owned(), whole);
         match bytes_of(&changed) < MAX_CONTROL_BYTES {
             true => Changes::Only(changed),
             false => Changes::Everything,
@@ -213,10 +242,7 @@ impl Files {
 
     /// Files whose times do not tell whether they are equal.
     async fn whole(&self, path: &Path) -> io::Result<Vec<Vec<u8>>> {
-        let known = {
-            let mut whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
-            whole.remove(path)
-        };
+        let known = locked(&self.whole).remove(path);
         match known {
             Some(whole) => Ok(whole),
             None => {
@@ -228,8 +254,14 @@ impl Files {
 
     async fn look_again(&self, path: &Path, survey: Arc<Survey>) -> io::Result<Again> {
         let (tree, root) = (path.to_owned(), self.root);
-        let again = spawn_blocking(move || survey.look_again(&tree, &mapped_files(root)));
-        again.await.map_err(io::Error::other)?
+        let watch = locked(&self.watched).remove(path).and_then(Watching::stop);
+        let again = spawn_blocking(move || last_look(&tree, &survey, root, watch));
+        let (again, looked) = again.await.map_err(io::Error::other)??;
+        let mut looks = locked(&self.last_look);
+        looks.watched_trees += looked.watched_trees;
+        looks.paths += looked.paths;
+        looks.whole_trees += looked.whole_trees;
+        Ok(again)
     }
 
     fn offered(&self, path: &str) -> Result<&Path, FilesError> {
@@ -241,6 +273,36 @@ impl Files {
             .map(PathBuf::as_path)
             .ok_or_else(|| FilesError::NotOffered(path.to_owned()))
     }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Looks at what the watch says may have changed, and at everything where that is not known.
+fn last_look(
+    tree: &Path,
+    survey: &Survey,
+    root: Option<Pid>,
+    watch: Option<Watch>,
+) -> io::Result<(Again, LastLook)> {
+    let unmarked = mapped_files(root);
+    let mut looked = LastLook::default();
+    match watch.map(Watch::finish) {
+        Some(Ok(mut due)) => {
+            due.add(tree, &unmarked)?;
+            looked.watched_trees = 1;
+            looked.paths = due.paths.len() as u64;
+            let again = survey.look_at(tree, &due, &unmarked)?;
+            // The workload does not stand still for that.
+            spawn_blocking(move || drop(due));
+            return Ok((again, looked));
+        }
+        Some(Err(error)) => tracing::info!(%error, "all files are looked at"),
+        None => {}
+    }
+    looked.whole_trees = 1;
+    Ok((survey.look_again(tree, &unmarked)?, looked))
 }
 
 /// The path as the other end writes it, too: with nothing doubled, and no slash at its end.

@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use nix::unistd::Pid;
 
@@ -30,11 +31,29 @@ fn mapped_by(process: Pid) -> Vec<FileId> {
     ranges.filter_map(file).collect()
 }
 
+/// Links to the files that a process, with this directory in `/proc`, has mapped shared; not whether it may write to them.
+pub fn shared(process: &Path) -> Vec<PathBuf> {
+    let maps = fs::read(process.join("maps")).unwrap_or_default();
+    let lines = maps.split(|byte| *byte == b'\n');
+    let ranges = lines.filter_map(|line| match mapping(line)? {
+        (range, [_, _, _, b's']) => Some(range),
+        _ => None,
+    });
+    let links = process.join("map_files");
+    ranges.map(|range| links.join(range)).collect()
+}
+
 /// The range of a line of `maps` that stands for a mapping of this kind.
 fn shared_and_writable(line: &[u8]) -> Option<&str> {
+    let (range, rights) = mapping(line)?;
+    matches!(rights, [_, b'w', _, b's']).then_some(range)
+}
+
+/// The range and the rights of a line of `maps`.
+fn mapping(line: &[u8]) -> Option<(&str, &[u8])> {
     let mut words = line.split(|byte| *byte == b' ');
     let range = str::from_utf8(words.next()?).ok()?;
-    matches!(words.next()?, [_, b'w', _, b's']).then_some(range)
+    Some((range, words.next()?))
 }
 
 #[cfg(test)]

@@ -36,12 +36,25 @@ pub struct Record {
     pub skeleton_bytes: u64,
     /// Bytes of shared memory in it (anonymous shared, memfd, System V), which went while the tree stood still.
     pub shared_bytes: u64,
+    /// What the last look at the files of `--sync` was at, while the tree stood still.
+    pub last_look: LastLook,
     /// How pushed pages were carried.
     pub push: Saved,
     /// Bytes of UDP payload.
     pub wire_bytes: WireBytes,
     /// Length of the migration.
     pub total_us: u64,
+}
+
+/// What was looked at in all trees of `--sync` together.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct LastLook {
+    /// Trees that were watched: of these only what may have changed.
+    pub watched_trees: u64,
+    /// That is so many paths.
+    pub paths: u64,
+    /// Trees that were looked at as a whole.
+    pub whole_trees: u64,
 }
 
 /// Bytes on the wire by connection and direction.
@@ -71,6 +84,7 @@ impl Default for Record {
             pages: SentCounts::default(),
             skeleton_bytes: 0,
             shared_bytes: 0,
+            last_look: LastLook::default(),
             push: Saved::default(),
             wire_bytes: WireBytes::default(),
             total_us: 0,

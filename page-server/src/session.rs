@@ -168,6 +168,7 @@ impl Migration<'_> {
     fn conclude(&mut self, result: Result<(), SessionError>) -> Result<(), SessionError> {
         self.record.phases = self.phases.done().to_vec();
         self.record.total_us = self.phases.total_us();
+        self.record.last_look = self.plan.files.last_look();
         self.record.conclude(&result);
         let state = self.state();
         if state.source_may_thaw() || matches!(state, State::Complete | State::Lost) {
@@ -205,6 +206,7 @@ impl Migration<'_> {
         let _files = self.plan.files.serve(bulk);
         self.advise(destination).await?;
         self.advance(Event::Ready)?;
+        self.watch_files().await?;
         self.shut_door().await?;
         let mut workload = self.freeze(destination).await?;
         let remembered = self.remember(listen, destination, &mut workload);
@@ -308,6 +310,15 @@ impl Migration<'_> {
         }
         destination.advise(self.state(), facts).await?;
         self.expect(destination, ToSource::Ready).await
+    }
+
+    /// Before the door is shut: it takes a look at every file.
+    async fn watch_files(&mut self) -> Result<(), SessionError> {
+        let state = self.state();
+        tokio::select! {
+            () = self.plan.files.watch() => Ok(()),
+            name = self.stop.wait() => Err(interrupted(state, name)),
+        }
     }
 
     /// Nobody comes in any more, and who waits at the door is let in: CRIU can move only connections that were accepted.

@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::watch::Due;
+
 /// A tree at one moment: 16 bytes for each entry.
 #[derive(Debug, Default)]
 pub struct Survey {
@@ -39,6 +41,16 @@ impl FileId {
             inode: metadata.ino(),
         }
     }
+
+    /// For tables of many.
+    pub fn hash(self) -> u64 {
+        hash(&[self.device, self.inode])
+    }
+}
+
+fn hash(numbers: &[u64]) -> u64 {
+    let bytes: Vec<u8> = numbers.iter().flat_map(|n| n.to_ne_bytes()).collect();
+    xxh3_64(&bytes)
 }
 
 /// What has to be looked at again, as lists for rsync.
@@ -63,10 +75,6 @@ struct Seen {
 
 impl Seen {
     fn of(metadata: &fs::Metadata) -> Self {
-        let hash = |numbers: &[u64]| {
-            let bytes: Vec<u8> = numbers.iter().flat_map(|n| n.to_ne_bytes()).collect();
-            xxh3_64(&bytes)
-        };
         let identity = [metadata.dev(), metadata.ino()];
         let times = [metadata.ctime(), metadata.ctime_nsec()].map(i64::cast_unsigned);
         Seen {
@@ -110,60 +118,191 @@ impl Survey {
         Ok(())
     }
 
+    /// Whether the entry is as it was.
+    pub fn knows(&self, path: &Path, metadata: &fs::Metadata) -> bool {
+        self.entries.get(&name(path)) == Some(&Seen::of(metadata))
+    }
+
+    /// Files that could be changed without a mark when the survey was made.
+    pub fn unmarked(&self) -> &HashSet<FileId> {
+        &self.unmarked
+    }
+
     /// What changed in `tree` since, and which files may have changed without a mark: those that could when the survey
     /// was made, and those that can now.
     pub fn look_again(&self, tree: &Path, unmarked: &HashSet<FileId>) -> io::Result<Again> {
-        let unmarked: HashSet<FileId> = self.unmarked.union(unmarked).copied().collect();
-        let mut again = Again::default();
-        // A directory that was elsewhere before brings entries that have not changed.
-        let mut folders = vec![(PathBuf::new(), false)];
-        while let Some((folder, is_below_new)) = folders.pop() {
-            let now = look(tree, &folder)?.as_ref().map(Seen::of);
-            let before = self.entries.get(&name(&folder));
-            let is_new =
-                is_below_new || before.map(|seen| seen.identity) != now.map(|seen| seen.identity);
-            let is_changed = is_new || before != now.as_ref();
-            if is_changed {
-                again.changed.push(as_folder(&folder));
-            }
-            for entry in listed(tree, &folder)? {
-                if entry.is_folder {
-                    folders.push((entry.path, is_new));
-                    continue;
-                }
-                let Some(file) = look(tree, &entry.path)? else {
-                    continue;
-                };
-                let before = self.entries.get(&name(&entry.path));
-                let same = before == Some(&Seen::of(&file));
-                let path = entry.path.into_os_string().into_vec();
-                // rsync links names that it is told of at once: also where only the other name is new.
-                if file.nlink() > 1 && !same && !is_changed {
-                    again.changed.push(path.clone());
-                }
-                if unmarked.contains(&FileId::of(&file)) {
-                    again.unmarked.push(path);
-                } else if file.is_file() && before.is_some() && !same {
-                    again.touched.push(path);
-                } else if !is_changed && !same && file.nlink() == 1 {
-                    again.changed.push(path);
-                }
+        let mut look = Look::new(self, tree, unmarked);
+        if let Some(root) = look.judge(Path::new(""), false)? {
+            look.descend(PathBuf::new(), root)?;
+        }
+        Ok(look.again)
+    }
+
+    /// The same when nothing but what is due can have changed.
+    pub fn look_at(&self, tree: &Path, due: &Due, unmarked: &HashSet<FileId>) -> io::Result<Again> {
+        let mut look = Look::new(self, tree, unmarked);
+        look.arrived = Some(&due.arrived);
+        // Always: it may be another one.
+        look.folder(Path::new(""))?;
+        let mut seen = HashSet::new();
+        let mut paths: Vec<PathBuf> = due.paths.iter().rev().cloned().collect();
+        while let Some(path) = paths.pop() {
+            if seen.insert(path.clone())
+                && let Some(linked) = look.entry(&path)?
+            {
+                paths.extend(due.names.of(tree, linked)?);
             }
         }
-        Ok(again)
+        Ok(look.again)
     }
 }
 
-struct Entry {
-    path: PathBuf,
-    is_folder: bool,
+/// What became of a folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Folder {
+    /// It was not there, or elsewhere. Then so is all that is below it.
+    is_new: bool,
+    /// Entries came or went, or it is new.
+    is_changed: bool,
+}
+
+/// A look at a tree, against what it was.
+struct Look<'a> {
+    survey: &'a Survey,
+    tree: &'a Path,
+    unmarked: HashSet<FileId>,
+    /// Folders that count as new even where they were before.
+    arrived: Option<&'a HashSet<PathBuf>>,
+    /// Folders looked at by name; none for those that are gone.
+    folders: HashMap<PathBuf, Option<Folder>>,
+    again: Again,
+}
+
+impl<'a> Look<'a> {
+    fn new(survey: &'a Survey, tree: &'a Path, unmarked: &HashSet<FileId>) -> Self {
+        Look {
+            survey,
+            tree,
+            unmarked: survey.unmarked.union(unmarked).copied().collect(),
+            arrived: None,
+            folders: HashMap::new(),
+            again: Again::default(),
+        }
+    }
+
+    /// Looks at one folder, not at what is in it.
+    fn judge(&mut self, folder: &Path, is_below_new: bool) -> io::Result<Option<Folder>> {
+        let Some(now) = look(self.tree, folder)?.filter(fs::Metadata::is_dir) else {
+            return Ok(None);
+        };
+        let now = Seen::of(&now);
+        let before = self.survey.entries.get(&name(folder));
+        // A directory that was elsewhere before brings entries that have not changed.
+        let is_new = is_below_new || before.map(|seen| seen.identity) != Some(now.identity);
+        let is_changed = is_new || before != Some(&now);
+        if is_changed {
+            self.again.changed.push(as_folder(folder));
+        }
+        Ok(Some(Folder { is_new, is_changed }))
+    }
+
+    /// Looks at everything below a folder.
+    fn descend(&mut self, folder: PathBuf, state: Folder) -> io::Result<()> {
+        let mut folders = vec![(folder, state)];
+        while let Some((folder, state)) = folders.pop() {
+            for entry in listed(self.tree, &folder)? {
+                if !entry.is_folder {
+                    self.file(&entry.path, state.is_changed)?;
+                } else if let Some(below) = self.judge(&entry.path, state.is_new)? {
+                    folders.push((entry.path, below));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What became of a folder that is looked at by its name, and all those above it; of a new one everything is looked at.
+    fn folder(&mut self, folder: &Path) -> io::Result<Option<Folder>> {
+        if let Some(known) = self.folders.get(folder) {
+            return Ok(*known);
+        }
+        let above = match folder.parent() {
+            Some(above) => self.folder(above)?,
+            None => Some(Folder {
+                is_new: false,
+                is_changed: false,
+            }),
+        };
+        let state = match above {
+            // Looked at already, with all that is in it.
+            None | Some(Folder { is_new: true, .. }) => above,
+            Some(_) => {
+                let has_arrived = self.arrived.is_some_and(|arrived| arrived.contains(folder));
+                self.judge(folder, has_arrived)?
+            }
+        };
+        self.folders.insert(folder.to_owned(), state);
+        if let (Some(Folder { is_new: false, .. }), Some(state)) = (above, state)
+            && state.is_new
+        {
+            self.descend(folder.to_owned(), state)?;
+        }
+        Ok(state)
+    }
+
+    /// Looks at one path. A file that changed and has more names is returned.
+    fn entry(&mut self, path: &Path) -> io::Result<Option<FileId>> {
+        let Some(above) = path.parent() else {
+            return Ok(None);
+        };
+        match self.folder(above)? {
+            None | Some(Folder { is_new: true, .. }) => Ok(None),
+            Some(folder) => match look(self.tree, path)? {
+                Some(metadata) if metadata.is_dir() => self.folder(path).map(|_| None),
+                Some(_) => self.file(path, folder.is_changed),
+                None => Ok(None),
+            },
+        }
+    }
+
+    /// Looks at what is no folder, in a folder whose entries are all compared when that `is_changed`.
+    fn file(&mut self, path: &Path, is_changed: bool) -> io::Result<Option<FileId>> {
+        let Some(file) = look(self.tree, path)? else {
+            return Ok(None);
+        };
+        let id = FileId::of(&file);
+        let before = self.survey.entries.get(&name(path));
+        let same = before == Some(&Seen::of(&file));
+        let is_linked = file.nlink() > 1 && !same;
+        let bytes = path.as_os_str().as_bytes().to_vec();
+        // rsync links names that it is told of at once: also where only the other name is new.
+        if is_linked && !is_changed {
+            self.again.changed.push(bytes.clone());
+        }
+        if self.unmarked.contains(&id) {
+            self.again.unmarked.push(bytes);
+        } else if file.is_file() && before.is_some() && !same {
+            self.again.touched.push(bytes);
+        } else if !is_changed && !same && file.nlink() == 1 {
+            self.again.changed.push(bytes);
+        }
+        Ok(is_linked.then_some(id))
+    }
+}
+
+/// An entry of a folder.
+pub struct Entry {
+    /// From the tree's root on.
+    pub path: PathBuf,
+    /// Whether it is a directory.
+    pub is_folder: bool,
 }
 
 /// The entries of a folder; none when it is gone.
-fn listed(tree: &Path, folder: &Path) -> io::Result<Vec<Entry>> {
+pub fn listed(tree: &Path, folder: &Path) -> io::Result<Vec<Entry>> {
     let entries = match fs::read_dir(tree.join(folder)) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if is_gone(&error) => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
     let entries = entries.map(|entry| {
@@ -176,12 +315,21 @@ fn listed(tree: &Path, folder: &Path) -> io::Result<Vec<Entry>> {
     entries.collect()
 }
 
-fn look(tree: &Path, path: &Path) -> io::Result<Option<fs::Metadata>> {
+/// What an entry is; none when it is gone.
+pub fn look(tree: &Path, path: &Path) -> io::Result<Option<fs::Metadata>> {
     match fs::symlink_metadata(tree.join(path)) {
         Ok(metadata) => Ok(Some(metadata)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if is_gone(&error) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// Also when there is a file now where a directory on the way to it was.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+    )
 }
 
 fn name(path: &Path) -> u64 {

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::process::Process;
-use crate::pulse::{Pulse, monotonic_ns};
+use crate::pulse::{Pulse, wall_ns};
 use crate::redis_client::{ClientPlan, RedisClient};
 use crate::rig::Rig;
 use crate::wait::wait_until;
@@ -77,7 +77,7 @@ impl BeatingRedis {
 
     /// The longest time without an instruction of the workload, once it has resumed.
     pub fn longest_gap(&self) -> Result<Duration> {
-        let now = monotonic_ns();
+        let now = wall_ns();
         let beats = || self.pulse.last_ns.load(Ordering::Relaxed) > now;
         wait_until(PATIENCE, "the heartbeat after the move", beats)
             .context("the workload does not run")?;

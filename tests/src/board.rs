@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::pulse::{Pulse, monotonic_ns};
+use crate::pulse::{Pulse, wall_ns};
 use crate::shared_file::Counters;
 
 /// Workers of all processes together.
@@ -23,7 +23,7 @@ impl Worker {
     /// Notes that a step begun at `started_ns` is over.
     pub fn note(&self, started_ns: u64) {
         self.longest_round_ns
-            .fetch_max(monotonic_ns().saturating_sub(started_ns), Ordering::Relaxed);
+            .fetch_max(wall_ns().saturating_sub(started_ns), Ordering::Relaxed);
         self.rounds.fetch_add(1, Ordering::Relaxed);
     }
 }

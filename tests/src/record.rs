@@ -101,6 +101,18 @@ pub struct Faults {
     pub latency_us: Latency,
 }
 
+/// What the last look at the files of `--sync` was at, as the source counts it.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LastLook {
+    /// Trees that were watched.
+    pub watched_trees: u64,
+    /// Paths that were looked at in these.
+    pub paths: u64,
+    /// Trees that were looked at as a whole.
+    pub whole_trees: u64,
+}
+
 /// What a pass of files did.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -153,6 +165,8 @@ pub struct Record {
     pub huge_pages: HugePages,
     /// Files that came along.
     pub files: Files,
+    /// What the source looked at while the tree stood still.
+    pub last_look: LastLook,
     /// Bytes of shared memory in it.
     pub shared_bytes: u64,
     /// How pushed pages were carried.

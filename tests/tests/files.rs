@@ -50,6 +50,11 @@ fn main() -> ExitCode {
             body: late_changes_among_many_files,
         },
         Test {
+            name: "more_happens_than_can_be_followed",
+            needs: FILES,
+            body: more_happens_than_can_be_followed,
+        },
+        Test {
             name: "a_container_moves_with_its_root_filesystem",
             needs: CONTAINER,
             body: a_container_moves_with_its_root_filesystem,
@@ -457,8 +462,54 @@ fn late_changes_among_many_files(rig: &Rig) -> Result<()> {
         "other paths than {LATE_PATHS} and {set} with attributes: {last:?}"
     );
     ensure!(last.bytes >= grown << 20, "{grown} MiB more: {last:?}");
-    println!("{MANY} files, {set} attributes, {grown} MiB grown; {first:?}, {last:?}");
+    let look = migration.source.last_look;
+    ensure!(
+        (look.watched_trees, look.whole_trees) == (1, 0) && look.paths < 2 * LATE_PATHS,
+        "looked at besides what changed: {look:?}"
+    );
+    println!("{MANY} files, {set} attributes, {grown} MiB grown; {first:?}, {last:?}, {look:?}");
     Ok(())
+}
+
+/// An overlay stores into the tree, of which the kernel tells nobody who watches it: all files are looked at then.
+fn more_happens_than_can_be_followed(rig: &Rig) -> Result<()> {
+    let trees = TwoTrees::make(rig)?;
+    let place = |name: &str| trees.path.join(name);
+    for name in ["lower", "upper", "work"] {
+        fs::create_dir(place(name))?;
+    }
+    fs::write(place("lower/file"), "before")?;
+    let merged = rig.make_folder("merged")?;
+    let options = format!(
+        "lowerdir={l},upperdir={u},workdir={w}",
+        l = place("lower").display(),
+        u = place("upper").display(),
+        w = place("work").display()
+    );
+    let mut mount = Command::new("mount");
+    mount.args([
+        "-t",
+        "overlay",
+        "overlay",
+        "-o",
+        &options.replace(' ', "\\ "),
+    ]);
+    run(mount.arg(&merged))?;
+    fs::write(merged.join("file"), "copied up")?;
+    let writer = Writer::start(rig, &trees.path)?;
+    let mut plan = trees.plan(rig)?;
+    let sync = ["--sync".into(), trees.path.clone().into_os_string()];
+    plan.server.extend(sync.clone());
+    plan.restorer.extend(sync);
+    let late = format!("echo late >> '{}/file'", merged.display());
+    plan.source_criu = fake_criu::running_before(rig, "dump", &late)?;
+    let migration = plan.migrate(rig, writer.pid())?;
+    let content = fs::read_to_string(trees.there.join("upper/file"));
+    run(Command::new("umount").arg("--lazy").arg(&merged))?;
+    ensure!(content? == "copied uplate\n", "the late change is missing");
+    let look = migration.source.last_look;
+    ensure!((look.watched_trees, look.whole_trees) == (0, 1), "{look:?}");
+    writer.finish(&trees.there)
 }
 
 /// How many of the attributes this file system takes.

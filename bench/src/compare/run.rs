@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use tests::latency::Percentiles;
 use tests::path::{Bytes, Lateness, Path, PathSpec};
-use tests::pulse::monotonic_ns;
+use tests::pulse::wall_ns;
 use tests::rig::Rig;
 
 use crate::memory;
@@ -99,7 +99,7 @@ impl Order {
         workload.settle()?;
         let resident = programs::resident_bytes(workload.pid()) as f64;
         let before = Use::now(&rig);
-        let began = monotonic_ns();
+        let began = wall_ns();
         let watch = Watch::start(&rig)?;
         let moved = mover.go(&rig, workload.pid())?;
         let watched = watch.end()?;

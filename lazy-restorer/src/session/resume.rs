@@ -20,6 +20,7 @@ use tokio::time::{Instant, sleep};
 use super::{MigratePlan, Migration, announce};
 use crate::connect::Threads;
 use crate::copy::Copy;
+use crate::files::Brought;
 use crate::keeper::{Inheritance, Keeper, Setup, inherit};
 use crate::memory::{Left, Memory};
 use crate::report::Record;
@@ -67,6 +68,7 @@ pub async fn resume(
         rolled_back: false,
         outage: None,
         door: None,
+        brought: Brought::default(),
     };
     let result = match (&side.whole, side.may_run) {
         (Some(whole), _) => migration.tell_whole(&welcome, whole).await,

@@ -29,7 +29,7 @@ pub struct TouchBoard {
     stage: AtomicU64,
     /// From its last sign of life before the move to the first after it.
     pub cutover_ns: AtomicU64,
-    /// When it found itself on another host (`CLOCK_MONOTONIC`).
+    /// When it found itself on another host (`wall_ns`).
     pub moved_ns: AtomicU64,
     /// When it last waited for a page.
     pub last_fault_ns: AtomicU64,

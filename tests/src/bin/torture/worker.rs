@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 
 use tests::board::{Mismatch, Place, Worker};
-use tests::pulse::monotonic_ns;
+use tests::pulse::wall_ns;
 use tests::random::Random;
 
 use crate::arena::{Arena, Failure};
@@ -63,7 +63,7 @@ impl<'a> Estate<'a> {
 
     /// One step, noted in `counters`.
     pub fn step(&mut self, counters: &Worker) -> Result<(), Failure> {
-        let started = monotonic_ns();
+        let started = wall_ns();
         self.act()?;
         counters.note(started);
         Ok(())

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{UsageWho, getrusage};
-use tests::pulse::{Ticker, monotonic_ns};
+use tests::pulse::{Ticker, wall_ns};
 use tests::shared_file;
 use tests::touch::order::Order;
 use tests::touch::{Stage, TouchBoard};
@@ -60,7 +60,7 @@ fn wait_for_the_move(board: &TouchBoard) -> Result<()> {
         let before = board.pulse.last_ns.load(Ordering::Relaxed);
         ticker.tick();
         if host()? != home {
-            let now = monotonic_ns();
+            let now = wall_ns();
             board.cutover_ns.store(now - before, Ordering::Relaxed);
             board.moved_ns.store(now, Ordering::Relaxed);
             return Ok(());
@@ -80,14 +80,14 @@ fn touch_all(
     page_at: impl Fn(u64) -> u64,
 ) -> Result<()> {
     let pause = 1_000_000_000_u64.checked_div(rate).unwrap_or(0);
-    let mut due = monotonic_ns();
+    let mut due = wall_ns();
     let mut faults = faults_so_far()?;
     let mut touched = 0;
     for place in 0..memory.pages() {
         let page = page_at(place);
-        let began = monotonic_ns();
+        let began = wall_ns();
         let is_right = memory.touch(page);
-        let took = monotonic_ns() - began;
+        let took = wall_ns() - began;
         let before = faults;
         if took > AT_ONCE_NS {
             faults = faults_so_far()?;
@@ -106,7 +106,7 @@ fn touch_all(
         }
         if pause > 0 {
             // What was missed while waiting is not made up for: that would touch in bursts.
-            due = (due + pause).max(monotonic_ns());
+            due = (due + pause).max(wall_ns());
             wait_until(due);
         }
     }
@@ -140,7 +140,7 @@ fn faults_so_far() -> Result<i64> {
 }
 
 fn wait_until(due: u64) {
-    let now = monotonic_ns();
+    let now = wall_ns();
     if due > now {
         std::thread::sleep(Duration::from_nanos(due - now));
     }

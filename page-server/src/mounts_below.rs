@@ -1,0 +1,186 @@
+//! What is mounted in a tree, and overlays that write into it: of both the kernel tells nobody who watches directories.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use crate::survey::FileId;
+
+/// Fields before the mount point in a line of `mountinfo` (`proc_pid_mountinfo(5)`).
+const POINT: usize = 4;
+/// Where an overlay's content is stored.
+const UPPER: &[u8] = b"upperdir=";
+/// Ends the fields of the mount; the file system's kind and options follow.
+const SEPARATOR: &[u8] = b"-";
+
+/// Mounts in a tree.
+#[derive(Debug, PartialEq, Eq)]
+pub struct MountsBelow {
+    /// Lines of `mountinfo`.
+    lines: Vec<Vec<u8>>,
+    /// Files that something is mounted on, from the tree's root on. Another directory hears of their changes.
+    files: Vec<PathBuf>,
+}
+
+impl MountsBelow {
+    /// Those in `tree`, and the one it is on when that is mounted on the tree itself.
+    pub fn look(tree: &Path) -> io::Result<Self> {
+        let real = tree.canonicalize()?;
+        let mounts = fs::read("/proc/thread-self/mountinfo")?;
+        let mut below = MountsBelow {
+            lines: Vec::new(),
+            files: Vec::new(),
+        };
+        for line in lines(&mounts) {
+            let Some(point) = line.split(|byte| *byte == b' ').nth(POINT).map(unescape) else {
+                continue;
+            };
+            if let Ok(path) = point.strip_prefix(&real) {
+                below.lines.push(line.to_vec());
+                if !point.is_dir() {
+                    below.files.push(path.to_owned());
+                }
+            }
+        }
+        Ok(below)
+    }
+
+    /// Files that something is mounted on.
+    pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.files.iter()
+    }
+}
+
+/// Whether an overlay that is mounted on this host, in whatever mount namespace, stores into the tree, or has the tree in
+/// what it stores into. Also when that cannot be told.
+pub fn is_upper_of_an_overlay(tree: &Path) -> io::Result<bool> {
+    let real = tree.canonicalize()?;
+    for (process, mounts) in mount_namespaces()? {
+        let root = PathBuf::from(format!("/proc/{process}/root"));
+        for upper in lines(&mounts).filter_map(upper) {
+            if meets(&real, &root, &upper) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+fn meets(tree: &Path, root: &Path, upper: &Path) -> bool {
+    let Ok(inside) = upper.strip_prefix("/") else {
+        return true;
+    };
+    // Whoever mounted it had our root, or that of the processes there.
+    let file = |path: &Path| fs::metadata(path).map(|metadata| FileId::of(&metadata));
+    match (upper.canonicalize(), file(&root.join(inside))) {
+        (Ok(ours), _) if ours.starts_with(tree) || tree.starts_with(&ours) => true,
+        (Ok(ours), Ok(theirs)) => !file(&ours).is_ok_and(|ours| ours == theirs),
+        (Ok(_), Err(_)) => false,
+        // Where their directory is in our eyes cannot be told.
+        (Err(_), _) => true,
+    }
+}
+
+/// The mounts of each namespace, as one of the processes in it sees them.
+fn mount_namespaces() -> io::Result<HashMap<u32, Vec<u8>>> {
+    let mut seen = HashSet::new();
+    let mut found = HashMap::new();
+    for process in processes()? {
+        let Ok(namespace) = fs::read_link(format!("/proc/{process}/ns/mnt")) else {
+            continue;
+        };
+        if seen.insert(namespace)
+            && let Ok(mounts) = fs::read(format!("/proc/{process}/mountinfo"))
+        {
+            found.insert(process, mounts);
+        }
+    }
+    Ok(found)
+}
+
+/// All processes there are.
+pub fn processes() -> io::Result<impl Iterator<Item = u32>> {
+    let entries = fs::read_dir("/proc")?;
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()))
+}
+
+fn lines(mounts: &[u8]) -> impl Iterator<Item = &[u8]> {
+    mounts.split(|byte| *byte == b'\n')
+}
+
+/// The upper directory of an overlay.
+fn upper(line: &[u8]) -> Option<PathBuf> {
+    let mut words = line.split(|byte| *byte == b' ');
+    words.find(|word| *word == SEPARATOR)?;
+    if words.next()? != b"overlay" {
+        return None;
+    }
+    let options = words.nth(1)?;
+    let mut options = options.split(|byte| *byte == b',');
+    let upper = options.find_map(|option| option.strip_prefix(UPPER))?;
+    Some(unescape(upper))
+}
+
+/// Space, tab, newline and backslash are written in octal.
+fn unescape(text: &[u8]) -> PathBuf {
+    let mut plain = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((first, more)) = rest.split_first() {
+        let code = (*first == b'\\').then(|| more.get(..3)).flatten();
+        let code = code.and_then(|code| u8::from_str_radix(str::from_utf8(code).ok()?, 8).ok());
+        plain.push(code.unwrap_or(*first));
+        rest = match code {
+            Some(_) => &more[3..],
+            None => more,
+        };
+    }
+    PathBuf::from(OsString::from_vec(plain))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OVERLAY: &str = "51 30 0:44 / /srv/box\\040one rw,relatime shared:7 - overlay overlay \
+        rw,lowerdir=/a:/b,upperdir=/srv/up\\040per,workdir=/srv/work";
+
+    #[test]
+    fn the_upper_directory_of_an_overlay_is_found() {
+        let found = upper(OVERLAY.as_bytes());
+        assert_eq!(found.as_deref(), Some(Path::new("/srv/up per")));
+        for line in [
+            "30 29 0:20 / /run rw - tmpfs none rw,upperdir=/x",
+            "30 29 0:20 / /run rw - overlay overlay ro,lowerdir=/a:/b",
+            "30 29 0:20 / /run rw",
+            "",
+        ] {
+            assert_eq!(upper(line.as_bytes()), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn an_overlay_that_stores_into_the_tree_is_noticed() {
+        let folder = tempfile::tempdir().expect("a directory");
+        let real = folder.path().canonicalize().expect("there");
+        let path = |name: &str| real.join(name);
+        for name in ["tree/upper", "tree/deep/er", "other"] {
+            fs::create_dir_all(path(name)).expect("made");
+        }
+        let meets = |upper: &Path| meets(&path("tree"), Path::new("/"), upper);
+        assert!(meets(&path("tree/upper")), "in it");
+        assert!(meets(&real), "above it");
+        assert!(!meets(&path("other")), "beside it");
+        assert!(meets(Path::new("relative")), "it cannot be told");
+        assert!(meets(Path::new("/nonexistent")), "it cannot be told");
+    }
+
+    #[test]
+    fn octal_codes_are_characters() {
+        assert_eq!(unescape(b"a\\040b\\134c"), Path::new("a b\\c"));
+        assert_eq!(unescape(b"a\\04"), Path::new("a\\04"));
+        assert_eq!(unescape(b"\\"), Path::new("\\"));
+    }
+}
