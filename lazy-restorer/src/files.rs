@@ -6,15 +6,16 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::proto::ProtoError;
 use common::proto::files::{Changes, FilesRequest, MappedFiles};
 use common::proto::stream;
+use nix::unistd::syncfs;
 use quinn::{Connection, RecvStream, SendStream};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -23,6 +24,7 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixListener;
 use tokio::process::Command;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use crate::remote_shell::{Remote, SOCKET_VARIABLE};
 
@@ -202,8 +204,28 @@ impl Files {
                 }
             }
         }
+        if pass == Pass::First {
+            self.write_out(started.elapsed()).await;
+        }
         brought.counts.took_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
         Ok(brought)
+    }
+}
+
+impl Files {
+    /// Lets the disk write what came, for `limit` at most: else it does so in the freeze, and the last pass waits for its
+    /// journal.
+    async fn write_out(&self, limit: Duration) {
+        let paths = self.paths.clone();
+        let writing = tokio::task::spawn_blocking(move || {
+            paths
+                .iter()
+                .try_for_each(|path| Ok(syncfs(File::open(path)?)?))
+        });
+        let written: Result<Result<io::Result<()>, _>, _> = timeout(limit, writing).await;
+        if !matches!(written, Ok(Ok(Ok(())))) {
+            tracing::debug!(?written, "the files that came are not on disk yet");
+        }
     }
 }
 
