@@ -19,7 +19,7 @@ const REACH_MIN: usize = 4;
 const ACCIDENTS: usize = 1;
 /// A workload does nothing but wait while it pauses for less than this part of a wait for a page alone: a thread that is
 /// woken, touches, and faults again is seen after a quarter of that.
-const PAUSE_SHORT: f64 = 0.6;
+const PAUSE_SHORT: f64 = 0.8;
 /// One that pauses for more than this part of it is left alone with its pages. (Not of a wait as it is with blocks: those
 /// make waits longer, and pauses seem short beside them.)
 const PAUSE_LONG: f64 = 1.0;
