@@ -77,7 +77,7 @@ pub enum Unwatched {
 pub struct Due {
     /// Paths from the tree's root on.
     pub paths: BTreeSet<PathBuf>,
-    /// Of these, where directories came to. What was told of below them was told by the names they had before, so all
+    /// Of these, where directories came to or were made. What was told of below them was told by the names they had before, so all
     /// that is in them is looked at, also in one that is back where it was.
     pub arrived: HashSet<PathBuf>,
     /// Where all files were when the watch began.
@@ -222,8 +222,9 @@ impl Watch {
         }
         if let Some(folder) = self.folders.get(&event.wd) {
             let path = event.name.map_or(folder.clone(), |name| folder.join(name));
-            let arrives = AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_ISDIR;
-            if event.mask.contains(arrives) {
+            // One that was made is not watched, and may have the inode of what was there before.
+            let comes = AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CREATE;
+            if event.mask.contains(AddWatchFlags::IN_ISDIR) && event.mask.intersects(comes) {
                 self.due.arrived.insert(path.clone());
             }
             self.due.paths.insert(path);
