@@ -197,6 +197,32 @@ fn a_folder_that_comes_back_to_where_it_was_is_looked_at_wholly() {
     pair.assert_equal(&format!("named were {named:?}"));
 }
 
+/// It may have the inode of what it replaces, a file or a directory, and nobody watches it.
+#[test]
+fn a_folder_in_the_place_of_another_entry_is_looked_at_wholly() {
+    let mut pair = Pair::make(Place::Disk);
+    let source = pair.source();
+    let at = |name: &str| source.join(name);
+    for number in 0..20 {
+        fs::write(at(&format!("file{number}")), "before").expect("written");
+        fs::create_dir(at(&format!("folder{number}"))).expect("made");
+    }
+    let survey = pair.first_pass();
+    let watch = Watch::begin(&pair.source(), &survey).expect("a local file system");
+    for number in 0..20 {
+        let (file, folder) = (at(&format!("file{number}")), at(&format!("folder{number}")));
+        fs::remove_file(&file).expect("removed");
+        fs::create_dir_all(file.join("now/deep")).expect("made");
+        fs::write(file.join("now/deep/file"), "new").expect("written");
+        fs::remove_dir(&folder).expect("removed");
+        fs::create_dir_all(folder.join("now/deep")).expect("made");
+        fs::write(folder.join("now/deep/file"), "new").expect("written");
+    }
+    let due = watch.finish().expect("few changes");
+    let named = pair.last_pass(&survey, &due);
+    pair.assert_equal(&format!("named were {named:?}"));
+}
+
 #[test]
 fn only_what_changed_is_looked_at() {
     let mut pair = Pair::make(Place::Disk);
