@@ -72,12 +72,22 @@ fn a_random_walk_is_left_alone() {
     assert!(random.neighbours * 10 < random.touched, "{random:?}");
 }
 
+/// Nothing is pushed here, so it only waits: it has blocks.
 #[test]
-fn a_redis_gets_what_follows_from_its_streams() {
+fn a_redis_gets_what_it_uses() {
+    for name in ["redis.touches", "redis-zipf.touches"] {
+        for reach in [8, 16, 32] {
+            let redis = follow(name, reach);
+            assert!(redis.faults_percent() <= 65, "{redis:?}");
+            assert!(redis.used_percent() >= 20, "{redis:?}");
+        }
+    }
+}
+
+#[test]
+fn a_redis_that_works_between_its_faults_gets_little_besides() {
     for name in ["redis.touches", "redis-zipf.touches"] {
         let redis = follow(name, 1);
-        assert!(redis.faults_percent() <= 90, "{redis:?}");
-        assert!(redis.used_percent() >= 18, "{redis:?}");
         assert!(redis.neighbours < redis.touched, "{redis:?}");
     }
 }
