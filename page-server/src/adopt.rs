@@ -45,9 +45,14 @@ pub enum LeftError {
     /// The session is the other end's.
     #[error("this is no session of a source")]
     NotOurs,
-    /// A process has ended, or its PID is another's by now.
-    #[error("process {0} of the workload has ended: its memory is gone")]
+    /// The root has ended, or its PID is another's by now.
+    #[error("process {0}, the root of the workload, has ended: its memory is gone")]
     Gone(i32),
+    /// Another process has, which was killed or let run.
+    #[error(
+        "process {0} of the workload has ended since it was frozen: its memory is gone; `page-server thaw` lets the others run on"
+    )]
+    Ended(i32),
     /// Somebody let it run.
     #[error("process {0} of the workload runs: its memory is not what it was when it was frozen")]
     Runs(i32),
@@ -61,28 +66,35 @@ pub enum LeftError {
     NoImages(PathBuf),
 }
 
-/// Whether the tasks are the same, and none of them runs.
-pub fn are_frozen(frozen: &FrozenTasks) -> Result<(), LeftError> {
-    for task in &frozen.tasks {
-        if !task.is_alive() {
-            return Err(LeftError::Gone(task.pid));
-        }
-        if !task.is_frozen() {
-            return Err(LeftError::Runs(task.pid));
-        }
+/// Whether the root is the same, and whoever is left of the tasks stands still.
+pub fn stand_still(frozen: &FrozenTasks) -> Result<(), LeftError> {
+    if !frozen.root.is_alive() {
+        return Err(LeftError::Gone(frozen.root.pid));
     }
-    Ok(())
+    let mut left = frozen.tasks.iter().filter(|task| task.is_alive());
+    match left.find(|task| !task.is_frozen()) {
+        Some(task) => Err(LeftError::Runs(task.pid)),
+        None => Ok(()),
+    }
 }
 
-/// Whether none of them ran since.
+/// Whether all tasks are there.
+pub fn are_there(frozen: &FrozenTasks) -> Result<(), LeftError> {
+    match frozen.tasks.iter().find(|task| !task.is_alive()) {
+        Some(task) => Err(LeftError::Ended(task.pid)),
+        None => Ok(()),
+    }
+}
+
+/// Whether none of those that are left ran since.
 fn are_untouched(frozen: &FrozenTasks) -> Result<(), LeftError> {
     let by_criu = frozen.criu.is_alive();
     // The freezer of a container's cgroup sends tasks to sleep as well when CRIU does not hold them any more.
     if !by_criu && frozen.container.is_some() {
         return Ok(());
     }
-    let mut touched = frozen.at_rest.iter();
-    match touched.find(|at_rest| !at_rest.is_untouched(by_criu)) {
+    let mut left = frozen.at_rest.iter().filter(|rest| rest.task.is_alive());
+    match left.find(|at_rest| !at_rest.is_untouched(by_criu)) {
         Some(at_rest) => Err(LeftError::Ran(at_rest.task.pid)),
         None => Ok(()),
     }
@@ -93,18 +105,22 @@ impl Left {
     pub fn find_untouched(file: &SessionFile) -> Result<Self, LeftError> {
         let left = Self::find(file)?;
         match file.source().and_then(|source| source.original.frozen()) {
-            Some(frozen) => are_untouched(frozen).map(|()| left),
+            // Whoever was let run may have ended by that: the more telling of the two comes first.
+            Some(frozen) => are_untouched(frozen)
+                .and_then(|()| are_there(frozen))
+                .map(|()| left),
             None => Err(LeftError::NotOurs),
         }
     }
 
-    /// Looks whether the workload of `file` is still there: the same processes, none of which runs.
+    /// Looks whether the workload of `file` is still there: its root, and nobody runs. Of others some may have ended, which
+    /// is no reason to leave the rest frozen.
     pub fn find(file: &SessionFile) -> Result<Self, LeftError> {
         let source = file.source().ok_or(LeftError::NotOurs)?;
         let Original::Frozen(frozen) = &source.original else {
             return Err(LeftError::NotOurs);
         };
-        are_frozen(frozen)?;
+        stand_still(frozen)?;
         let left = Left {
             root: Pid::from_raw(frozen.root.pid),
             tasks: frozen.tasks.clone(),
@@ -241,21 +257,22 @@ impl Adopted {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
     use std::process::Command;
 
     use common::proto::control::{Secret, SessionId};
     use common::session::State;
-    use common::session_file::{Side, SourceSide};
+    use common::session_file::{AtRest, Side, SourceSide};
 
     use super::*;
 
-    fn file(task: Task, directory: &std::path::Path) -> SessionFile {
+    fn file(tasks: Vec<Task>, at_rest: Vec<AtRest>, directory: &Path) -> SessionFile {
         let nowhere = "127.0.0.1:1".parse().expect("an address");
         SessionFile {
             id: SessionId([1; 16]),
             state: State::Postcopy,
             boot: String::new(),
-            program: task,
+            program: tasks[0],
             directory: directory.display().to_string(),
             identity: String::new(),
             accept: Vec::new(),
@@ -264,9 +281,9 @@ mod tests {
             peer_host: String::new(),
             side: Side::Source(SourceSide {
                 original: Original::Frozen(FrozenTasks {
-                    root: task,
-                    tasks: vec![task],
-                    at_rest: Vec::new(),
+                    root: tasks[0],
+                    tasks,
+                    at_rest,
                     criu: Task { pid: 1, start: 0 },
                     container: None,
                 }),
@@ -280,31 +297,96 @@ mod tests {
         }
     }
 
-    #[test]
-    fn only_the_same_and_frozen_processes_are_taken_over() {
+    /// A child of the test that stands still, to be killed with it.
+    struct Still(std::process::Child);
+
+    impl Still {
+        fn start() -> Self {
+            let mut command = Command::new("sleep");
+            let child = Still(command.arg("60").spawn().expect("sleep runs"));
+            assert!(child.task().is_alive());
+            child
+        }
+
+        fn pid(&self) -> Pid {
+            Pid::from_raw(self.0.id().cast_signed())
+        }
+
+        fn task(&self) -> Task {
+            Task::find(self.pid().as_raw()).expect("it lives")
+        }
+
+        fn stop(&self) {
+            signal_all(&[self.pid()], Signal::SIGSTOP);
+            let deadline = std::time::Instant::now() + Duration::from_secs(10);
+            while !self.task().is_frozen() {
+                assert!(std::time::Instant::now() < deadline, "it does not stop");
+            }
+        }
+
+        fn end(&mut self) {
+            self.0.kill().expect("our child");
+            self.0.wait().expect("our child");
+        }
+    }
+
+    impl Drop for Still {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn directory() -> tempfile::TempDir {
         let directory = tempfile::tempdir().expect("a directory");
         let images = directory.path().join("images");
         fs::create_dir(&images).expect("made");
         fs::set_permissions(&images, fs::Permissions::from_mode(0o700)).expect("ours");
-        let mut child = Command::new("sleep").arg("60").spawn().expect("sleep runs");
-        let pid = Pid::from_raw(child.id().cast_signed());
-        let task = Task::find(pid.as_raw()).expect("it lives");
-        let find = |task| Left::find(&file(task, directory.path()));
+        directory
+    }
+
+    #[test]
+    fn only_the_same_and_frozen_processes_are_taken_over() {
+        let directory = directory();
+        let child = Still::start();
+        let task = child.task();
+        let find = |task| Left::find(&file(vec![task], Vec::new(), directory.path()));
         assert!(matches!(find(task), Err(LeftError::Runs(_))));
         let other = Task {
             start: task.start + 1,
             ..task
         };
         assert!(matches!(find(other), Err(LeftError::Gone(_))));
-        signal_all(&[pid], Signal::SIGSTOP);
-        let deadline = std::time::Instant::now() + Duration::from_secs(10);
-        while !task.is_frozen() {
-            assert!(std::time::Instant::now() < deadline, "it does not stop");
-        }
-        assert_eq!(find(task).expect("as it was").root, pid);
-        fs::remove_dir(&images).expect("empty");
+        child.stop();
+        assert_eq!(find(task).expect("as it was").root, child.pid());
+        fs::remove_dir(directory.path().join("images")).expect("empty");
         assert!(matches!(find(task), Err(LeftError::NoImages(_))));
-        child.kill().expect("our child");
-        child.wait().expect("our child");
+    }
+
+    /// A killed or ended child is a reason not to serve what is left, and none not to let it run on.
+    #[test]
+    fn what_is_left_without_a_child_that_ended_may_run_and_is_not_served() {
+        let directory = directory();
+        let (root, mut child) = (Still::start(), Still::start());
+        root.stop();
+        child.stop();
+        let tasks = vec![root.task(), child.task()];
+        let rest = |task| AtRest::look(task).expect("it lives");
+        let at_rest: Vec<AtRest> = tasks.iter().map(|task| rest(*task)).collect();
+        let file = file(tasks, at_rest, directory.path());
+        Left::find_untouched(&file).expect("as it was");
+        let gone = child.task().pid;
+        child.end();
+        let refused = Left::find_untouched(&file).expect_err("one is missing");
+        assert!(matches!(refused, LeftError::Ended(pid) if pid == gone));
+        assert!(refused.to_string().contains("page-server thaw"));
+        assert_eq!(Left::find(&file).expect("the rest").root, root.pid());
+        // Who was let run is told of before who ended by that: here the root goes to sleep twice more.
+        for _ in 0..2 {
+            signal_all(&[root.pid()], Signal::SIGCONT);
+            root.stop();
+        }
+        let refused = Left::find_untouched(&file).expect_err("it ran");
+        assert!(matches!(refused, LeftError::Ran(pid) if pid == root.pid().as_raw()));
     }
 }

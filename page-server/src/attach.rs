@@ -23,7 +23,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
-use crate::adopt::{LeftError, are_frozen};
+use crate::adopt::{LeftError, are_there, stand_still};
 use crate::iptables_lock::IptablesLock;
 use crate::network_lock::{self, Network};
 use crate::rescue::end_repair;
@@ -125,9 +125,15 @@ impl ForeignDump {
         })
     }
 
-    /// The dump that a killed `page-server` was attached to, if it is still as it was.
+    /// The dump that a killed `page-server` was attached to, if all of it is as it was.
+    pub async fn find_whole(frozen: &FrozenTasks, images: &Path) -> Result<Self, AttachError> {
+        are_there(frozen)?;
+        Self::find_again(frozen, images).await
+    }
+
+    /// The dump that a killed `page-server` was attached to, if it still holds what is left of its tasks.
     pub async fn find_again(frozen: &FrozenTasks, images: &Path) -> Result<Self, AttachError> {
-        are_frozen(frozen)?;
+        stand_still(frozen)?;
         if !frozen.criu.is_alive() {
             return Err(AttachError::Replaced(frozen.criu.pid));
         }
@@ -199,13 +205,10 @@ impl ForeignDump {
 
     /// Lets tasks run on whose CRIU was killed, and that only our stop holds.
     pub fn thaw_without_criu(frozen: &FrozenTasks, images: &Path) -> Result<(), AttachError> {
-        are_frozen(frozen)?;
+        stand_still(frozen)?;
         let root = Pid::from_raw(frozen.root.pid);
-        let tasks: Vec<Pid> = frozen
-            .tasks
-            .iter()
-            .map(|task| Pid::from_raw(task.pid))
-            .collect();
+        let left = frozen.tasks.iter().filter(|task| task.is_alive());
+        let tasks: Vec<Pid> = left.map(|task| Pid::from_raw(task.pid)).collect();
         let connections = end_repair(&tasks);
         let network = Network::of(root);
         if let Some(run) = run_id(images)? {

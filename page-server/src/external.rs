@@ -377,7 +377,7 @@ async fn hold(plan: &ExternalPlan) -> Result<Hold, SessionError> {
     };
     let left = plan.left.first().and_then(SessionFile::source);
     let found = match left.and_then(|source| source.original.frozen()) {
-        Some(frozen) => ForeignDump::find_again(frozen, &plan.images).await,
+        Some(frozen) => ForeignDump::find_whole(frozen, &plan.images).await,
         None => ForeignDump::find(root, &plan.images, DUMP_TIMEOUT).await,
     };
     found
