@@ -25,6 +25,8 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Pause before what found no memory is tried again.
 const NO_MEMORY_PAUSE: Duration = Duration::from_millis(20);
+/// Time without any want after which it is over.
+const ENOUGH: Duration = Duration::from_secs(1);
 
 /// Why memory stops moving.
 #[derive(Debug, thiserror::Error)]
@@ -164,6 +166,9 @@ async fn relieve(memory: Arc<Memory>) -> Result<(), TransferError> {
     while !memory.relieve()? {
         sleep(NO_MEMORY_PAUSE).await;
     }
+    let falls = memory.wants().falls();
+    sleep(ENOUGH).await;
+    memory.wants().settle(falls);
     Ok(())
 }
 

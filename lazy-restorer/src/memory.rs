@@ -6,6 +6,7 @@
 
 pub mod descriptor;
 mod family;
+mod want;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -28,6 +29,7 @@ use tokio::sync::{Notify, mpsc};
 use self::descriptor::{Descriptor, Lock};
 use self::family::LiveFamily;
 pub use self::family::{Arrival, MemoryError};
+use self::want::{Want, Wants};
 use crate::blocktime::Blocktime;
 use crate::journal::{Inbox, Journal, Recovered};
 use crate::resolver::MemberId;
@@ -84,8 +86,7 @@ pub struct Memory<D: Descriptor = UserFault> {
     settled: Notify,
     /// Pages that came and found no memory.
     parked: AtomicU64,
-    /// Something found no memory, and somebody tries again.
-    short: AtomicBool,
+    wants: Wants,
     relief: Notify,
 }
 
@@ -165,7 +166,7 @@ impl<D: Descriptor> Memory<D> {
             restored: AtomicBool::new(false),
             settled: Notify::new(),
             parked: AtomicU64::new(0),
-            short: AtomicBool::new(false),
+            wants: Wants::default(),
             relief: Notify::new(),
         };
         (Arc::new(memory), receiver)
@@ -332,6 +333,7 @@ impl<D: Descriptor> Memory<D> {
         while !is_settled() {
             self.settled.notified().await;
         }
+        self.wants.settle(self.wants.falls());
     }
 
     /// Tries again what found no memory. True when nothing is left of it.
@@ -339,15 +341,17 @@ impl<D: Descriptor> Memory<D> {
         if !self.relieve_all()? {
             return Ok(false);
         }
-        self.short.store(false, Ordering::Release);
-        // Who fell short in between found that somebody tries already.
-        if self.is_short() && !self.short.swap(true, Ordering::AcqRel) {
+        if self.wants.rise(|| self.is_short()) {
             return Ok(false);
         }
-        tracing::warn!("there is all that the memory of the workload needs again");
         self.relief.notify_waiters();
         self.settled.notify_one();
         Ok(true)
+    }
+
+    /// What is wanting in this host.
+    pub fn wants(&self) -> &Wants {
+        &self.wants
     }
 
     fn relieve_all(&self) -> Result<bool, MemoryError> {
@@ -434,7 +438,7 @@ impl<D: Descriptor> Memory<D> {
             orders: &self.orders,
             zero_faults: &self.totals.zero_faults,
             parked: &self.parked,
-            short: &self.short,
+            wants: &self.wants,
         }
     }
 }
@@ -478,7 +482,7 @@ impl<D: Descriptor> Memory<D> {
             restored: AtomicBool::new(true),
             settled: Notify::new(),
             parked: AtomicU64::new(0),
-            short: AtomicBool::new(false),
+            wants: Wants::default(),
             relief: Notify::new(),
         };
         Ok((memory, receiver))
@@ -524,19 +528,12 @@ impl<D: Descriptor> fmt::Debug for Memory<D> {
     }
 }
 
-/// What this host lacks.
-#[derive(Clone, Copy, Debug)]
-enum Want {
-    Memory,
-    Descriptor,
-}
-
 /// Where a family's orders go.
 struct Sink<'a, D> {
     orders: &'a mpsc::UnboundedSender<Order<D>>,
     zero_faults: &'a AtomicU64,
     parked: &'a AtomicU64,
-    short: &'a AtomicBool,
+    wants: &'a Wants,
 }
 
 impl<D> Sink<'_, D> {
@@ -548,21 +545,11 @@ impl<D> Sink<'_, D> {
         self.order(Order::Demand(DemandFrame::Request(pid, pages)));
     }
 
-    /// Something is wanting: said once, until everything is there again.
+    /// Something is wanting, and is to be tried again.
     fn fall_short(&self, want: Want) {
-        if self.short.swap(true, Ordering::AcqRel) {
-            return;
+        if self.wants.fall_short(want) {
+            self.order(Order::Relieve);
         }
-        match want {
-            Want::Memory => tracing::warn!(
-                "this host has no memory for a page of the workload; threads that need it wait, trying again"
-            ),
-            Want::Descriptor => tracing::warn!(
-                "there is no descriptor for a forked child of the workload, whose parent waits, trying again; see \
-                 RLIMIT_NOFILE"
-            ),
-        }
-        self.order(Order::Relieve);
     }
 
     fn order(&self, order: Order<D>) {
