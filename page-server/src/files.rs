@@ -190,6 +190,7 @@ impl Files {
         for path in &self.paths {
             if let Err(error) = self.watch_one(path).await {
                 tracing::info!(path = %path.display(), %error, "the last look will be at all files");
+                locked(&self.last_look).reasons.push(error.to_string());
             }
         }
     }
@@ -207,7 +208,7 @@ impl Files {
 
     /// What the last looks were at.
     pub fn last_look(&self) -> LastLook {
-        *locked(&self.last_look)
+        locked(&self.last_look).clone()
     }
 
     fn surveyed(&self, path: &Path) -> Option<Arc<Survey>> {
@@ -261,6 +262,7 @@ impl Files {
         looks.watched_trees += looked.watched_trees;
         looks.paths += looked.paths;
         looks.whole_trees += looked.whole_trees;
+        looks.reasons.extend(looked.reasons);
         Ok(again)
     }
 
@@ -298,7 +300,10 @@ fn last_look(
             spawn_blocking(move || drop(due));
             return Ok((again, looked));
         }
-        Some(Err(error)) => tracing::info!(%error, "all files are looked at"),
+        Some(Err(error)) => {
+            tracing::info!(%error, "all files are looked at");
+            looked.reasons.push(error.to_string());
+        }
         None => {}
     }
     looked.whole_trees = 1;

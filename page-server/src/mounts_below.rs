@@ -54,19 +54,18 @@ impl MountsBelow {
     }
 }
 
-/// Whether an overlay that is mounted on this host, in whatever mount namespace, stores into the tree, or has the tree in
-/// what it stores into. Also when that cannot be told.
-pub fn is_upper_of_an_overlay(tree: &Path) -> io::Result<bool> {
+/// The directory that an overlay of this host, in whatever mount namespace, stores into, when that is in the tree or has the
+/// tree in it. Also when that cannot be told.
+pub fn upper_of_an_overlay(tree: &Path) -> io::Result<Option<PathBuf>> {
     let real = tree.canonicalize()?;
     for (process, mounts) in mount_namespaces()? {
         let root = PathBuf::from(format!("/proc/{process}/root"));
-        for upper in lines(&mounts).filter_map(upper) {
-            if meets(&real, &root, &upper) {
-                return Ok(true);
-            }
+        let mut uppers = lines(&mounts).filter_map(upper);
+        if let Some(found) = uppers.find(|upper| meets(&real, &root, upper)) {
+            return Ok(Some(found));
         }
     }
-    Ok(false)
+    Ok(None)
 }
 
 fn meets(tree: &Path, root: &Path, upper: &Path) -> bool {
