@@ -23,7 +23,7 @@ use tests::rig::Rig;
 use tests::shell;
 use tests::task;
 use tests::torture::{Torture, TorturePlan};
-use tests::wait::wait_until;
+use tests::wait::{wait_for, wait_until};
 
 fn main() -> ExitCode {
     let tests: [(&'static str, Body); 6] = [
@@ -161,7 +161,10 @@ fn the_original_is_thawed_by_force(rig: &Rig) -> Result<()> {
     ensure!(refused.contains("--i-know-the-copy-is-dead"), "{refused}");
     ensure!(task::is_frozen(torture.pid()), "the original runs");
     let copy = restorer.restored_pid()?;
-    let home = task::parent(copy).unwrap_or(copy);
+    // CRIU, which made it, leaves it to its init only when it ends.
+    let home = wait_for(PATIENCE, "the copy to be its init's", || {
+        task::parent(copy).filter(|parent| task::name(*parent) != "criu")
+    })?;
     // First of all: a copy that ends under a lazy-restorer has done its work.
     kill(restorer.process.pid(), Signal::SIGKILL)?;
     restorer.end()?;
