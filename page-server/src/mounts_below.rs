@@ -58,10 +58,23 @@ impl MountsBelow {
 /// tree in it. Also when that cannot be told.
 pub fn upper_of_an_overlay(tree: &Path) -> io::Result<Option<PathBuf>> {
     let real = tree.canonicalize()?;
+    confirmed(|| find_upper(&real))
+}
+
+/// What is found twice. A namespace that was ending may be gone with its directories when these are looked for, and where
+/// they are could not be told; a second look does not find it any more.
+fn confirmed<T>(mut find: impl FnMut() -> io::Result<Option<T>>) -> io::Result<Option<T>> {
+    match find()? {
+        Some(_) => find(),
+        None => Ok(None),
+    }
+}
+
+fn find_upper(tree: &Path) -> io::Result<Option<PathBuf>> {
     for (process, mounts) in mount_namespaces()? {
         let root = PathBuf::from(format!("/proc/{process}/root"));
         let mut uppers = lines(&mounts).filter_map(upper);
-        if let Some(found) = uppers.find(|upper| meets(&real, &root, upper)) {
+        if let Some(found) = uppers.find(|upper| meets(tree, &root, upper)) {
             return Ok(Some(found));
         }
     }
@@ -174,6 +187,17 @@ mod tests {
         assert!(!meets(&path("other")), "beside it");
         assert!(meets(Path::new("relative")), "it cannot be told");
         assert!(meets(Path::new("/nonexistent")), "it cannot be told");
+    }
+
+    #[test]
+    fn what_is_gone_at_the_second_look_does_not_count() {
+        let looks = |found: [Option<u8>; 2]| {
+            let mut found = found.into_iter();
+            confirmed(|| Ok(found.next().expect("no third look"))).expect("known")
+        };
+        assert_eq!(looks([Some(1), None]), None);
+        assert_eq!(looks([Some(1), Some(2)]), Some(2));
+        assert_eq!(looks([None, Some(1)]), None);
     }
 
     #[test]
