@@ -8,7 +8,8 @@ use serde_json::Value;
 
 use crate::path::ProbedPath;
 use crate::runs::{self, Failure, Recorded};
-use crate::{compare, crowd, fault, page};
+use crate::section::Section;
+use crate::{compare, crowd, fault, files, flood, page, replay};
 
 /// What to read.
 #[derive(Debug, Args)]
@@ -26,6 +27,9 @@ pub struct Collected {
     waits: Vec<fault::Run>,
     bares: Vec<fault::BareRun>,
     crowds: Vec<crowd::Run>,
+    files: Vec<files::Run>,
+    floods: Vec<flood::Run>,
+    replays: Vec<replay::Run>,
     failures: Vec<Failure>,
 }
 
@@ -62,6 +66,9 @@ impl Collected {
             || add(&kind, &record, &mut self.waits)?
             || add(&kind, &record, &mut self.bares)?
             || add(&kind, &record, &mut self.crowds)?
+            || add(&kind, &record, &mut self.files)?
+            || add(&kind, &record, &mut self.floods)?
+            || add(&kind, &record, &mut self.replays)?
             || add(&kind, &record, &mut self.failures)?;
         if !is_taken {
             eprintln!("(a record of {kind:?} has no place in these reports)");
@@ -71,36 +78,95 @@ impl Collected {
 
     /// Writes both reports.
     pub fn write(self, folder: &Path) -> Result<()> {
-        let (paths, failures) = (self.paths, self.failures);
-        let mut markdown = String::new();
-        let mut sections = Vec::new();
-        let moves = compare::Report::of(compare::Measured {
-            paths: paths.clone(),
-            moves: self.moves,
-            failures,
-        });
-        markdown += &compare::markdown::render(&moves);
-        sections.push(compare::html::sections(&moves));
-        if !self.waits.is_empty() {
+        let (mut markdown, mut html) = (String::new(), Vec::new());
+        let mut add = |more: String, section: String| {
+            markdown += &more;
+            html.push(section);
+        };
+        if !self.moves.is_empty() {
+            let moves = compare::Report::of(compare::Measured {
+                paths: self.paths.clone(),
+                moves: self.moves,
+                failures: Vec::new(),
+            });
+            add(
+                compare::markdown::render(&moves),
+                compare::html::sections(&moves),
+            );
+        }
+        if !self.waits.is_empty() || !self.bares.is_empty() {
             let waits = fault::Report::of(fault::Measured {
-                paths,
+                paths: self.paths.clone(),
                 runs: self.waits,
                 bares: self.bares,
                 failures: Vec::new(),
             });
-            markdown += &waits.markdown();
-            sections.push(fault::html::section(&waits));
+            add(waits.markdown(), fault::html::section(&waits));
         }
-        if !self.crowds.is_empty() {
-            let crowds = crowd::Report {
-                runs: self.crowds,
-                ..crowd::Report::default()
-            };
-            markdown += &crowds.markdown();
-            sections.push(crowds.html());
+        let sections = [
+            of_crowds(self.crowds, &self.paths),
+            of_replays(self.replays, &self.paths),
+            of_floods(self.floods),
+            of_files(self.files),
+            of_failures(self.failures),
+        ];
+        for section in sections.iter().flatten() {
+            add(section.markdown(), section.html());
         }
-        page::write(folder, &markdown, &sections)
+        page::write(folder, &markdown, &html)
     }
+}
+
+fn of_crowds(runs: Vec<crowd::Run>, paths: &[ProbedPath]) -> Option<Section> {
+    let report = crowd::Report {
+        paths: those_of(paths, runs.iter().map(|run| &run.path[..])),
+        runs,
+        ..crowd::Report::default()
+    };
+    (!report.runs.is_empty()).then(|| report.section())
+}
+
+fn of_replays(runs: Vec<replay::Run>, paths: &[ProbedPath]) -> Option<Section> {
+    let report = replay::Report {
+        paths: those_of(paths, runs.iter().map(replay::Run::path)),
+        runs,
+        ..replay::Report::default()
+    };
+    (!report.runs.is_empty()).then(|| report.section())
+}
+
+fn of_floods(runs: Vec<flood::Run>) -> Option<Section> {
+    let report = flood::Report {
+        runs,
+        ..flood::Report::default()
+    };
+    (!report.runs.is_empty()).then(|| report.section())
+}
+
+fn of_files(runs: Vec<files::Run>) -> Option<Section> {
+    let report = files::Report {
+        runs,
+        ..files::Report::default()
+    };
+    (!report.runs.is_empty()).then(|| report.section())
+}
+
+/// Of every part: the record of a failure does not say what it was a measurement of, but its text does.
+fn of_failures(failures: Vec<Failure>) -> Option<Section> {
+    let section = Section {
+        title: "What could not be measured",
+        failures,
+        ..Section::default()
+    };
+    (!section.failures.is_empty()).then_some(section)
+}
+
+/// The paths that runs went over.
+fn those_of<'a>(paths: &[ProbedPath], used: impl Iterator<Item = &'a str>) -> Vec<ProbedPath> {
+    let used: Vec<&str> = used.collect();
+    let paths = paths.iter();
+    let paths = paths.filter(|path| used.contains(&&path.path[..]));
+    paths.cloned().collect()
 }
 
 /// Adds the record if it is of that kind; whether it was.
@@ -151,8 +217,45 @@ mod test {
         assert!(markdown.contains("nginx, 7, veth"), "{markdown}");
         assert!(markdown.contains("failed: it <gave> up"), "{markdown}");
         assert!(html.contains("it &lt;gave&gt; up"), "{html}");
+        assert!(
+            !markdown.contains("Moves side by side"),
+            "none were made: {markdown}"
+        );
         std::fs::write(folder.join(runs::FILE), "{\"kind\":\"crowd\"}\n").expect("a file");
         assert!(write_reports(&folder).is_err(), "a record without figures");
+        std::fs::remove_dir_all(&folder).expect("it is there");
+    }
+
+    /// As they are written: a later build has to read them too.
+    const LINES: &str = r#"
+{"part":"","kind":"files","tree":null,"cutover_ms":18.5,"last_pass_ms":0.0,"looked_at":0,"total_ms":400.0,"used_by_others":0.01}
+{"part":"","kind":"files","tree":{"files":16,"mib":64},"cutover_ms":30.0,"last_pass_ms":12.0,"looked_at":1,"total_ms":900.0,"used_by_others":0.0}
+{"part":"","kind":"files","tree":{"files":16,"mib":1024},"cutover_ms":33.0,"last_pass_ms":13.0,"looked_at":1,"total_ms":2900.0,"used_by_others":0.0}
+{"part":"","kind":"flood","memory_mib":256,"strangers":8,"flooded":false,"cutover_ms":40.0,"total_ms":800.0,"used_by_others":0.0}
+{"part":"","kind":"flood","memory_mib":256,"strangers":8,"flooded":true,"cutover_ms":44.0,"total_ms":1000.0,"used_by_others":0.0}
+{"part":"","kind":"replay","order":"replayed","path":"1g","memory_mib":64,"rate":10000,"touches":16384,"network_faults":52}
+"#;
+
+    #[test]
+    fn every_kind_has_its_place() {
+        let folder = std::env::temp_dir().join(format!("bench-kinds-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        std::fs::write(folder.join(runs::FILE), LINES.trim_start()).expect("a file");
+        write_reports(&folder).expect("reports");
+        for name in ["report.md", "report.html"] {
+            let text = std::fs::read_to_string(folder.join(name)).expect("a report");
+            for part in [
+                "16 files, 1024 MiB",
+                "no files",
+                "256 MiB, 8 strangers",
+                "64 MiB touched at random, 10000 per second, over 1g",
+            ] {
+                assert!(text.contains(part), "{part} in {name}: {text}");
+            }
+            let met = text.matches(" met").count();
+            assert_eq!(met, 2, "files and replay in {name}: {text}");
+            assert!(text.contains("NOT MET"), "the flood in {name}: {text}");
+        }
         std::fs::remove_dir_all(&folder).expect("it is there");
     }
 }

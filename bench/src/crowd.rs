@@ -22,6 +22,7 @@ use crate::path::ProbedPath;
 use crate::peer::{Mover, Peer};
 use crate::quiet::{self, Disturbance, Use};
 use crate::runs::{self, Failure, Recorded, Runs};
+use crate::section::{Block, Plot, Section, cell};
 use crate::stats::Summary;
 
 /// Rounds of all connections before and after a move.
@@ -121,7 +122,7 @@ pub struct Report {
 /// Measures, prints and writes. It fails when a client noticed a move of ours, after all others were made.
 pub fn run(options: &CrowdOptions) -> Result<()> {
     let report = measure(options, &Runs::open(options.out.as_deref())?)?;
-    print!("{}", report.markdown());
+    print!("{}", report.section());
     if let Some(path) = &options.json {
         crate::write_json(path, &report)?;
     }
@@ -180,11 +181,7 @@ enum Scene {
 
 impl Order<'_> {
     fn carry_out(&self) -> Result<Run> {
-        let disturbance = |run: &Run| Disturbance {
-            by_others: run.used_by_others,
-            late: 0.0,
-        };
-        quiet::measure(|| self.make(), disturbance)
+        quiet::measure(|| self.make(), Run::disturbance)
     }
 
     fn make(&self) -> Result<Run> {
@@ -279,15 +276,66 @@ impl Run {
         )
     }
 
+    fn disturbance(&self) -> Disturbance {
+        Disturbance {
+            by_others: self.used_by_others,
+            late: 0.0,
+        }
+    }
+
     fn is_like(&self, other: &Self) -> bool {
-        let key = |run: &Self| (run.peer, run.server, run.way, run.connections);
+        (self.peer, self.way) == (other.peer, other.way) && self.is_of(other)
+    }
+
+    /// Whether the same was moved.
+    fn is_of(&self, other: &Self) -> bool {
+        let key = |run: &Self| (run.server, run.connections);
         key(self) == key(other) && self.path == other.path
+    }
+
+    /// What was moved.
+    fn subject(&self) -> String {
+        let server = match self.server {
+            Server::Redis => "redis",
+            Server::Nginx => "nginx",
+        };
+        format!("{server}, {}, {}", self.connections, self.path)
+    }
+
+    /// By whom, and how.
+    fn mover(&self) -> String {
+        match self.way {
+            Way::Hooks => format!("{}, hooks", self.peer),
+            Way::MoveAddress => format!("{}, --move-address", self.peer),
+        }
     }
 }
 
 impl Report {
+    /// For all reports.
+    pub fn section(&self) -> Section {
+        let mut conditions = vec![
+            "median (smallest to largest) of n moves each; the wait of a client has the time of a round in it".to_owned(),
+            memory::STATEMENT.to_owned(),
+            quiet::statement(self.runs.iter().map(Run::disturbance)),
+        ];
+        conditions.extend(self.paths.iter().map(ProbedPath::line));
+        let subjects = self.first_of_each(Run::is_of);
+        let plots = subjects.into_iter().map(|subject| self.plot(subject));
+        Section {
+            title: "Many connections",
+            conditions,
+            blocks: vec![Block {
+                rows: self.cells(),
+                plots: plots.collect(),
+                ..Block::default()
+            }],
+            failures: self.failures.clone(),
+        }
+    }
+
     /// One row for each kind of move, the first row the heading.
-    pub fn cells(&self) -> Vec<Vec<String>> {
+    fn cells(&self) -> Vec<Vec<String>> {
         let heading = [
             "server, connections, path",
             "moved by",
@@ -298,62 +346,46 @@ impl Report {
             "resets",
         ];
         let mut rows = vec![heading.map(str::to_owned).to_vec()];
-        let mut kinds: Vec<&Run> = Vec::new();
-        for run in &self.runs {
-            if !kinds.iter().any(|kind| kind.is_like(run)) {
-                kinds.push(run);
-            }
-        }
-        for kind in kinds {
-            let runs: Vec<&Run> = self.runs.iter().filter(|run| run.is_like(kind)).collect();
-            let cell = |value: fn(&Run) -> f64| {
-                let values: Vec<f64> = runs.iter().map(|run| value(run)).collect();
-                Summary::of(&values).map_or("-".to_owned(), |of| of.to_string())
-            };
-            let by = match kind.way {
-                Way::Hooks => format!("{}, hooks", kind.peer),
-                Way::MoveAddress => format!("{}, --move-address", kind.peer),
-            };
+        for kind in self.first_of_each(Run::is_like) {
+            let runs = || self.runs.iter().filter(|run| run.is_like(kind));
+            let shown = |value| cell(self.summary(kind, value));
             rows.push(vec![
-                format!(
-                    "{}, {}, {}",
-                    match kind.server {
-                        Server::Redis => "redis",
-                        Server::Nginx => "nginx",
-                    },
-                    kind.connections,
-                    kind.path
-                ),
-                by,
-                runs.len().to_string(),
-                cell(|run| run.stall_ms),
-                cell(|run| run.longest_wait_ms),
-                cell(|run| run.usual_wait_ms),
-                runs.iter().map(|run| run.resets).sum::<u64>().to_string(),
+                kind.subject(),
+                kind.mover(),
+                runs().count().to_string(),
+                shown(|run| run.stall_ms),
+                shown(|run| run.longest_wait_ms),
+                shown(|run| run.usual_wait_ms),
+                runs().map(|run| run.resets).sum::<u64>().to_string(),
             ]);
         }
         rows
     }
 
-    /// As Markdown.
-    pub fn markdown(&self) -> String {
-        let mut text = String::from("\n# Many connections\n\n");
-        text += &crate::page::markdown_table(&self.cells());
-        for failure in &self.failures {
-            text += &format!("\nfailed: {}\n", failure.what);
+    fn plot(&self, subject: &Run) -> Plot {
+        let kinds = self.first_of_each(Run::is_like).into_iter();
+        let bars = kinds.filter(|kind| kind.is_of(subject)).map(|kind| {
+            let wait = self.summary(kind, |run| run.longest_wait_ms);
+            (kind.mover(), wait, kind.peer.to_string())
+        });
+        Plot {
+            title: format!("longest wait of any client, ms: {}", subject.subject()),
+            bars: bars.collect(),
         }
-        text
     }
 
-    /// As a part of a page.
-    pub fn html(&self) -> String {
-        let mut text = format!(
-            "<h1>Many connections</h1>{}",
-            crate::page::table(&self.cells())
-        );
-        for failure in &self.failures {
-            text += &format!("<p>Failed: {}</p>", crate::page::escaped(&failure.what));
+    fn summary(&self, kind: &Run, value: fn(&Run) -> f64) -> Option<Summary> {
+        let runs = self.runs.iter().filter(|run| run.is_like(kind));
+        Summary::of(&runs.map(value).collect::<Vec<_>>())
+    }
+
+    fn first_of_each(&self, is_same: fn(&Run, &Run) -> bool) -> Vec<&Run> {
+        let mut firsts: Vec<&Run> = Vec::new();
+        for run in &self.runs {
+            if !firsts.iter().any(|first| is_same(first, run)) {
+                firsts.push(run);
+            }
         }
-        text
+        firsts
     }
 }

@@ -16,10 +16,11 @@ use tests::rig::Rig;
 use tests::touch::{Pattern, TouchPlan, Toucher};
 
 use crate::memory;
+use crate::peer::Peer;
 use crate::quiet::{self, Disturbance, Use};
 use crate::runs::{self, Failure, Recorded, Runs};
+use crate::section::{Block, Plot, Section, cell, whole};
 use crate::stats::Summary;
-use crate::table::Table;
 use crate::targets::{Bound, Target};
 
 /// Memory of the workload: it is not about that.
@@ -70,18 +71,41 @@ impl Recorded for Run {
     const KIND: &'static str = "files";
 }
 
+impl Run {
+    fn cutover(&self) -> Option<f64> {
+        Some(self.cutover_ms)
+    }
+
+    /// Nothing when there was none.
+    fn last_pass(&self) -> Option<f64> {
+        self.tree.map(|_| self.last_pass_ms)
+    }
+
+    fn looked_at(&self) -> Option<f64> {
+        self.tree.map(|_| self.looked_at as f64)
+    }
+
+    fn disturbance(&self) -> Disturbance {
+        Disturbance {
+            by_others: self.used_by_others,
+            late: 0.0,
+        }
+    }
+}
+
 /// What was measured.
 #[derive(Debug, Default)]
 pub struct Report {
-    runs: Vec<Run>,
-    /// Moves that did not succeed.
+    /// Moves that were made.
+    pub runs: Vec<Run>,
+    /// Those that were not.
     pub failures: Vec<Failure>,
 }
 
 /// Measures, prints and writes. It fails when a move did, after all others were made.
 pub fn run(options: &FilesOptions) -> Result<()> {
     let report = measure(options, &Runs::open(options.out.as_deref())?)?;
-    print!("{}", report.render(options));
+    print!("{}", report.section());
     runs::judge(&report.failures)
 }
 
@@ -93,11 +117,7 @@ pub fn measure(options: &FilesOptions, runs: &Runs) -> Result<Report> {
         let first = round % trees.len();
         trees.rotate_left(first);
         for tree in trees {
-            let disturbance = |run: &Run| Disturbance {
-                by_others: run.used_by_others,
-                late: 0.0,
-            };
-            let run = quiet::measure(|| one(tree, round as u64), disturbance);
+            let run = quiet::measure(|| one(tree, round as u64), Run::disturbance);
             let run = run.with_context(|| format!("a move with {}", Shown(tree)));
             let run = run.inspect(|run| eprintln!("{}: {run:?}", Shown(tree)));
             runs.keep(run, false, &mut report.runs, &mut report.failures)?;
@@ -209,53 +229,132 @@ impl fmt::Display for Shown {
     }
 }
 
+impl Tree {
+    fn is_by_content(&self) -> bool {
+        self.files == BY_CONTENT
+    }
+
+    fn is_by_number(&self) -> bool {
+        self.mib == BY_NUMBER_MIB
+    }
+}
+
 impl Report {
     /// The larger tree over the smaller one.
-    pub fn targets(&self, options: &FilesOptions) -> Vec<Target> {
-        let trees = trees(options);
-        let over = |what, large: usize, small: usize| {
-            let of = |index: usize| self.summary(trees[index], |run| run.cutover_ms);
-            Target::ratio(what, of(large), of(small), Bound::AtMost(1.2))
-        };
+    pub fn targets(&self) -> Vec<Target> {
         vec![
-            over("cutover, more unchanged content over less", 2, 1),
-            over("cutover, more unchanged files over fewer", 4, 3),
+            self.over(
+                "cutover, more unchanged content over less",
+                Tree::is_by_content,
+                |tree| tree.mib,
+            ),
+            self.over(
+                "cutover, more unchanged files over fewer",
+                Tree::is_by_number,
+                |tree| tree.files,
+            ),
         ]
     }
 
-    fn summary(&self, tree: Option<Tree>, value: fn(&Run) -> f64) -> Option<Summary> {
-        let runs = self.runs.iter().filter(|run| run.tree == tree);
-        Summary::of(&runs.map(value).collect::<Vec<_>>())
+    /// The largest of some trees over the smallest.
+    fn over(&self, what: &str, is_one: fn(&Tree) -> bool, size: fn(&Tree) -> u64) -> Target {
+        let sizes = || self.trees().into_iter().flatten().filter(is_one);
+        let (least, most) = (sizes().min_by_key(size), sizes().max_by_key(size));
+        let pair = least.zip(most).filter(|(least, most)| least != most);
+        let cutover = |tree| self.summary(Some(tree), Run::cutover);
+        Target::ratio(
+            what,
+            pair.and_then(|(_, most)| cutover(most)),
+            pair.and_then(|(least, _)| cutover(least)),
+            Bound::AtMost(1.2),
+        )
     }
 
-    /// For people.
-    pub fn render(&self, options: &FilesOptions) -> String {
-        let mut table = Table::default();
-        table.row(["with --sync", "cutover ms", "last pass ms", "total ms"]);
-        for tree in trees(options) {
-            let shown = |value| {
-                let of = self.summary(tree, value);
-                of.map_or("-".to_owned(), |of| of.to_string())
-            };
-            table.row([
-                &Shown(tree).to_string(),
-                &shown(|run| run.cutover_ms),
-                &shown(|run| run.last_pass_ms),
-                &shown(|run| run.total_ms),
+    /// Those that were moved: without any, and then content and number by themselves, from small to large.
+    fn trees(&self) -> Vec<Option<Tree>> {
+        let mut trees: Vec<Option<Tree>> = Vec::new();
+        for run in &self.runs {
+            if !trees.contains(&run.tree) {
+                trees.push(run.tree);
+            }
+        }
+        trees.sort_by_key(|tree| {
+            tree.map(|tree| match tree.is_by_content() {
+                true => (0, tree.mib, tree.files),
+                false => (1, tree.files, tree.mib),
+            })
+        });
+        trees
+    }
+
+    fn summary(&self, tree: Option<Tree>, value: fn(&Run) -> Option<f64>) -> Option<Summary> {
+        let runs = self.runs.iter().filter(|run| run.tree == tree);
+        Summary::of(&runs.filter_map(value).collect::<Vec<_>>())
+    }
+
+    /// For all reports.
+    pub fn section(&self) -> Section {
+        let disturbances = self.runs.iter().map(Run::disturbance);
+        let block = Block {
+            title: String::new(),
+            rows: self.cells(),
+            plots: vec![
+                self.plot("cutover, ms", Run::cutover),
+                self.plot("of it the last pass over the files, ms", Run::last_pass),
+            ],
+            targets: self.targets(),
+        };
+        Section {
+            title: "Files that do not change",
+            conditions: vec![
+                "median (smallest to largest) of n moves each".to_owned(),
+                format!(
+                    "{MEMORY_MIB} MiB that nobody touches, and a directory for --sync, in which one file changes shortly \
+                     before the freeze"
+                ),
+                memory::STATEMENT.to_owned(),
+                quiet::statement(disturbances),
+            ],
+            blocks: vec![block],
+            failures: self.failures.clone(),
+        }
+    }
+
+    fn cells(&self) -> Vec<Vec<String>> {
+        let heading = [
+            "with --sync",
+            "n",
+            "cutover ms",
+            "last pass ms",
+            "paths looked at in it",
+            "total ms",
+        ];
+        let mut rows = vec![heading.map(str::to_owned).to_vec()];
+        for tree in self.trees() {
+            let shown = |value| cell(self.summary(tree, value));
+            let count = self.runs.iter().filter(|run| run.tree == tree).count();
+            rows.push(vec![
+                Shown(tree).to_string(),
+                count.to_string(),
+                shown(Run::cutover),
+                shown(Run::last_pass),
+                whole(self.summary(tree, Run::looked_at)),
+                shown(|run| Some(run.total_ms)),
             ]);
         }
-        let mut text = format!(
-            "\none file changes shortly before the freeze; median (smallest to largest) of {} moves each\n\n{}",
-            options.repeat,
-            table.render()
-        );
-        for target in self.targets(options) {
-            text += &format!("{target}\n");
+        rows
+    }
+
+    fn plot(&self, title: &str, value: fn(&Run) -> Option<f64>) -> Plot {
+        let bar = |tree| {
+            let class = Peer::Ours.to_string();
+            (Shown(tree).to_string(), self.summary(tree, value), class)
+        };
+        let bars = self.trees().into_iter().map(bar);
+        Plot {
+            title: title.to_owned(),
+            bars: bars.filter(|(_, value, _)| value.is_some()).collect(),
         }
-        for failure in &self.failures {
-            text += &format!("failed: {}\n", failure.what);
-        }
-        text
     }
 }
 
@@ -282,12 +381,35 @@ mod test {
             total_ms: 0.0,
             used_by_others: 0.0,
         });
-        let report = Report {
+        let mut report = Report {
             runs: runs.collect(),
             ..Report::default()
         };
-        let met = report.targets(&options);
+        report.runs.rotate_left(3);
+        let met = report.targets();
         let met: Vec<bool> = met.iter().map(Target::is_met).collect();
         assert_eq!(met, [true, false]);
+        let shown: Vec<Option<Tree>> = report.trees();
+        assert_eq!(shown, trees(&options), "whatever comes first in a round");
+    }
+
+    #[test]
+    fn one_tree_alone_says_nothing() {
+        let run = Run {
+            tree: Some(Tree {
+                files: BY_CONTENT,
+                mib: 64,
+            }),
+            cutover_ms: 10.0,
+            last_pass_ms: 0.0,
+            looked_at: 0,
+            total_ms: 0.0,
+            used_by_others: 0.0,
+        };
+        let report = Report {
+            runs: vec![run],
+            ..Report::default()
+        };
+        assert!(!report.targets().iter().any(Target::is_measured));
     }
 }

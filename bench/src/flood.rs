@@ -14,10 +14,11 @@ use tests::rig::Rig;
 use tests::touch::{Pattern, TouchPlan, Toucher};
 
 use crate::memory;
+use crate::peer::Peer;
 use crate::quiet::{self, Disturbance, Use};
 use crate::runs::{self, Failure, Recorded, Runs};
+use crate::section::{Block, Plot, Section, cell};
 use crate::stats::Summary;
-use crate::table::Table;
 use crate::targets::{Bound, Target};
 
 /// The flood begins within this.
@@ -43,9 +44,18 @@ pub struct FloodOptions {
     pub out: Option<PathBuf>,
 }
 
+/// What is the same with and without the flood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Setting {
+    memory_mib: u64,
+    strangers: usize,
+}
+
 /// One move.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Run {
+    #[serde(flatten)]
+    setting: Setting,
     flooded: bool,
     cutover_ms: f64,
     total_ms: f64,
@@ -57,18 +67,28 @@ impl Recorded for Run {
     const KIND: &'static str = "flood";
 }
 
+impl Run {
+    fn disturbance(&self) -> Disturbance {
+        Disturbance {
+            by_others: self.used_by_others,
+            late: 0.0,
+        }
+    }
+}
+
 /// What was measured.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
-    runs: Vec<Run>,
-    /// Moves that did not succeed.
+    /// Moves that were made.
+    pub runs: Vec<Run>,
+    /// Those that were not.
     pub failures: Vec<Failure>,
 }
 
 /// Measures, prints and writes. It fails when a move did, after all others were made.
 pub fn run(options: &FloodOptions) -> Result<()> {
     let report = measure(options, &Runs::open(options.out.as_deref())?)?;
-    print!("{}", report.render(options));
+    print!("{}", report.section());
     if let Some(path) = &options.json {
         crate::write_json(path, &report)?;
     }
@@ -82,11 +102,7 @@ pub fn measure(options: &FloodOptions, runs: &Runs) -> Result<Report> {
         // Whoever comes first has the machine in another state: they take turns at that too.
         let first = round % 2 == 0;
         for flooded in [first, !first] {
-            let disturbance = |run: &Run| Disturbance {
-                by_others: run.used_by_others,
-                late: 0.0,
-            };
-            let run = quiet::measure(|| one(options, flooded, round as u64), disturbance);
+            let run = quiet::measure(|| one(options, flooded, round as u64), Run::disturbance);
             let run = run.with_context(|| format!("a move, flooded: {flooded}"));
             let run = run.inspect(|run| eprintln!("{run:?}"));
             runs.keep(run, false, &mut report.runs, &mut report.failures)?;
@@ -119,6 +135,10 @@ fn one(options: &FloodOptions, flooded: bool, seed: u64) -> Result<Run> {
     let used_by_others = Use::now(&rig).by_others_since(before);
     drop(flood);
     Ok(Run {
+        setting: Setting {
+            memory_mib: options.memory,
+            strangers: options.strangers,
+        },
         flooded,
         cutover_ms: record.cutover_us as f64 / 1e3,
         // The source counts from its start, and waits while the flood begins.
@@ -145,46 +165,133 @@ fn flood(rig: &Rig, strangers: usize) -> Result<Process> {
 }
 
 impl Report {
-    /// How much the flood slows a move.
+    /// How much the flood slows a move, for each setting.
     pub fn targets(&self) -> Vec<Target> {
-        vec![Target::ratio(
+        self.settings()
+            .into_iter()
+            .map(|of| self.target(of))
+            .collect()
+    }
+
+    fn target(&self, of: Setting) -> Target {
+        Target::ratio(
             "total, flooded over quiet",
-            self.summary(true, |run| run.total_ms),
-            self.summary(false, |run| run.total_ms),
+            self.summary(of, true, |run| run.total_ms),
+            self.summary(of, false, |run| run.total_ms),
             Bound::AtMost(1.2),
-        )]
+        )
     }
 
-    fn summary(&self, flooded: bool, value: fn(&Run) -> f64) -> Option<Summary> {
-        let chosen = self.runs.iter().filter(|run| run.flooded == flooded);
-        Summary::of(&chosen.map(value).collect::<Vec<_>>())
+    fn settings(&self) -> Vec<Setting> {
+        let mut settings: Vec<Setting> = Vec::new();
+        for run in &self.runs {
+            if !settings.contains(&run.setting) {
+                settings.push(run.setting);
+            }
+        }
+        settings
     }
 
-    /// For people.
-    pub fn render(&self, options: &FloodOptions) -> String {
-        let mut table = Table::default();
-        table.row(["", "without", "flooded"]);
-        let shown = |flooded, value| {
-            let of = self.summary(flooded, value);
-            of.map_or("-".to_owned(), |of| of.to_string())
+    fn chosen(&self, of: Setting, flooded: bool) -> impl Iterator<Item = &Run> {
+        let runs = self.runs.iter();
+        runs.filter(move |run| run.setting == of && run.flooded == flooded)
+    }
+
+    fn summary(&self, of: Setting, flooded: bool, value: fn(&Run) -> f64) -> Option<Summary> {
+        Summary::of(&self.chosen(of, flooded).map(value).collect::<Vec<_>>())
+    }
+
+    /// For all reports.
+    pub fn section(&self) -> Section {
+        Section {
+            title: "A flood of strangers",
+            conditions: vec![
+                "median (smallest to largest) of n moves each, with and without the flood in turns".to_owned(),
+                "strangers knock at the source, each again as soon as it was refused; they get what the move leaves over of \
+                 the processors"
+                    .to_owned(),
+                memory::STATEMENT.to_owned(),
+                quiet::statement(self.runs.iter().map(Run::disturbance)),
+            ],
+            blocks: self.settings().into_iter().map(|of| self.block(of)).collect(),
+            failures: self.failures.clone(),
+        }
+    }
+
+    fn block(&self, of: Setting) -> Block {
+        let mut rows = vec![
+            ["", "n", "cutover ms", "total ms"]
+                .map(str::to_owned)
+                .to_vec(),
+        ];
+        for (name, flooded) in CASES {
+            let shown = |value| cell(self.summary(of, flooded, value));
+            rows.push(vec![
+                name.to_owned(),
+                self.chosen(of, flooded).count().to_string(),
+                shown(|run| run.cutover_ms),
+                shown(|run| run.total_ms),
+            ]);
+        }
+        Block {
+            title: format!("{} MiB, {} strangers", of.memory_mib, of.strangers),
+            rows,
+            plots: vec![
+                self.plot(of, "cutover, ms", |run| run.cutover_ms),
+                self.plot(of, "total time, ms", |run| run.total_ms),
+            ],
+            targets: vec![self.target(of)],
+        }
+    }
+
+    fn plot(&self, of: Setting, title: &str, value: fn(&Run) -> f64) -> Plot {
+        let bar = |(name, flooded): (&str, bool)| {
+            let class = Peer::Ours.to_string();
+            (name.to_owned(), self.summary(of, flooded, value), class)
         };
-        let mut row = |name, value| table.row([name, &shown(false, value), &shown(true, value)]);
-        row("cutover ms", |run| run.cutover_ms);
-        row("total ms", |run| run.total_ms);
-        let mut text = format!(
-            "\n{} MiB, {} strangers; median (smallest to largest) of {} moves each\n{}\n\n{}",
-            options.memory,
-            options.strangers,
-            options.repeat,
-            memory::STATEMENT,
-            table.render()
-        );
-        for target in self.targets() {
-            text += &format!("{target}\n");
+        Plot {
+            title: title.to_owned(),
+            bars: CASES.into_iter().map(bar).collect(),
         }
-        for failure in &self.failures {
-            text += &format!("failed: {}\n", failure.what);
-        }
-        text
+    }
+}
+
+/// Both kinds of moves.
+const CASES: [(&str, bool); 2] = [("without", false), ("flooded", true)];
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn settings_are_judged_by_themselves() {
+        let run = |strangers, flooded, total_ms| Run {
+            setting: Setting {
+                memory_mib: 64,
+                strangers,
+            },
+            flooded,
+            cutover_ms: 1.0,
+            total_ms,
+            used_by_others: 0.0,
+        };
+        let report = Report {
+            runs: vec![
+                run(8, true, 11.0),
+                run(800, true, 20.0),
+                run(8, false, 10.0),
+                run(800, false, 10.0),
+            ],
+            ..Report::default()
+        };
+        let met: Vec<bool> = report.targets().iter().map(Target::is_met).collect();
+        assert_eq!(met, [true, false]);
+        let titles: Vec<String> = report
+            .section()
+            .blocks
+            .into_iter()
+            .map(|of| of.title)
+            .collect();
+        assert_eq!(titles, ["64 MiB, 8 strangers", "64 MiB, 800 strangers"]);
     }
 }

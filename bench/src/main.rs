@@ -20,6 +20,7 @@ mod record;
 mod replay;
 mod runs;
 mod scale;
+mod section;
 mod skew;
 mod star;
 mod stats;

@@ -10,13 +10,14 @@ figcaption{font-weight:600}svg{font:12px system-ui,sans-serif}svg line{stroke:#2
 .ours{fill:#2a7f62}.ours-plain{fill:#7fb8a4}.criu{fill:#c2703d}.criu-tls{fill:#d9a441}.stop-and-copy{fill:#8a8a8a}\
 table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2rem .5rem;text-align:right}\
 td:first-child,th:first-child{text-align:left}\
+table+.plots,table+figure{margin-top:1rem}\
 pre{background:#f4f4f4;padding:.8rem;overflow-x:auto}li{margin:.2rem 0}";
 
 /// The whole page of `sections`, which are HTML.
 fn render(sections: &[String]) -> String {
     format!(
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>Moves side by side</title>\
-         <style>{STYLE}</style><h1>Moves side by side</h1>{}</html>\n",
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>Measured moves</title>\
+         <style>{STYLE}</style>{}</html>\n",
         sections.concat()
     )
 }

@@ -13,9 +13,10 @@ use tests::touch::{Pattern, TouchPlan, Toucher};
 
 use crate::memory;
 use crate::path::ProbedPath;
+use crate::peer::Peer;
 use crate::runs::{self, Failure, Recorded, Runs};
+use crate::section::{Block, Plot, Section, cell};
 use crate::stats::Summary;
-use crate::table::Table;
 use crate::targets::{Bound, Target};
 
 /// Pages in a MiB.
@@ -56,13 +57,20 @@ enum Order {
     Replayed,
 }
 
+/// What is the same for all three kinds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Setting {
+    path: String,
+    memory_mib: u64,
+    rate: u64,
+}
+
 /// One move.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Run {
     order: Order,
-    path: String,
-    memory_mib: u64,
-    rate: u64,
+    #[serde(flatten)]
+    setting: Setting,
     /// Pages touched in all.
     touches: u64,
     /// Faults that went over the network.
@@ -78,15 +86,16 @@ impl Recorded for Run {
 pub struct Report {
     /// The path with its probes.
     pub paths: Vec<ProbedPath>,
-    runs: Vec<Run>,
-    /// Moves that did not succeed.
+    /// Moves that were made.
+    pub runs: Vec<Run>,
+    /// Those that were not.
     pub failures: Vec<Failure>,
 }
 
 /// Measures, prints and writes. It fails when a move did, after all others were made.
 pub fn run(options: &ReplayOptions) -> Result<()> {
     let report = measure(options, &Runs::open(options.out.as_deref())?)?;
-    print!("{}", report.render(options));
+    print!("{}", report.section());
     runs::judge(&report.failures)
 }
 
@@ -110,6 +119,18 @@ pub fn measure(options: &ReplayOptions, runs: &Runs) -> Result<Report> {
     Ok(report)
 }
 
+/// How many pages are touched, each once.
+pub fn touches(mib: u64) -> u64 {
+    mib * PAGES_PER_MIB
+}
+
+/// For how long nothing is pushed, so that each touch is seen.
+pub fn recording(options: &ReplayOptions) -> Duration {
+    let touches = touches(options.memory);
+    let touching = touches / options.rate.max(1);
+    Duration::from_secs(touching + touches / FAULTS_PER_SECOND + 5)
+}
+
 fn one(options: &ReplayOptions, order: Order, file: &FilePath, seed: u64) -> Result<Run> {
     let rig = Rig::new()?;
     let _path = Path::lay(&rig, options.path)?;
@@ -122,12 +143,12 @@ fn one(options: &ReplayOptions, order: Order, file: &FilePath, seed: u64) -> Res
     let toucher = Toucher::start_at_fixed_addresses(&rig, plan)?;
     memory::warm(2 * options.memory)?;
     let mut pair = PairPlan::new(&rig)?;
-    let touches = options.memory * PAGES_PER_MIB;
+    let touches = touches(options.memory);
     let name = file.to_str().context("a name in ASCII")?.to_owned();
     let told = match order {
         Order::Recorded => {
             ensure!(options.rate > 0, "how long to record follows from the rate");
-            let seconds = touches / options.rate + touches / FAULTS_PER_SECOND + 5;
+            let seconds = recording(options).as_secs();
             vec![
                 "--record".to_owned(),
                 name,
@@ -145,56 +166,148 @@ fn one(options: &ReplayOptions, order: Order, file: &FilePath, seed: u64) -> Res
     toucher.finish()?;
     Ok(Run {
         order,
-        path: options.path.to_string(),
-        memory_mib: options.memory,
-        rate: options.rate,
+        setting: Setting {
+            path: options.path.to_string(),
+            memory_mib: options.memory,
+            rate: options.rate,
+        },
         touches,
         network_faults: migration.destination.faults.remote,
     })
 }
 
 impl Report {
-    /// How many touches of a known order wait for the network.
+    /// How many touches of a known order wait for the network, for each setting.
     pub fn targets(&self) -> Vec<Target> {
-        vec![Target::value(
+        self.settings()
+            .into_iter()
+            .map(|of| self.target(of))
+            .collect()
+    }
+
+    fn target(&self, of: &Setting) -> Target {
+        Target::value(
             "network faults with --replay, percent",
-            self.percent(Order::Replayed),
+            self.percent(of, Order::Replayed),
             Bound::AtMost(3.0),
-        )]
+        )
     }
 
-    fn percent(&self, order: Order) -> Option<Summary> {
-        let runs = self.runs.iter().filter(|run| run.order == order);
-        let percent = |run: &Run| run.network_faults as f64 * 100.0 / run.touches as f64;
-        Summary::of(&runs.map(percent).collect::<Vec<_>>())
+    fn settings(&self) -> Vec<&Setting> {
+        let mut settings: Vec<&Setting> = Vec::new();
+        for run in &self.runs {
+            if !settings.contains(&&run.setting) {
+                settings.push(&run.setting);
+            }
+        }
+        settings
     }
 
-    /// For people.
-    pub fn render(&self, options: &ReplayOptions) -> String {
-        let mut table = Table::default();
-        table.row(["", "network faults, percent of all touches"]);
-        for (name, order) in [
-            ("recorded, nothing pushed", Order::Recorded),
-            ("pushed without a record", Order::Unprepared),
-            ("pushed with --replay", Order::Replayed),
-        ] {
-            let of = self.percent(order);
-            table.row([name, &of.map_or("-".to_owned(), |of| of.to_string())]);
+    fn chosen(&self, of: &Setting, order: Order) -> impl Iterator<Item = &Run> {
+        let runs = self.runs.iter();
+        runs.filter(move |run| run.setting == *of && run.order == order)
+    }
+
+    fn percent(&self, of: &Setting, order: Order) -> Option<Summary> {
+        Summary::of(&self.chosen(of, order).map(Run::percent).collect::<Vec<_>>())
+    }
+
+    /// For all reports.
+    pub fn section(&self) -> Section {
+        let mut conditions = vec!["median (smallest to largest) of n moves each".to_owned()];
+        conditions.push(memory::STATEMENT.to_owned());
+        conditions.extend(self.paths.iter().map(ProbedPath::line));
+        Section {
+            title: "When the order of touches is known",
+            conditions,
+            blocks: self
+                .settings()
+                .into_iter()
+                .map(|of| self.block(of))
+                .collect(),
+            failures: self.failures.clone(),
         }
-        let mut text = format!(
-            "\n{} MiB touched at random, {} per second; median (smallest to largest) of {} moves each\n",
-            options.memory, options.rate, options.repeat
-        );
-        for path in &self.paths {
-            text += &format!("{}\n", path.line());
+    }
+
+    fn block(&self, of: &Setting) -> Block {
+        let heading = ["", "n", FIGURE];
+        let mut rows = vec![heading.map(str::to_owned).to_vec()];
+        let mut bars = Vec::new();
+        for (name, order) in CASES {
+            let percent = self.percent(of, order);
+            rows.push(vec![
+                name.to_owned(),
+                self.chosen(of, order).count().to_string(),
+                cell(percent),
+            ]);
+            bars.push((name.to_owned(), percent, Peer::Ours.to_string()));
         }
-        text += &format!("\n{}", table.render());
-        for target in self.targets() {
-            text += &format!("{target}\n");
+        Block {
+            title: of.title(),
+            rows,
+            plots: vec![Plot {
+                title: FIGURE.to_owned(),
+                bars,
+            }],
+            targets: vec![self.target(of)],
         }
-        for failure in &self.failures {
-            text += &format!("failed: {}\n", failure.what);
-        }
-        text
+    }
+}
+
+/// What is counted.
+const FIGURE: &str = "network faults, percent of all touches";
+
+/// All kinds of moves.
+const CASES: [(&str, Order); 3] = [
+    ("recorded, nothing pushed", Order::Recorded),
+    ("pushed without a record", Order::Unprepared),
+    ("pushed with --replay", Order::Replayed),
+];
+
+impl Run {
+    /// The path it went over.
+    pub fn path(&self) -> &str {
+        &self.setting.path
+    }
+
+    fn percent(&self) -> f64 {
+        self.network_faults as f64 * 100.0 / self.touches as f64
+    }
+}
+
+impl Setting {
+    fn title(&self) -> String {
+        format!(
+            "{} MiB touched at random, {} per second, over {}",
+            self.memory_mib, self.rate, self.path
+        )
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn what_is_replayed_is_judged() {
+        let run = |order, network_faults| Run {
+            order,
+            setting: Setting {
+                path: "1g".to_owned(),
+                memory_mib: 64,
+                rate: 10_000,
+            },
+            touches: 1000,
+            network_faults,
+        };
+        let report = Report {
+            runs: vec![run(Order::Unprepared, 500), run(Order::Replayed, 29)],
+            ..Report::default()
+        };
+        let met: Vec<bool> = report.targets().iter().map(Target::is_met).collect();
+        assert_eq!(met, [true]);
+        let text = report.section().to_string();
+        assert!(text.contains("50.0 (50.0 to 50.0)"), "{text}");
+        assert!(text.contains("10000 per second, over 1g"), "{text}");
     }
 }

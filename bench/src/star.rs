@@ -14,7 +14,10 @@ use crate::collected;
 use crate::compare::{self, CompareOptions};
 use crate::crowd::{self, CrowdOptions};
 use crate::fault::{self, FaultOptions};
+use crate::files::{self, FilesOptions};
+use crate::flood::{self, FloodOptions};
 use crate::peer::Peer;
+use crate::replay::{self, ReplayOptions};
 use crate::runs::{self, Failure, Runs};
 use crate::workload::Kind;
 
@@ -62,6 +65,9 @@ enum Measure {
     Moves(Box<CompareOptions>),
     Waits(FaultOptions),
     Crowd(CrowdOptions),
+    Replay(ReplayOptions),
+    Flood(FloodOptions),
+    Files(FilesOptions),
 }
 
 /// Measures and writes. It fails when something of ours could not be measured, after everything else was.
@@ -111,6 +117,9 @@ impl Measure {
             Self::Moves(options) => compare::measure(options, runs)?.failures,
             Self::Waits(options) => fault::measure(options, runs)?.failures,
             Self::Crowd(options) => crowd::measure(options, runs)?.failures,
+            Self::Replay(options) => replay::measure(options, runs)?.failures,
+            Self::Flood(options) => flood::measure(options, runs)?.failures,
+            Self::Files(options) => files::measure(options, runs)?.failures,
         })
     }
 
@@ -119,6 +128,9 @@ impl Measure {
             Self::Moves(options) => estimate::moves(options),
             Self::Waits(options) => estimate::waits(options),
             Self::Crowd(options) => estimate::crowd(options),
+            Self::Replay(options) => estimate::replay(options),
+            Self::Flood(options) => estimate::flood(options),
+            Self::Files(options) => estimate::files(options),
         }
     }
 }
@@ -201,7 +213,48 @@ fn parts(options: &StarOptions) -> Result<Vec<Part>> {
         name: "many connections".to_owned(),
         measure: Measure::Crowd(crowd_of(options)),
     });
+    parts.extend(questions(options)?);
     Ok(parts)
+}
+
+/// What is no point of the star, each with a target of its own.
+fn questions(options: &StarOptions) -> Result<[Part; 3]> {
+    let repeat = options.repeat;
+    let part = |name: &str, measure| Part {
+        name: name.to_owned(),
+        measure,
+    };
+    Ok([
+        part(
+            "the order of touches is known",
+            Measure::Replay(ReplayOptions {
+                memory: options.memory.min(64),
+                rate: 10_000,
+                repeat,
+                path: parse("1g")?,
+                out: None,
+            }),
+        ),
+        part(
+            "a flood of strangers",
+            Measure::Flood(FloodOptions {
+                memory: options.memory.min(256),
+                repeat,
+                strangers: 8,
+                json: None,
+                out: None,
+            }),
+        ),
+        part(
+            "files that do not change",
+            Measure::Files(FilesOptions {
+                repeat,
+                content: vec![64, 1024],
+                files: vec![100, 10_000],
+                out: None,
+            }),
+        ),
+    ])
 }
 
 fn waits(options: &StarOptions) -> Result<FaultOptions> {

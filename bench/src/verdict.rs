@@ -178,7 +178,7 @@ impl Measure {
             }
             Self::Flood(options) => {
                 let report = flood::measure(options, runs)?;
-                print!("{}", report.render(options));
+                print!("{}", report.section());
                 Outcome {
                     targets: over(SWITCH, report.targets()),
                     paths: Vec::new(),
@@ -187,7 +187,7 @@ impl Measure {
             }
             Self::Replay(options) => {
                 let report = replay::measure(options, runs)?;
-                print!("{}", report.render(options));
+                print!("{}", report.section());
                 Outcome {
                     targets: over(&options.path.to_string(), report.targets()),
                     paths: report.paths,
@@ -196,9 +196,9 @@ impl Measure {
             }
             Self::Files(options) => {
                 let report = files::measure(options, runs)?;
-                print!("{}", report.render(options));
+                print!("{}", report.section());
                 Outcome {
-                    targets: over(SWITCH, report.targets(options)),
+                    targets: over(SWITCH, report.targets()),
                     paths: Vec::new(),
                     failures: report.failures,
                 }

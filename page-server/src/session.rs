@@ -4,6 +4,7 @@
 //! nothing but the destination's word that its copy is dead does (`session/postcopy.rs`). A killed program's session is
 //! gone on with from there (`session/resume.rs`).
 
+mod cutover;
 mod postcopy;
 mod resume;
 
@@ -14,12 +15,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::address::{self, Door, Doorway, MovingAddress, Shut};
+use common::address::{Door, Doorway, MovingAddress, Shut};
 use common::criu::Criu;
 use common::exit::{Failure, SessionError};
 use common::host;
 use common::lost::{Limit, LostPlan};
-use common::operator::{self, Facts};
+use common::operator::Facts;
 use common::proto::control::{Secret, SessionId, ToDestination, ToSource};
 use common::proto::version::V3;
 use common::record::{Phases, unix_us};
@@ -36,16 +37,13 @@ use crate::compression::Mode;
 use crate::destination::{self, Destination, abort, unexpected};
 use crate::engine::Engine;
 use crate::files::Files;
-use crate::framer::Form;
-use crate::freeze::{FreezeError, FreezePlan};
+use crate::freeze::FreezePlan;
 use crate::frozen::FrozenWorkload;
 use crate::ghosts::ghost_limit;
 use crate::guard::note_session;
 use crate::listen::{Listen, ListenPlan};
-use crate::push::Push;
 use crate::report::{Record, WireBytes};
 use crate::skeleton;
-use crate::transfer::Transfer;
 use crate::workload::Workload;
 
 /// Everything the operator decided.
@@ -442,130 +440,6 @@ impl Migration<'_> {
         note_session(&directory, &path).map_err(|error| fail(format!("session file: {error}")))?;
         let written = self.kept.begin(file);
         written.map_err(|error| fail(format!("session file: {error}; see --state-dir")))
-    }
-
-    /// From the complete skeleton to the point of no return. Whatever fails here is rolled back.
-    async fn hand_over(
-        &mut self,
-        listen: &Listen,
-        destination: &mut Destination,
-        workload: &mut FrozenWorkload,
-    ) -> Result<Transfer, SessionError> {
-        self.advance(Event::Dumped)?;
-        let mut transfer = Transfer::default();
-        let serving = destination.serve(workload.source.clone(), workload.book.clone());
-        transfer.spawn(listen.fault.thread.handle(), serving);
-        let push = self.send_skeleton(listen, destination, workload).await?;
-        self.expect(destination, ToSource::Staged).await?;
-        self.advance(Event::Staged)?;
-        let credits = destination.take_credits();
-        transfer.spawn(listen.bulk.thread.handle(), push.all(credits));
-        self.await_restore(destination, workload, &mut transfer)
-            .await?;
-        self.advance(Event::CutoverAsked)?;
-        // Told to the hook before it is told to the destination: from here on our death must not thaw the workload.
-        let failed = |error: &dyn std::fmt::Display| {
-            SessionError::new(Failure::Freeze, State::Listen, error)
-        };
-        if self.kept.file().map(|file| file.state) != Some(State::Cutover) {
-            return Err(failed(&"the session file cannot be written"));
-        }
-        if let Some(frozen) = workload.ours() {
-            frozen.commit().await.map_err(|error| failed(&error))?;
-        }
-        Ok(transfer)
-    }
-
-    /// Sends the skeleton and the eager pages while the operator's command runs.
-    async fn send_skeleton(
-        &mut self,
-        listen: &Listen,
-        destination: &mut Destination,
-        workload: &FrozenWorkload,
-    ) -> Result<Push, SessionError> {
-        let state = self.state();
-        let failed =
-            |error: &dyn std::fmt::Display| SessionError::new(Failure::Freeze, state, error);
-        let stream = destination
-            .take_push()
-            .ok_or_else(|| failed(&"the bulk stream is in use"))?;
-        let (source, book) = (workload.source.clone(), workload.book.clone());
-        let form = self.form(destination, workload);
-        let push = Push::new(stream, source, book, form).map_err(|error| failed(&error))?;
-        let images = workload.images();
-        let sending = listen.bulk.thread.handle().spawn(async move {
-            let push = push.skeleton(&images).await?;
-            push.eager().await
-        });
-        self.take_addresses(workload)?;
-        let facts = self.facts(destination);
-        let command = self.plan.on_frozen.as_deref();
-        tokio::select! {
-            done = operator::run("--on-frozen", command, state, &facts) => {
-                done.map_err(|error| failed(&error))?;
-            }
-            // The workload is frozen: whoever wants it back is not to wait for the command.
-            name = self.stop.wait() => return Err(interrupted(state, name)),
-        }
-        // Nobody finds the way here any more.
-        self.doors.clear();
-        destination.send(state, &ToDestination::Frozen).await?;
-        let sent = tokio::select! {
-            sent = sending => sent,
-            // It does not take what it is sent.
-            () = until(self.thaw_by) => return Err(failed(&self.plan.freeze_limit.exceeded())),
-            name = self.stop.wait() => return Err(interrupted(state, name)),
-        };
-        match sent {
-            Ok(Ok(push)) => Ok(push),
-            Ok(Err(error)) if error.is_of_link() => {
-                Err(destination.explain(state, failed(&error)).await)
-            }
-            Ok(Err(error)) => Err(failed(&error)),
-            Err(error) => Err(failed(&error)),
-        }
-    }
-
-    /// From here on packets for the service addresses are nobody's here, and whoever lets the workload run puts them back.
-    fn take_addresses(&mut self, workload: &FrozenWorkload) -> Result<(), SessionError> {
-        if let Some(directory) = workload.images().parent() {
-            let taken = address::take(&self.plan.addresses, directory);
-            taken.map_err(|error| self.fail(Failure::Freeze, error))?;
-        }
-        Ok(())
-    }
-
-    /// In which form pages are pushed to this destination.
-    fn form(&self, destination: &Destination, workload: &FrozenWorkload) -> Form {
-        Form {
-            compress: self.plan.compress,
-            version: destination.version,
-            related: workload.book.is_of_many(),
-            paying: destination.paying.clone(),
-        }
-    }
-
-    /// Waits until the destination's tasks stand ready, as long as CRIU holds ours.
-    async fn await_restore(
-        &mut self,
-        destination: &mut Destination,
-        workload: &mut FrozenWorkload,
-        transfer: &mut Transfer,
-    ) -> Result<(), SessionError> {
-        let state = self.state();
-        tokio::select! {
-            error = transfer.failed() => Err(SessionError::new(Failure::Freeze, state, error)),
-            asked = self.expect(destination, ToSource::CutoverRequest) => asked,
-            error = lost(workload) => Err(SessionError::new(Failure::Freeze, state, error)),
-        }
-    }
-}
-
-/// Resolves when CRIU ends although nobody told it to.
-async fn lost(workload: &mut FrozenWorkload) -> FreezeError {
-    match workload.ours() {
-        Some(frozen) => frozen.lost().await,
-        None => std::future::pending().await,
     }
 }
 

@@ -9,7 +9,10 @@ use crate::svg;
 
 /// Everything but the page around it.
 pub fn sections(report: &Report) -> String {
-    let mut text = list(&markdown::conditions(report));
+    let mut text = format!(
+        "<h1>Moves side by side</h1>{}",
+        list(&markdown::conditions(report))
+    );
     for (title, rows) in glance::tables(report) {
         text += &format!("<h3>{}</h3>{}", escaped(&title), crate::page::table(&rows));
     }

@@ -7,17 +7,24 @@ use tests::path::PathSpec;
 use crate::compare::CompareOptions;
 use crate::crowd::CrowdOptions;
 use crate::fault::FaultOptions;
+use crate::files::FilesOptions;
+use crate::flood::FloodOptions;
 use crate::peer::Peer;
+use crate::replay::{self, ReplayOptions};
 use crate::workload::Kind;
 
 /// Making and removing hosts, starting programs, and looking on for a while after a move.
-const EACH_S: f64 = 6.0;
+const EACH_S: f64 = 4.0;
 /// Probing a path.
 const PROBE_S: f64 = 4.0;
 /// Seconds for each MiB of redis: filling it, and comparing every value in the end.
 const REDIS_S: f64 = 0.02;
 /// ... of a toucher.
 const TOUCHER_S: f64 = 0.006;
+/// Seconds for each MiB of files: making it, sending it, and removing both.
+const CONTENT_S: f64 = 0.01;
+/// ... for each of them, however short.
+const FILE_S: f64 = 0.001;
 /// MiB that CRIU fetches in a round trip while somebody waits for pages.
 const CRIU_TRIP_MIB: f64 = 0.03;
 /// Bytes of a TCP segment.
@@ -53,6 +60,32 @@ pub fn crowd(options: &CrowdOptions) -> Duration {
     let one = EACH_S + 2.0 + options.memory as f64 * REDIS_S;
     let moves = moves * (options.server.len() * options.repeat) as f64;
     Duration::from_secs_f64(PROBE_S + moves * one)
+}
+
+/// Of `bench replay`: first the order is recorded while each touch waits, then two moves are made.
+pub fn replay(options: &ReplayOptions) -> Duration {
+    let mib = options.memory as f64;
+    let moves = 3.0 * one(Peer::Ours, Kind::Touch, &options.path, mib);
+    let touching = 2.0 * replay::touches(options.memory) as f64 / options.rate.max(1) as f64;
+    let recording = replay::recording(options).as_secs_f64();
+    let each = moves + touching + recording;
+    Duration::from_secs_f64(PROBE_S + each * options.repeat as f64)
+}
+
+/// Of `bench flood`.
+pub fn flood(options: &FloodOptions) -> Duration {
+    let path = PathSpec::default();
+    let one = one(Peer::Ours, Kind::Still, &path, options.memory as f64);
+    Duration::from_secs_f64(2.0 * one * options.repeat as f64)
+}
+
+/// Of `bench files`: once without any, and with each tree.
+pub fn files(options: &FilesOptions) -> Duration {
+    let content: u64 = options.content.iter().sum();
+    let number: u64 = options.files.iter().sum();
+    let trees = content as f64 * CONTENT_S + number as f64 * FILE_S;
+    let moves = (1 + options.content.len() + options.files.len()) as f64 * EACH_S;
+    Duration::from_secs_f64((moves + trees) * options.repeat as f64)
 }
 
 /// Seconds of one move and what belongs to it.

@@ -17,7 +17,8 @@ use nix::unistd::Pid;
 use procfs::process::all_processes;
 use tokio::time::{Instant, sleep};
 
-use super::{MigratePlan, Migration, announce};
+use super::cutover::announce;
+use super::{MigratePlan, Migration};
 use crate::connect::Threads;
 use crate::copy::Copy;
 use crate::files::Brought;

@@ -14,7 +14,8 @@ use common::proto::pages::DataHeader;
 
 use super::super::descriptor::Descriptor;
 use super::super::{Sink, Want};
-use super::{Answer, LiveFamily, MemoryError, Placed};
+use super::placement::Placed;
+use super::{Answer, LiveFamily, MemoryError};
 use crate::resolver::MemberId;
 
 /// What found no memory.
