@@ -317,8 +317,8 @@ fn bytes_of(paths: &[Vec<u8>]) -> usize {
     bytes + 2 * LENGTH_BYTES
 }
 
-/// The sending rsync, when `arguments` are all of the closed set.
-fn command(path: &Path, arguments: &[String]) -> Result<Command, FilesError> {
+/// Makes sure that the destination's `arguments` for our rsync are all of the closed set, for sending `path`.
+pub fn check_arguments(path: &Path, arguments: &[String]) -> Result<(), FilesError> {
     let tree = format!("{}/", path.display());
     for argument in arguments {
         let known =
@@ -332,6 +332,12 @@ fn command(path: &Path, arguments: &[String]) -> Result<Command, FilesError> {
     if !is_sender || arguments.last() != Some(&tree) {
         return Err(FilesError::Argument(arguments.join(" ")));
     }
+    Ok(())
+}
+
+/// The sending rsync.
+fn command(path: &Path, arguments: &[String]) -> Result<Command, FilesError> {
+    check_arguments(path, arguments)?;
     let mut command = Command::new("rsync");
     command
         .args(arguments)
