@@ -30,13 +30,7 @@ use crate::watch::{Unwatched, Watch, Watching};
 /// stream.
 const SHORT_OPTIONS: &str = "lHogDtpAXrRSIWqvzd";
 /// Long options of a sending rsync that may be passed on.
-const LONG_OPTIONS: &[&str] = &[
-    "--server",
-    "--sender",
-    "--numeric-ids",
-    "--files-from=-",
-    "--from0",
-];
+const LONG_OPTIONS: &[&str] = &["--numeric-ids", "--files-from=-", "--from0"];
 /// Longer than a tick of the clock that the kernel takes times of files from (10 ms at 100 Hz).
 const TICK: Duration = Duration::from_millis(20);
 /// Bytes of a length in a message, at most.
@@ -322,21 +316,29 @@ fn bytes_of(paths: &[Vec<u8>]) -> usize {
     bytes + 2 * LENGTH_BYTES
 }
 
-/// The sending rsync, when `arguments` are all of the closed set.
+/// Makes sure that the destination's `arguments` for our rsync are all of the closed set, for sending `path`.
+pub fn check_arguments(path: &Path, arguments: &[String]) -> Result<(), FilesError> {
+    let refused = || FilesError::Argument(arguments.join(" "));
+    // The dot stands for nothing. A second one would be our working directory.
+    let [server, sender, options @ .., dot, tree] = arguments else {
+        return Err(refused());
+    };
+    let is_sender = server == "--server" && sender == "--sender";
+    if !is_sender || dot != "." || *tree != format!("{}/", path.display()) {
+        return Err(refused());
+    }
+    let is_known = |option: &&String| {
+        LONG_OPTIONS.contains(&option.as_str()) || are_short_options(option.as_str())
+    };
+    match options.iter().find(|option| !is_known(option)) {
+        Some(option) => Err(FilesError::Argument(option.clone())),
+        None => Ok(()),
+    }
+}
+
+/// The sending rsync.
 fn command(path: &Path, arguments: &[String]) -> Result<Command, FilesError> {
-    let tree = format!("{}/", path.display());
-    for argument in arguments {
-        let known =
-            LONG_OPTIONS.contains(&argument.as_str()) || argument == "." || *argument == tree;
-        if !known && !are_short_options(argument) {
-            return Err(FilesError::Argument(argument.clone()));
-        }
-    }
-    let is_sender =
-        ["--server", "--sender"].map(String::from) == arguments[..arguments.len().min(2)];
-    if !is_sender || arguments.last() != Some(&tree) {
-        return Err(FilesError::Argument(arguments.join(" ")));
-    }
+    check_arguments(path, arguments)?;
     let mut command = Command::new("rsync");
     command
         .args(arguments)
@@ -422,6 +424,10 @@ mod tests {
             "--server --sender --remove-source-files . /srv/tree/",
             "--server --sender . /srv/tree/ /etc/",
             "--server --sender . /etc/ /srv/tree/",
+            "--server --sender . . /srv/tree/",
+            "--server --sender . /srv/tree/ . /srv/tree/",
+            "--server --sender /srv/tree/",
+            "--server --sender --sender . /srv/tree/",
             "--daemon --sender . /srv/tree/",
             "",
         ] {

@@ -1,16 +1,14 @@
 //! What is mounted in a tree, and overlays that write into it: of both the kernel tells nobody who watches directories.
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+
+use common::proc_text::{lines, mount_point, unescape};
 
 use crate::survey::FileId;
 
-/// Fields before the mount point in a line of `mountinfo` (`proc_pid_mountinfo(5)`).
-const POINT: usize = 4;
 /// Where an overlay's content is stored.
 const UPPER: &[u8] = b"upperdir=";
 /// Ends the fields of the mount; the file system's kind and options follow.
@@ -35,7 +33,7 @@ impl MountsBelow {
             files: Vec::new(),
         };
         for line in lines(&mounts) {
-            let Some(point) = line.split(|byte| *byte == b' ').nth(POINT).map(unescape) else {
+            let Some(point) = mount_point(line) else {
                 continue;
             };
             if let Ok(path) = point.strip_prefix(&real) {
@@ -119,12 +117,8 @@ pub fn processes() -> io::Result<impl Iterator<Item = u32>> {
     Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()))
 }
 
-fn lines(mounts: &[u8]) -> impl Iterator<Item = &[u8]> {
-    mounts.split(|byte| *byte == b'\n')
-}
-
-/// The upper directory of an overlay.
-fn upper(line: &[u8]) -> Option<PathBuf> {
+/// The upper directory of an overlay, from its line of `mountinfo`.
+pub fn upper(line: &[u8]) -> Option<PathBuf> {
     let mut words = line.split(|byte| *byte == b' ');
     words.find(|word| *word == SEPARATOR)?;
     if words.next()? != b"overlay" {
@@ -134,22 +128,6 @@ fn upper(line: &[u8]) -> Option<PathBuf> {
     let mut options = options.split(|byte| *byte == b',');
     let upper = options.find_map(|option| option.strip_prefix(UPPER))?;
     Some(unescape(upper))
-}
-
-/// Space, tab, newline and backslash are written in octal.
-fn unescape(text: &[u8]) -> PathBuf {
-    let mut plain = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((first, more)) = rest.split_first() {
-        let code = (*first == b'\\').then(|| more.get(..3)).flatten();
-        let code = code.and_then(|code| u8::from_str_radix(str::from_utf8(code).ok()?, 8).ok());
-        plain.push(code.unwrap_or(*first));
-        rest = match code {
-            Some(_) => &more[3..],
-            None => more,
-        };
-    }
-    PathBuf::from(OsString::from_vec(plain))
 }
 
 #[cfg(test)]
@@ -198,12 +176,5 @@ mod tests {
         assert_eq!(looks([Some(1), None]), None);
         assert_eq!(looks([Some(1), Some(2)]), Some(2));
         assert_eq!(looks([None, Some(1)]), None);
-    }
-
-    #[test]
-    fn octal_codes_are_characters() {
-        assert_eq!(unescape(b"a\\040b\\134c"), Path::new("a b\\c"));
-        assert_eq!(unescape(b"a\\04"), Path::new("a\\04"));
-        assert_eq!(unescape(b"\\"), Path::new("\\"));
     }
 }
