@@ -197,7 +197,10 @@ impl Original {
 
     fn is_there(&self) -> bool {
         match self {
-            Original::Frozen(frozen) | Original::Foreign(frozen, _) => frozen.root.is_alive(),
+            Original::Frozen(frozen) | Original::Foreign(frozen, _) => {
+                let mut tasks = frozen.tasks.iter().chain([&frozen.root]);
+                tasks.any(|task| task.is_alive())
+            }
             Original::Images(directory) => Path::new(directory).is_dir(),
         }
     }
@@ -304,11 +307,16 @@ pub(crate) mod tests {
         file.state = State::Listen;
         assert_eq!(file.standing(), Standing::Stale(Staleness::NotGivenAway));
         file.state = State::Paused;
-        if let Side::Source(source) = &mut file.side
-            && let Original::Frozen(frozen) = &mut source.original
-        {
-            frozen.root.start += 1;
-        }
+        let frozen = |file: &mut SessionFile, change: fn(&mut FrozenTasks)| match &mut file.side {
+            Side::Source(source) => match &mut source.original {
+                Original::Frozen(frozen) => change(frozen),
+                other => unreachable!("{other:?}"),
+            },
+            other => unreachable!("{other:?}"),
+        };
+        frozen(&mut file, |frozen| frozen.root.start += 1);
+        assert_eq!(file.standing(), Standing::Orphaned, "others are left");
+        frozen(&mut file, |frozen| frozen.tasks[0].start += 1);
         assert_eq!(file.standing(), Standing::Stale(Staleness::TasksGone));
         file.program = Task::find(std::process::id() as i32).expect("we run");
         assert_eq!(file.standing(), Standing::Served);

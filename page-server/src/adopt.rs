@@ -134,6 +134,25 @@ impl Left {
         }
     }
 
+    /// The same for an original that is to be killed. CRIU may be doing that at this moment: a process that dies neither
+    /// stands still nor has ended.
+    pub async fn find_to_kill(file: &SessionFile) -> Result<Self, LeftError> {
+        let deadline = Instant::now() + RELEASE_TIMEOUT;
+        loop {
+            match Left::find(file) {
+                Err(LeftError::Runs(_)) if Instant::now() < deadline => sleep(PAUSE).await,
+                found => return found,
+            }
+        }
+    }
+
+    /// Kills whoever is left of an original whose root has been killed.
+    pub fn kill_rest(file: &SessionFile) {
+        let frozen = file.source().and_then(|source| source.original.frozen());
+        let tasks = frozen.map_or(&[][..], |frozen| &frozen.tasks);
+        signal_left(tasks, Signal::SIGKILL);
+    }
+
     /// Where the images are.
     pub fn images(&self) -> PathBuf {
         self.directory.join("images")
@@ -241,9 +260,7 @@ impl Adopted {
     }
 
     fn signal(&self, signal: Signal) {
-        let alive = self.left.tasks.iter().filter(|task| task.is_alive());
-        let pids: Vec<Pid> = alive.map(|task| Pid::from_raw(task.pid)).collect();
-        signal_all(&pids, signal);
+        signal_left(&self.left.tasks, signal);
     }
 
     fn remove_directory(&self) {
@@ -252,6 +269,13 @@ impl Adopted {
             tracing::warn!(directory = %directory.display(), %error, "cannot remove");
         }
     }
+}
+
+/// Signals those of the tasks that have not ended.
+fn signal_left(tasks: &[Task], signal: Signal) {
+    let alive = tasks.iter().filter(|task| task.is_alive());
+    let pids: Vec<Pid> = alive.map(|task| Pid::from_raw(task.pid)).collect();
+    signal_all(&pids, signal);
 }
 
 #[cfg(test)]
@@ -388,5 +412,36 @@ mod tests {
         }
         let refused = Left::find_untouched(&file).expect_err("it ran");
         assert!(matches!(refused, LeftError::Ran(pid) if pid == root.pid().as_raw()));
+    }
+
+    /// A successor that has only to kill the original came while CRIU was killing it, and said that it runs.
+    #[tokio::test]
+    async fn an_original_that_is_dying_is_waited_for() {
+        let directory = directory();
+        let mut child = Still::start();
+        let file = file(vec![child.task()], Vec::new(), directory.path());
+        // It is asked for first, and does not stand still then.
+        let (found, ()) = tokio::join!(Left::find_to_kill(&file), async { child.end() });
+        assert!(matches!(found, Err(LeftError::Gone(_))), "{found:?}");
+    }
+
+    #[test]
+    fn who_is_left_when_the_root_was_killed_is_killed_too() {
+        let directory = directory();
+        let (mut root, mut child) = (Still::start(), Still::start());
+        child.stop();
+        let file = file(
+            vec![root.task(), child.task()],
+            Vec::new(),
+            directory.path(),
+        );
+        root.end();
+        assert!(matches!(Left::find(&file), Err(LeftError::Gone(_))));
+        Left::kill_rest(&file);
+        let status = child.0.wait().expect("our child");
+        assert_eq!(
+            std::os::unix::process::ExitStatusExt::signal(&status),
+            Some(9)
+        );
     }
 }

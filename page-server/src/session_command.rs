@@ -111,7 +111,8 @@ async fn kill_original(file: &SessionFile) -> Result<(), SessionError> {
             dump.release().await.map_err(|error| lost(&error))
         }
         Some(Original::Frozen(_)) | None => {
-            let left = Left::find(file).map_err(|error| lost(&error))?;
+            let left = Left::find_to_kill(file).await;
+            let left = left.map_err(|error| lost(&error))?;
             let adopted = left.adopt().await.map_err(|error| lost(&error))?;
             adopted.release().await.map_err(|error| lost(&error))
         }

@@ -63,13 +63,13 @@ async fn release(
 ) -> Result<(), SessionError> {
     let fail =
         |error: &dyn std::fmt::Display| SessionError::new(Failure::Lost, State::Complete, error);
-    match Left::find(&file) {
+    match Left::find_to_kill(&file).await {
         Ok(left) => {
             let adopted = left.adopt().await.map_err(|error| fail(&error))?;
             adopted.release().await.map_err(|error| fail(&error))?;
         }
-        // CRIU has killed it in the meantime.
-        Err(LeftError::Gone(_)) => {}
+        // CRIU has killed it in the meantime, or was killed while it did.
+        Err(LeftError::Gone(_)) => Left::kill_rest(&file),
         Err(error) => return Err(fail(&error)),
     }
     eprintln!(
