@@ -292,7 +292,7 @@ mod test {
             for part in [
                 "16 files, 1024 MiB",
                 "no files",
-                "256 MiB, 8 strangers",
+                "256 MiB under a flood of 8 strangers",
                 "64 MiB touched at random, 10000 per second, over 1g",
             ] {
                 assert!(text.contains(part), "{part} in {name}: {text}");

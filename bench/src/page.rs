@@ -11,8 +11,8 @@ h2{margin-top:3rem;border-bottom:1px solid #ccc}.plots{display:flex;flex-wrap:wr
 figcaption{font-weight:600}svg{font:12px system-ui,sans-serif}svg line{stroke:#222;stroke-width:1.5}\
 .ours{fill:#2a7f62}.ours-plain{fill:#7fb8a4}.criu{fill:#c2703d}.criu-tls{fill:#d9a441}.stop-and-copy{fill:#8a8a8a}\
 table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2rem .5rem;text-align:right}\
-td:first-child,th:first-child{text-align:left}\
-.not-met{color:#b3261e;font-weight:600}table+.plots,table+figure{margin-top:1rem}\
+td:first-child,th:first-child{text-align:left}td:not(:first-child){white-space:nowrap}\
+.not-met{color:#b3261e;font-weight:600}table+.plots,table+figure,.plots+figure{margin-top:1rem}\
 pre{background:#f4f4f4;padding:.8rem;overflow-x:auto}li{margin:.2rem 0}";
 
 /// The whole page of `sections`, which are HTML.
