@@ -98,14 +98,11 @@ struct Source {
     _threads: [IoThread; 2],
 }
 
-fn threads() -> Result<[IoThread; 2]> {
+fn threads(path: PathProfile) -> Result<[IoThread; 2]> {
     let fault = IoThread::start("bare-fault", Priority::Urgent, Capabilities::empty())?;
     let urgent_granted = fault.granted();
-    let bulk = IoThread::start(
-        "bare-bulk",
-        Priority::Background { urgent_granted },
-        Capabilities::empty(),
-    )?;
+    let bulk = Priority::bulk(path, urgent_granted);
+    let bulk = IoThread::start("bare-bulk", bulk, Capabilities::empty())?;
     Ok([fault, bulk])
 }
 
@@ -113,7 +110,7 @@ impl Source {
     fn listen(address: SocketAddr, identity: &FilePath, path: PathProfile) -> Result<Self> {
         let identity = Identity::load(identity)?;
         let gauge = FaultGauge::default();
-        let threads = threads()?;
+        let threads = threads(path)?;
         let bind = |thread: &IoThread, role| -> Result<Listener> {
             let _entered = thread.handle().enter();
             let bound = quic::bind_server(address, &identity, &Trust::Ca, role, path, &gauge)?;
@@ -133,7 +130,7 @@ impl Source {
     /// The other end.
     fn ask(&self, order: BareOrder, identity: &FilePath, path: PathProfile) -> Result<Bare> {
         let identity = Identity::load(identity)?;
-        let threads = threads()?;
+        let threads = threads(path)?;
         let [fault, bulk] = self.addresses;
         let waits = run(&threads[0], Role::Fault, fault, &identity, path, move |c| {
             round_trips(c, order)

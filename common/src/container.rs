@@ -259,11 +259,13 @@ fn last_line(text: &str) -> String {
 
 /// The last error in a runtime's log, for an operator's error message.
 pub fn quote_runtime(log: &Path) -> Option<String> {
-    let text = fs::read_to_string(log).ok()?;
-    let line = text
-        .lines()
-        .rev()
-        .find(|line| line.contains("level=error"))?;
+    last_error(&String::from_utf8_lossy(&fs::read(log).ok()?))
+}
+
+/// The last error in the text of a runtime's log.
+pub fn last_error(log: &str) -> Option<String> {
+    let mut lines = log.lines().rev();
+    let line = lines.find(|line| line.contains("level=error"))?;
     let message = line.split_once("msg=").map_or(line, |(_, message)| message);
     Some(format!("the runtime says {message}"))
 }
@@ -336,17 +338,25 @@ impl Bundle {
     pub fn read_config(directory: &Path) -> Result<Self, ContainerError> {
         let config = directory.join("config.json");
         let text = read_limited(&config).map_err(|error| unusable(&config, error.to_string()))?;
-        let parsed: Config =
-            serde_json::from_slice(&text).map_err(|error| unusable(&config, error.to_string()))?;
-        // A relative path is relative to the bundle; `join` takes an absolute one as it is.
-        let root = directory.join(&parsed.root.path);
+        let parsed = Self::parse(directory, &text);
+        let parsed = parsed.map_err(|error| unusable(&config, error.to_string()))?;
         let directory =
             fs::canonicalize(directory).map_err(|error| unusable(directory, error.to_string()))?;
         Ok(Bundle {
             directory,
-            root,
-            facts: facts(&parsed),
-            mounts: parsed.mounts,
+            ..parsed
+        })
+    }
+
+    /// The bundle in `directory` that has this `config.json`.
+    pub fn parse(directory: &Path, config: &[u8]) -> Result<Self, serde_json::Error> {
+        let config: Config = serde_json::from_slice(config)?;
+        Ok(Bundle {
+            directory: directory.to_owned(),
+            // A relative path is relative to the bundle; `join` takes an absolute one as it is.
+            root: directory.join(&config.root.path),
+            facts: facts(&config),
+            mounts: config.mounts,
         })
     }
 

@@ -118,7 +118,8 @@ fn locks_by_nftables(program: &Path) -> bool {
         .is_ok_and(|output| output.status.success())
 }
 
-fn parse_version(text: &str) -> Option<String> {
+/// The version in what `criu --version` writes.
+pub fn parse_version(text: &str) -> Option<String> {
     let line = text
         .lines()
         .find_map(|line| line.strip_prefix("Version: "))?;
@@ -144,13 +145,20 @@ pub fn is_newer(version: &str, than: &str) -> bool {
 /// The error lines of a CRIU log in one line, for an operator's error message.
 pub fn quote_errors(log: &Path) -> String {
     let text = fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let errors: Vec<&str> = text
+    match quoted(&String::from_utf8_lossy(&text)) {
+        Some(quoted) => format!("its log says {quoted}"),
+        None => format!("its log {} has no error line", log.display()),
+    }
+}
+
+/// The first error lines of a log, in one line.
+pub fn quoted(log: &str) -> Option<String> {
+    let errors: Vec<&str> = log
         .lines()
         .filter_map(|line| line.split_once("Error ").map(|(_, error)| error.trim()))
         .collect();
     if errors.is_empty() {
-        return format!("its log {} has no error line", log.display());
+        return None;
     }
     let skipped = errors.len().saturating_sub(QUOTED_LINES);
     let mut quoted: Vec<String> = errors
@@ -161,7 +169,7 @@ pub fn quote_errors(log: &Path) -> String {
     if skipped > 0 {
         quoted.push(format!("and {skipped} more"));
     }
-    format!("its log says {}", quoted.join(", "))
+    Some(quoted.join(", "))
 }
 
 /// Whether a CRIU that wrote `log` came to its own end, a failed one included. One that was killed has let its tasks go

@@ -9,6 +9,8 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::sys::utsname::uname;
 use tempfile::TempDir;
 
+use crate::proc_text;
+
 /// Where staging directories go when the operator names none: the first that is a tmpfs.
 const STAGING: &[&str] = &["/run", "/dev/shm", "/tmp"];
 
@@ -69,7 +71,11 @@ fn uname_field(field: impl Fn(&nix::sys::utsname::UtsName) -> String) -> String 
 
 /// CPU feature flags as `/proc/cpuinfo` lists them for the first processor, sorted.
 pub fn cpu_features() -> Vec<String> {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    features_in(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
+}
+
+/// The flags of the first processor in `cpuinfo`, sorted.
+pub fn features_in(cpuinfo: &str) -> Vec<String> {
     let flags = cpuinfo
         .lines()
         .find_map(|line| line.strip_prefix("flags")?.split_once(':'))
@@ -81,21 +87,21 @@ pub fn cpu_features() -> Vec<String> {
 
 /// Bytes of memory that could be used without swapping.
 pub fn available_memory() -> Option<u64> {
-    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    available_in(&fs::read("/proc/meminfo").ok()?)
+}
+
+/// Bytes that `meminfo` says are available.
+pub fn available_in(meminfo: &[u8]) -> Option<u64> {
+    let value = proc_text::field(meminfo, "MemAvailable")?;
+    let kib: u64 = value.strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
 
 /// Whether this process holds a capability now (`linux/capability.h` numbers).
 pub fn has_capability(number: u32) -> bool {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+    let status = fs::read("/proc/self/status").unwrap_or_default();
+    proc_text::field(&status, "CapEff")
+        .and_then(|mask| u64::from_str_radix(mask, 16).ok())
         .is_some_and(|mask| mask >> number & 1 == 1)
 }
 

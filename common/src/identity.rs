@@ -30,8 +30,9 @@ use rustls::sign::SingleCertAndKey;
 use rustls_pki_types::{CertificateDer, UnixTime};
 use time::OffsetDateTime;
 
+pub use certificate::common_name;
 pub use certificate::format_utc;
-pub(crate) use certificate::{common_name, printable};
+pub(crate) use certificate::printable;
 pub use error::IdentityError;
 pub use fingerprint::Fingerprint;
 pub use make::{MAX_NAME_BYTES, MAX_VALID_DAYS, init, issue};

@@ -11,10 +11,15 @@ use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;
 
 use crate::privileges::{self, Capabilities};
+use crate::quic::PathProfile;
 
 /// Longer than what threads have that asked for nothing: 0.7 to 2.8 ms, by the number of CPUs (kernel/sched/fair.c:
 /// sysctl_sched_base_slice).
 const BULK_SLICE: Duration = Duration::from_millis(3);
+
+/// Where frames are large the CPU is what bounds the push, and a thread of the workload that wakes up would often come when
+/// what is left of a short slice is no longer than its own, and wait for its end (decision 0018).
+const JUMBO_SLICE: Duration = Duration::from_millis(12);
 
 /// How the kernel schedules the thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +30,23 @@ pub enum Priority {
     Background {
         /// Whether the urgent thread got what it asked for.
         urgent_granted: bool,
+        /// How long it would keep the CPU.
+        slice: Duration,
     },
+}
+
+impl Priority {
+    /// Of bulk over `path`, beside an urgent thread that got what it asked for, or did not.
+    pub fn bulk(path: PathProfile, urgent_granted: bool) -> Self {
+        let slice = match path.has_jumbo_frames() {
+            true => JUMBO_SLICE,
+            false => BULK_SLICE,
+        };
+        Self::Background {
+            urgent_granted,
+            slice,
+        }
+    }
 }
 
 /// A running thread; ends when dropped, after the tasks' current step.
@@ -96,13 +117,15 @@ fn schedule(priority: Priority) -> bool {
         Priority::Urgent => set_policy(libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, 1),
         Priority::Background {
             urgent_granted: true,
+            slice,
         } => {
             // Without it a woken thread of the workload may wait a little longer; nothing depends on it.
-            lengthen_slice();
+            ask_for_slices_of(slice);
             true
         }
         Priority::Background {
             urgent_granted: false,
+            ..
         } => set_policy(libc::SCHED_IDLE, 0),
     }
 }
@@ -117,12 +140,12 @@ fn set_policy(policy: libc::c_int, level: libc::c_int) -> bool {
 
 /// Asks for the CPU in slices longer than others' (Linux 6.12; older kernels ignore it): whoever wakes up with a shorter one
 /// preempts this thread at once, as a thread of the workload whose page has come (decision 0018).
-fn lengthen_slice() {
+fn ask_for_slices_of(slice: Duration) {
     // SAFETY: plain numbers, for which zero is the default.
     let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
     attributes.size = size_of::<libc::sched_attr>() as u32;
     attributes.sched_policy = libc::SCHED_OTHER as u32;
-    attributes.sched_runtime = BULK_SLICE.as_nanos() as u64;
+    attributes.sched_runtime = slice.as_nanos() as u64;
     // SAFETY: 0 is the calling thread, and the attributes live across the call.
     let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
     if result != 0 {

@@ -12,6 +12,7 @@
 //! | [`session`] | the states of a migration and the only ways between them |
 //! | [`session_file`] | what a restarted program must know to go on with a session |
 //! | [`criu`], [`host`], [`mounts`], [`operator`] | the CRIU program, this host, the operator's commands |
+//! | [`proc_text`] | what the kernel writes about processes and mounts |
 //! | [`address`] | service addresses that move with a workload |
 //! | [`container`], [`program_file`], [`open_file`] | OCI containers and bundles; the programs and files both hosts must have |
 //! | [`lost`] | what is done about a link that stays lost |
@@ -47,6 +48,7 @@ pub mod page;
 pub mod page_set;
 pub mod priority_lock;
 pub mod privileges;
+pub mod proc_text;
 pub mod program_file;
 pub mod proto;
 pub mod quic;

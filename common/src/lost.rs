@@ -31,7 +31,7 @@ pub enum LostError {
     #[error("{0:?} is none of keep-paused, kill, thaw-source")]
     OnLost(String),
     /// Of `--give-up-after`.
-    #[error("{0:?} is no time such as 90, 90s, 5m or 2h")]
+    #[error("{0:?} is no time such as 90, 90s, 5m or 2h, and of a century at most")]
     Duration(String),
 }
 
@@ -47,6 +47,9 @@ impl FromStr for OnLost {
         }
     }
 }
+
+/// Seconds of the longest time that operators may name. Clocks end somewhere behind it.
+pub const MAX_DURATION_SECONDS: u64 = 100 * 365 * 24 * 3600;
 
 /// How long a workload may stand still before the point of no return, unless the operator says otherwise: longer than a
 /// skeleton takes on a slow link, shorter than anyone waits.
@@ -83,8 +86,9 @@ pub fn parse_duration(text: &str) -> Result<Duration, LostError> {
         _ => (text, 1),
     };
     let number: u64 = number.parse().map_err(|_| bad())?;
-    let seconds = number.checked_mul(unit).ok_or_else(bad)?;
-    Ok(Duration::from_secs(seconds))
+    let seconds = number.checked_mul(unit);
+    let seconds = seconds.filter(|seconds| *seconds <= MAX_DURATION_SECONDS);
+    seconds.map(Duration::from_secs).ok_or_else(bad)
 }
 
 #[cfg(test)]
@@ -100,6 +104,16 @@ mod tests {
         for text in ["", "s", "-1", "5d", "99999999999999999999", "ä"] {
             assert!(seconds(text).is_err(), "{text}");
         }
+        // What no clock can count.
+        for text in [
+            "18446744073709551615",
+            "9223372036854775807s",
+            "5124095576030431h",
+        ] {
+            assert!(seconds(text).is_err(), "{text}");
+        }
+        let longest = Duration::from_secs(seconds("876000h").expect("a century"));
+        assert!(std::time::Instant::now().checked_add(longest).is_some());
     }
 
     #[test]

@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, umount2};
 
+use crate::proc_text::{lines, mount_point};
+
 /// Unmounts everything that is mounted below `directory`, last first.
 pub fn detach_below(directory: &Path) {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mounts = fs::read("/proc/self/mountinfo").unwrap_or_default();
     for mount in below(&mounts, directory).into_iter().rev() {
         if let Err(error) = umount2(&mount, MntFlags::MNT_DETACH) {
             tracing::warn!(mount = %mount.display(), %error, "cannot unmount");
@@ -18,21 +20,12 @@ pub fn detach_below(directory: &Path) {
     }
 }
 
-fn below(mounts: &str, directory: &Path) -> Vec<PathBuf> {
-    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    points
-        .map(|point| PathBuf::from(unescape(point)))
+/// The mount points below `directory` in `mountinfo`.
+pub fn below(mounts: &[u8], directory: &Path) -> Vec<PathBuf> {
+    lines(mounts)
+        .filter_map(mount_point)
         .filter(|point| point.starts_with(directory))
         .collect()
-}
-
-/// Space, tab, newline and backslash are written in octal (`proc_pid_mountinfo(5)`).
-fn unescape(text: &str) -> String {
-    let known = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n")];
-    let text = known.iter().fold(text.to_owned(), |text, (code, plain)| {
-        text.replace(code, plain)
-    });
-    text.replace("\\134", "\\")
 }
 
 #[cfg(test)]
@@ -41,7 +34,8 @@ mod tests {
 
     #[test]
     fn only_mounts_below_are_meant() {
-        let mounts = "\
+        let mounts = b"\
+28 1 0:19 / /srv/\xff rw - tmpfs none rw
 30 29 0:20 / /run/a/yard rw - tmpfs none rw
 31 30 0:21 / /run/a/yard/pids\\040here rw - cgroup none rw
 32 29 0:22 / /run/ab rw - tmpfs none rw

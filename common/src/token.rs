@@ -60,8 +60,10 @@ fn file_error(path: &Path) -> impl Fn(io::Error) -> TokenError {
     }
 }
 
-fn parse(digits: &str) -> Option<Secret> {
-    if digits.len() != DIGITS || !digits.is_ascii() {
+/// The token that these digits stand for.
+pub fn parse(digits: &str) -> Option<Secret> {
+    // A sign is none, though it may begin a number.
+    if digits.len() != DIGITS || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
         return None;
     }
     let mut token = [0; DIGITS / 2];
@@ -88,7 +90,14 @@ mod tests {
     fn anything_else_is_malformed() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("token");
-        for text in ["", "zz", &"g".repeat(64), &"ä".repeat(32), &"0".repeat(65)] {
+        for text in [
+            "",
+            "zz",
+            &"g".repeat(64),
+            &"+1".repeat(32),
+            &"ä".repeat(32),
+            &"0".repeat(65),
+        ] {
             std::fs::write(&path, text).expect("written");
             assert!(
                 matches!(read(&path), Err(TokenError::Malformed(_))),

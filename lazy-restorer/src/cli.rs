@@ -14,7 +14,9 @@ use common::container::{ContainerError, Runtime};
 use common::criu::{CRIU_VARIABLE, Criu};
 use common::exit::{Failure, SessionError};
 use common::identity::{Fingerprint, Identity, Trust};
-use common::lost::{FREEZE_LIMIT, Limit, LostPlan, OnLost, parse_duration, parse_limit};
+use common::lost::{
+    FREEZE_LIMIT, Limit, LostPlan, MAX_DURATION_SECONDS, OnLost, parse_duration, parse_limit,
+};
 use common::proto::version;
 use common::quic::PathProfile;
 use common::session::State;
@@ -229,6 +231,7 @@ pub struct Restore {
         long,
         value_name = "SECONDS",
         default_value_t = 10,
+        value_parser = clap::value_parser!(u64).range(..=MAX_DURATION_SECONDS),
         requires = "record"
     )]
     record_for: u64,
@@ -564,6 +567,17 @@ mod tests {
         for where_it_is in ["", " --address a", " --port 7", " --from a:7 --port 7"] {
             let line = format!("lazy-restorer lazy-pages -D images --identity id{where_it_is}");
             assert!(parsed(&line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn no_time_is_longer_than_clocks_count() {
+        for option in ["--record-for", "--give-up-after", "--freeze-limit"] {
+            let line = |time| {
+                format!("lazy-restorer restore --from a:7 --identity id --record r {option} {time}")
+            };
+            assert!(parsed(&line("3153600000")).is_ok(), "{option}");
+            assert!(parsed(&line("18446744073709551615")).is_err(), "{option}");
         }
     }
 

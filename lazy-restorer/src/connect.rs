@@ -48,18 +48,14 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// Starts both, and gives up the capabilities that the calling thread does not need any more then.
-    pub fn start() -> Result<Self, SessionError> {
+    /// Starts both for a path of this kind, and gives up the capabilities that the calling thread does not need any more then.
+    pub fn start(path: PathProfile) -> Result<Self, SessionError> {
         let internal = |error: std::io::Error| fail(Failure::Internal, &error);
         let fault =
             IoThread::start("fault", Priority::Urgent, privileges::DATA).map_err(internal)?;
         let urgent_granted = fault.granted();
-        let bulk = IoThread::start(
-            "bulk",
-            Priority::Background { urgent_granted },
-            privileges::DATA,
-        )
-        .map_err(internal)?;
+        let bulk = Priority::bulk(path, urgent_granted);
+        let bulk = IoThread::start("bulk", bulk, privileges::DATA).map_err(internal)?;
         privileges::give_up().map_err(internal)?;
         Ok(Threads { fault, bulk })
     }

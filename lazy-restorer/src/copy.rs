@@ -8,6 +8,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use common::proc_text;
 use common::session_file::Task;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -139,13 +140,10 @@ impl Copy {
     }
 }
 
-/// Whether mappings of the process are registered with a userfault descriptor (`proc(5)`, `VmFlags`).
+/// Whether mappings of the process are registered with a userfault descriptor.
 fn has_lazy_memory(pid: i32) -> bool {
-    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
-    let mut flags = maps
-        .lines()
-        .filter_map(|line| line.strip_prefix("VmFlags:"));
-    flags.any(|flags| flags.split_whitespace().any(|flag| flag == "um"))
+    let maps = fs::read(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    proc_text::has_lazy_memory(&maps)
 }
 
 #[cfg(test)]

@@ -98,7 +98,7 @@ async fn perform(
         |failure, error: &dyn std::fmt::Display| SessionError::new(failure, State::Hello, error);
     let mut stop = StopSignal::install().map_err(|error| fail(Failure::Internal, &error))?;
     let dump = Dump::read(&plan.images).map_err(|error| fail(Failure::BadInput, &error))?;
-    let threads = Threads::start()?;
+    let threads = Threads::start(plan.connect.path)?;
     let source = tokio::select! {
         source = connect(&plan.connect, &threads) => source?,
         name = stop.wait() => return Err(fail(Failure::Interrupted, &format!("stopped by {name}"))),

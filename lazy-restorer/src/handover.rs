@@ -23,6 +23,9 @@ use crate::uffd::UserFault;
 
 /// Name of the socket in CRIU's work directory (`LAZY_PAGES_SOCK_NAME`).
 pub const SOCKET_NAME: &str = "lazy-pages.socket";
+/// Descriptors in one message at most (`SCM_MAX_FD`, `include/net/scm.h`). With room for fewer the kernel would cut the
+/// message off, and those that are already ours would be nobody's.
+pub(crate) const MAX_RIGHTS: usize = 253;
 /// "RSTF", larger than any PID.
 const RESTORE_FINISHED: u32 = 0x5253_5446;
 
@@ -164,7 +167,7 @@ pub(crate) struct Received {
 
 /// Receives bytes, and the descriptor that comes with them.
 pub(crate) fn receive(stream: &UnixStream, buffer: &mut [u8]) -> Result<Received, HandoverError> {
-    let mut space = cmsg_space!([RawFd; 1], UnixCredentials);
+    let mut space = cmsg_space!([RawFd; MAX_RIGHTS], UnixCredentials);
     let mut parts = [IoSliceMut::new(buffer)];
     let message = recvmsg::<()>(
         stream.as_raw_fd(),

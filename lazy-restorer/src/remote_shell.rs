@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 
+use common::limits::MAX_CONTROL_BYTES;
 use common::proto::{ProtoError, stream};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::stat::{SFlag, fstat};
@@ -21,6 +22,9 @@ use crate::handover::receive;
 
 /// Names the socket of the waiting `lazy-restorer`; set for rsync and inherited by what it starts.
 pub const SOCKET_VARIABLE: &str = "POSTCOPY_FILES_SOCKET";
+
+/// Bytes of the arguments and their length; whatever is longer cannot be sent on.
+const MAX_FRAME_BYTES: u64 = (size_of::<u32>() + MAX_CONTROL_BYTES) as u64;
 
 /// Runs as rsync's way to the other host when called as it.
 pub fn run_if_called() -> Option<ExitCode> {
@@ -97,7 +101,7 @@ impl Remote {
     }
 }
 
-fn take(mut local: &UnixStream) -> io::Result<(Vec<u8>, OwnedFd, OwnedFd)> {
+fn take(local: &UnixStream) -> io::Result<(Vec<u8>, OwnedFd, OwnedFd)> {
     let end = || {
         let received = receive(local, &mut [0]).map_err(io::Error::other)?;
         let fd = received.fd.filter(|_| received.bytes == 1);
@@ -105,7 +109,7 @@ fn take(mut local: &UnixStream) -> io::Result<(Vec<u8>, OwnedFd, OwnedFd)> {
     };
     let (from_rsync, to_rsync) = (end()?, end()?);
     let mut frame = Vec::new();
-    local.read_to_end(&mut frame)?;
+    local.take(MAX_FRAME_BYTES).read_to_end(&mut frame)?;
     Ok((frame, from_rsync, to_rsync))
 }
 

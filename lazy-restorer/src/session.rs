@@ -100,7 +100,7 @@ pub async fn run(
     let mut migration = Migration {
         plan,
         engine: plan.engine.clone(),
-        threads: Threads::start()?,
+        threads: Threads::start(plan.connect.path)?,
         session: Session::default(),
         phases: Phases::start(State::Hello),
         stop,

@@ -6,6 +6,7 @@
 //! with their connections still locked and in repair mode. So nobody connects before the end is decided, and after a
 //! rollback the connections are put right here.
 
+use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -13,6 +14,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::images::{self, ReadImagesError};
+use common::proc_text::field;
 use common::session_file::{FrozenTasks, Task};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -262,8 +264,9 @@ impl ForeignDump {
 
 /// The process that traces `root` and listens on a TCP port, and that port.
 fn waiting_criu(root: Pid) -> Option<(Pid, SocketAddr)> {
-    let status = Process::new(root.as_raw()).ok()?.status().ok()?;
-    let criu = Process::new(status.tracerpid).ok()?;
+    let status = fs::read(format!("/proc/{root}/status")).ok()?;
+    let tracer = field(&status, "TracerPid")?.parse().ok()?;
+    let criu = Process::new(tracer).ok()?;
     let listening = listening_sockets(&criu)?;
     let descriptors = criu.fd().ok()?.flatten();
     let address = descriptors
@@ -300,7 +303,7 @@ fn reachable(mut address: SocketAddr) -> SocketAddr {
 
 fn run_id(directory: &Path) -> Result<Option<String>, ReadImagesError> {
     let name = String::from("inventory.img");
-    let file = match std::fs::read(directory.join(&name)) {
+    let file = match fs::read(directory.join(&name)) {
         Ok(file) => file,
         Err(error) => return Err(ReadImagesError::Read { name, error }),
     };

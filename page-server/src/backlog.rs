@@ -58,8 +58,14 @@ pub fn listeners(tasks: &[Pid]) -> HashSet<SocketAddr> {
     let listening = lines(*first).into_iter();
     listening
         .filter(|line| line.state == LISTENING && ours.contains(&line.inode))
-        .map(|line| SocketAddr::new(line.address, line.port))
+        .map(|line| line.socket())
         .collect()
+}
+
+/// The addresses in a table of `/proc/net/tcp` or `tcp6`.
+pub fn addresses(table: &str) -> Vec<SocketAddr> {
+    let lines = table.lines().filter_map(Line::read);
+    lines.map(|line| line.socket()).collect()
 }
 
 /// The inodes of the sockets a process has open.
@@ -117,6 +123,10 @@ struct Line {
 }
 
 impl Line {
+    fn socket(&self) -> SocketAddr {
+        SocketAddr::new(self.address, self.port)
+    }
+
     fn read(line: &str) -> Option<Self> {
         let mut words = line.split_whitespace().skip(1);
         let (address, port) = words.next()?.rsplit_once(':')?;

@@ -30,13 +30,7 @@ use crate::watch::{Unwatched, Watch, Watching};
 /// stream.
 const SHORT_OPTIONS: &str = "lHogDtpAXrRSIWqvzd";
 /// Long options of a sending rsync that may be passed on.
-const LONG_OPTIONS: &[&str] = &[
-    "--server",
-    "--sender",
-    "--numeric-ids",
-    "--files-from=-",
-    "--from0",
-];
+const LONG_OPTIONS: &[&str] = &["--numeric-ids", "--files-from=-", "--from0"];
 /// Longer than a tick of the clock that the kernel takes times of files from (10 ms at 100 Hz).
 const TICK: Duration = Duration::from_millis(20);
 /// Bytes of a length in a message, at most.
@@ -190,6 +184,7 @@ impl Files {
         for path in &self.paths {
             if let Err(error) = self.watch_one(path).await {
                 tracing::info!(path = %path.display(), %error, "the last look will be at all files");
+                locked(&self.last_look).reasons.push(error.to_string());
             }
         }
     }
@@ -207,7 +202,7 @@ impl Files {
 
     /// What the last looks were at.
     pub fn last_look(&self) -> LastLook {
-        *locked(&self.last_look)
+        locked(&self.last_look).clone()
     }
 
     fn surveyed(&self, path: &Path) -> Option<Arc<Survey>> {
@@ -261,6 +256,7 @@ impl Files {
         looks.watched_trees += looked.watched_trees;
         looks.paths += looked.paths;
         looks.whole_trees += looked.whole_trees;
+        looks.reasons.extend(looked.reasons);
         Ok(again)
     }
 
@@ -298,7 +294,10 @@ fn last_look(
             spawn_blocking(move || drop(due));
             return Ok((again, looked));
         }
-        Some(Err(error)) => tracing::info!(%error, "all files are looked at"),
+        Some(Err(error)) => {
+            tracing::info!(%error, "all files are looked at");
+            looked.reasons.push(error.to_string());
+        }
         None => {}
     }
     looked.whole_trees = 1;
@@ -317,21 +316,29 @@ fn bytes_of(paths: &[Vec<u8>]) -> usize {
     bytes + 2 * LENGTH_BYTES
 }
 
-/// The sending rsync, when `arguments` are all of the closed set.
+/// Makes sure that the destination's `arguments` for our rsync are all of the closed set, for sending `path`.
+pub fn check_arguments(path: &Path, arguments: &[String]) -> Result<(), FilesError> {
+    let refused = || FilesError::Argument(arguments.join(" "));
+    // The dot stands for nothing. A second one would be our working directory.
+    let [server, sender, options @ .., dot, tree] = arguments else {
+        return Err(refused());
+    };
+    let is_sender = server == "--server" && sender == "--sender";
+    if !is_sender || dot != "." || *tree != format!("{}/", path.display()) {
+        return Err(refused());
+    }
+    let is_known = |option: &&String| {
+        LONG_OPTIONS.contains(&option.as_str()) || are_short_options(option.as_str())
+    };
+    match options.iter().find(|option| !is_known(option)) {
+        Some(option) => Err(FilesError::Argument(option.clone())),
+        None => Ok(()),
+    }
+}
+
+/// The sending rsync.
 fn command(path: &Path, arguments: &[String]) -> Result<Command, FilesError> {
-    let tree = format!("{}/", path.display());
-    for argument in arguments {
-        let known =
-            LONG_OPTIONS.contains(&argument.as_str()) || argument == "." || *argument == tree;
-        if !known && !are_short_options(argument) {
-            return Err(FilesError::Argument(argument.clone()));
-        }
-    }
-    let is_sender =
-        ["--server", "--sender"].map(String::from) == arguments[..arguments.len().min(2)];
-    if !is_sender || arguments.last() != Some(&tree) {
-        return Err(FilesError::Argument(arguments.join(" ")));
-    }
+    check_arguments(path, arguments)?;
     let mut command = Command::new("rsync");
     command
         .args(arguments)
@@ -417,6 +424,10 @@ mod tests {
             "--server --sender --remove-source-files . /srv/tree/",
             "--server --sender . /srv/tree/ /etc/",
             "--server --sender . /etc/ /srv/tree/",
+            "--server --sender . . /srv/tree/",
+            "--server --sender . /srv/tree/ . /srv/tree/",
+            "--server --sender /srv/tree/",
+            "--server --sender --sender . /srv/tree/",
             "--daemon --sender . /srv/tree/",
             "",
         ] {

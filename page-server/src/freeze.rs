@@ -357,7 +357,8 @@ fn is_alive(pid: Pid) -> bool {
 
 /// When CRIU seized the first task, from the times in its log, which count from its start.
 fn seized_at(log: &Path, started: SystemTime) -> Option<SystemTime> {
-    let log = fs::read_to_string(log).ok()?;
+    let log = fs::read(log).ok()?;
+    let log = String::from_utf8_lossy(&log);
     let line = log.lines().find(|line| line.contains("Seized task"))?;
     let seconds = log_time(line).filter(|seconds| (0.0..3600.0).contains(seconds))?;
     Some(started + Duration::from_secs_f64(seconds))

@@ -41,7 +41,7 @@ pub mod identity_command;
 pub mod image_pages;
 mod iptables_lock;
 pub mod listen;
-mod mapped;
+pub mod mapped;
 pub mod memory;
 pub mod mounts_below;
 pub mod names;

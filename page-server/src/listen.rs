@@ -89,11 +89,8 @@ impl Listen {
     pub fn open(plan: &ListenPlan) -> Result<Self, ListenError> {
         let fault_thread = IoThread::start("fault", Priority::Urgent, privileges::DATA)?;
         let urgent_granted = fault_thread.granted();
-        let bulk_thread = IoThread::start(
-            "bulk",
-            Priority::Background { urgent_granted },
-            privileges::DATA,
-        )?;
+        let bulk = Priority::bulk(plan.path, urgent_granted);
+        let bulk_thread = IoThread::start("bulk", bulk, privileges::DATA)?;
         let gauge = FaultGauge::default();
         let listen = Listen {
             fault: Port::open(fault_thread, Role::Fault, plan, &gauge, first_message)?,

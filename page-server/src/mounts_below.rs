@@ -1,16 +1,14 @@
 //! What is mounted in a tree, and overlays that write into it: of both the kernel tells nobody who watches directories.
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+
+use common::proc_text::{lines, mount_point, unescape};
 
 use crate::survey::FileId;
 
-/// Fields before the mount point in a line of `mountinfo` (`proc_pid_mountinfo(5)`).
-const POINT: usize = 4;
 /// Where an overlay's content is stored.
 const UPPER: &[u8] = b"upperdir=";
 /// Ends the fields of the mount; the file system's kind and options follow.
@@ -35,7 +33,7 @@ impl MountsBelow {
             files: Vec::new(),
         };
         for line in lines(&mounts) {
-            let Some(point) = line.split(|byte| *byte == b' ').nth(POINT).map(unescape) else {
+            let Some(point) = mount_point(line) else {
                 continue;
             };
             if let Ok(path) = point.strip_prefix(&real) {
@@ -54,19 +52,31 @@ impl MountsBelow {
     }
 }
 
-/// Whether an overlay that is mounted on this host, in whatever mount namespace, stores into the tree, or has the tree in
-/// what it stores into. Also when that cannot be told.
-pub fn is_upper_of_an_overlay(tree: &Path) -> io::Result<bool> {
+/// The directory that an overlay of this host, in whatever mount namespace, stores into, when that is in the tree or has the
+/// tree in it. Also when that cannot be told.
+pub fn upper_of_an_overlay(tree: &Path) -> io::Result<Option<PathBuf>> {
     let real = tree.canonicalize()?;
+    confirmed(|| find_upper(&real))
+}
+
+/// What is found twice. A namespace that was ending may be gone with its directories when these are looked for, and where
+/// they are could not be told; a second look does not find it any more.
+fn confirmed<T>(mut find: impl FnMut() -> io::Result<Option<T>>) -> io::Result<Option<T>> {
+    match find()? {
+        Some(_) => find(),
+        None => Ok(None),
+    }
+}
+
+fn find_upper(tree: &Path) -> io::Result<Option<PathBuf>> {
     for (process, mounts) in mount_namespaces()? {
         let root = PathBuf::from(format!("/proc/{process}/root"));
-        for upper in lines(&mounts).filter_map(upper) {
-            if meets(&real, &root, &upper) {
-                return Ok(true);
-            }
+        let mut uppers = lines(&mounts).filter_map(upper);
+        if let Some(found) = uppers.find(|upper| meets(tree, &root, upper)) {
+            return Ok(Some(found));
         }
     }
-    Ok(false)
+    Ok(None)
 }
 
 fn meets(tree: &Path, root: &Path, upper: &Path) -> bool {
@@ -107,12 +117,8 @@ pub fn processes() -> io::Result<impl Iterator<Item = u32>> {
     Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()))
 }
 
-fn lines(mounts: &[u8]) -> impl Iterator<Item = &[u8]> {
-    mounts.split(|byte| *byte == b'\n')
-}
-
-/// The upper directory of an overlay.
-fn upper(line: &[u8]) -> Option<PathBuf> {
+/// The upper directory of an overlay, from its line of `mountinfo`.
+pub fn upper(line: &[u8]) -> Option<PathBuf> {
     let mut words = line.split(|byte| *byte == b' ');
     words.find(|word| *word == SEPARATOR)?;
     if words.next()? != b"overlay" {
@@ -122,22 +128,6 @@ fn upper(line: &[u8]) -> Option<PathBuf> {
     let mut options = options.split(|byte| *byte == b',');
     let upper = options.find_map(|option| option.strip_prefix(UPPER))?;
     Some(unescape(upper))
-}
-
-/// Space, tab, newline and backslash are written in octal.
-fn unescape(text: &[u8]) -> PathBuf {
-    let mut plain = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((first, more)) = rest.split_first() {
-        let code = (*first == b'\\').then(|| more.get(..3)).flatten();
-        let code = code.and_then(|code| u8::from_str_radix(str::from_utf8(code).ok()?, 8).ok());
-        plain.push(code.unwrap_or(*first));
-        rest = match code {
-            Some(_) => &more[3..],
-            None => more,
-        };
-    }
-    PathBuf::from(OsString::from_vec(plain))
 }
 
 #[cfg(test)]
@@ -178,9 +168,13 @@ mod tests {
     }
 
     #[test]
-    fn octal_codes_are_characters() {
-        assert_eq!(unescape(b"a\\040b\\134c"), Path::new("a b\\c"));
-        assert_eq!(unescape(b"a\\04"), Path::new("a\\04"));
-        assert_eq!(unescape(b"\\"), Path::new("\\"));
+    fn what_is_gone_at_the_second_look_does_not_count() {
+        let looks = |found: [Option<u8>; 2]| {
+            let mut found = found.into_iter();
+            confirmed(|| Ok(found.next().expect("no third look"))).expect("known")
+        };
+        assert_eq!(looks([Some(1), None]), None);
+        assert_eq!(looks([Some(1), Some(2)]), Some(2));
+        assert_eq!(looks([None, Some(1)]), None);
     }
 }

@@ -47,7 +47,9 @@ impl Network {
 
 /// Removes the table of the CRIU that wrote `log`, if there is one, from `network`.
 pub fn remove(log: &Path, network: &Network) {
-    if let Some(run) = fs::read_to_string(log).ok().as_deref().and_then(run_id) {
+    // Names of files in it need not be UTF-8.
+    let log = fs::read(log).unwrap_or_default();
+    if let Some(run) = run_id(&String::from_utf8_lossy(&log)) {
         remove_of_run(&run, network);
     }
 }
@@ -67,22 +69,22 @@ pub fn remove_of_run(run: &str, network: &Network) {
     }
 }
 
-/// The identifier of the run; called by a runtime CRIU makes itself a second one, and that counts.
-fn run_id(log: &str) -> Option<String> {
+/// The identifier of the run that wrote a log; called by a runtime CRIU makes itself a second one, and that counts.
+pub fn run_id(log: &str) -> Option<String> {
     let lines = log.lines().rev();
     let line = lines.filter_map(|line| line.split_once(RUN_ID)).next()?;
     let id = line.1.trim();
     (!id.is_empty()).then(|| id.to_owned())
 }
 
-/// A table's name holds as much of the identifier as fits.
-fn belongs(table: &str, run: &str) -> bool {
+/// Whether a table is that run's: its name holds as much of the identifier as fits.
+pub fn belongs(table: &str, run: &str) -> bool {
     let part = table.strip_prefix(TABLE_PREFIX).unwrap_or_default();
     !part.is_empty() && run.starts_with(part)
 }
 
 /// The names of the tables `nft` listed.
-fn tables(listed: &str) -> impl Iterator<Item = &str> {
+pub fn tables(listed: &str) -> impl Iterator<Item = &str> {
     listed
         .lines()
         .filter_map(|line| line.split_whitespace().nth(2))

@@ -4,13 +4,18 @@
 //! tmpfs.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use common::limits::{MAX_OPEN_FILES, MAX_OPEN_FILES_PATH_BYTES};
 use common::open_file::OpenFile;
+use common::proc_text::lines;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
-use procfs::process::{FDPermissions, FDTarget, MMPermissions, MMapPath, MemoryMap, Process};
+use procfs::process::{FDPermissions, FDTarget, Process};
+
+use crate::mapped::{Mapping, mapping, maps};
 
 /// The kernel writes this behind the path of a file that has none any more.
 const DELETED: &str = " (deleted)";
@@ -65,8 +70,11 @@ fn held_by(process: &Process) -> impl Iterator<Item = Held> {
         _ => None,
     });
     let links = directory.join("map_files");
-    let mappings = process.maps().into_iter().flatten();
-    let mapped = mappings.filter_map(move |mapping| mapped(&links, mapping));
+    let maps = maps(process.pid);
+    let mappings = lines(&maps).filter_map(mapping);
+    let mapped: Vec<Held> = mappings
+        .filter_map(|mapping| mapped(&links, mapping))
+        .collect();
     let places = ["cwd", "root"].into_iter().filter_map(move |name| {
         let link = directory.join(name);
         Some(Held {
@@ -79,20 +87,12 @@ fn held_by(process: &Process) -> impl Iterator<Item = Held> {
 }
 
 /// Programs are compared by their content, elsewhere.
-fn mapped(links: &Path, mapping: MemoryMap) -> Option<Held> {
-    let MMapPath::Path(path) = mapping.pathname else {
-        return None;
-    };
-    if mapping.perms.contains(MMPermissions::EXECUTE) {
-        return None;
-    }
-    let (start, end) = mapping.address;
-    Some(Held {
-        path,
-        link: links.join(format!("{start:x}-{end:x}")),
-        is_written: mapping
-            .perms
-            .contains(MMPermissions::SHARED | MMPermissions::WRITE),
+fn mapped(links: &Path, mapping: Mapping<'_>) -> Option<Held> {
+    let is_file = mapping.name.starts_with(b"/");
+    (is_file && !mapping.is_executable()).then(|| Held {
+        path: PathBuf::from(OsStr::from_bytes(mapping.name)),
+        link: links.join(mapping.link_name()),
+        is_written: mapping.is_shared() && mapping.is_writable(),
     })
 }
 

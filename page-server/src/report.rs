@@ -47,7 +47,7 @@ pub struct Record {
 }
 
 /// What was looked at in all trees of `--sync` together.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct LastLook {
     /// Trees that were watched: of these only what may have changed.
     pub watched_trees: u64,
@@ -55,6 +55,8 @@ pub struct LastLook {
     pub paths: u64,
     /// Trees that were looked at as a whole.
     pub whole_trees: u64,
+    /// Why those were.
+    pub reasons: Vec<String>,
 }
 
 /// Bytes on the wire by connection and direction.

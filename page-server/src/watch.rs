@@ -62,8 +62,10 @@ pub enum Unwatched {
     #[error("{0} is in the tree twice")]
     Twice(PathBuf),
     /// What is written to an overlay goes into its upper directory in silence.
-    #[error("an overlay has its upper directory in the tree, or above it")]
-    Overlay,
+    #[error(
+        "an overlay has its upper directory, {0}, in the tree or above it, or where that is cannot be told"
+    )]
+    Overlay(PathBuf),
     /// More happened than the kernel could tell.
     #[error("too much happened")]
     Overflow,
@@ -115,8 +117,8 @@ impl Watch {
     /// Watches `tree`, and looks at all of it for what is not as in `survey`.
     pub fn begin(tree: &Path, survey: &Survey) -> Result<Self, Unwatched> {
         let mounts = MountsBelow::look(tree)?;
-        if mounts_below::is_upper_of_an_overlay(tree)? {
-            return Err(Unwatched::Overlay);
+        if let Some(upper) = mounts_below::upper_of_an_overlay(tree)? {
+            return Err(Unwatched::Overlay(upper));
         }
         let told = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC);
         let mut watch = Watch {

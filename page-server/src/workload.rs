@@ -8,13 +8,15 @@ use common::host;
 use common::images::ImagePid;
 use common::limits::MAX_PROGRAM_FILES;
 use common::page::{PAGE_SIZE, bytes_to_pages};
+use common::proc_text::{field, innermost_pid, lines};
 use common::program_file::ProgramFile;
 use common::proto::control::{MoreFacts, WorkloadFacts};
 use common::proto::files::FilesFacts;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
+use procfs::process::Process;
 
+use crate::mapped::{Mapping, mapping, maps};
 use crate::open_files;
 
 /// Kernel flag of a thread that belongs to the kernel (`PF_KTHREAD`, `include/linux/sched.h`).
@@ -58,11 +60,14 @@ impl Workload {
     pub fn find(root: Pid) -> Result<Self, WorkloadError> {
         let process =
             Process::new(root.as_raw()).map_err(|_| WorkloadError::NoSuchProcess(root))?;
-        let gone = |_| WorkloadError::NoSuchProcess(root);
-        let status = process.status().map_err(gone)?;
-        let stat = process.stat().map_err(gone)?;
-        if status.tgid != root.as_raw() {
-            return Err(WorkloadError::Thread(root, status.tgid));
+        let gone = || WorkloadError::NoSuchProcess(root);
+        let status = fs::read(format!("/proc/{root}/status")).map_err(|_| gone())?;
+        let number = |name| field(&status, name)?.parse::<i32>().ok();
+        let process_id = number("Tgid").ok_or_else(gone)?;
+        let tracer = number("TracerPid").ok_or_else(gone)?;
+        let stat = process.stat().map_err(|_| gone())?;
+        if process_id != root.as_raw() {
+            return Err(WorkloadError::Thread(root, process_id));
         }
         if stat.flags & PF_KTHREAD != 0 {
             return Err(WorkloadError::KernelThread(root));
@@ -73,8 +78,8 @@ impl Workload {
         if ancestors().contains(&root.as_raw()) {
             return Err(WorkloadError::Ourselves(root));
         }
-        if status.tracerpid != 0 {
-            return Err(WorkloadError::Traced(root, status.tracerpid));
+        if tracer != 0 {
+            return Err(WorkloadError::Traced(root, tracer));
         }
         Ok(Workload { root })
     }
@@ -139,8 +144,11 @@ impl Workload {
     }
 
     fn name(&self) -> String {
-        fs::read_to_string(format!("/proc/{}/comm", self.root))
-            .map_or_else(|_| String::from("?"), |name| name.trim().to_owned())
+        let name = fs::read(format!("/proc/{}/comm", self.root));
+        name.map_or_else(
+            |_| String::from("?"),
+            |name| String::from_utf8_lossy(&name).trim().to_owned(),
+        )
     }
 
     fn processes(&self) -> Vec<Process> {
@@ -209,35 +217,30 @@ pub fn signal_all(tasks: &[Pid], signal: Signal) {
 /// Files a process has mapped executable: where it sees each, and where we can read it.
 fn executable_mappings(process: &Process) -> Vec<(String, PathBuf)> {
     let pid = process.pid;
-    let file = |map: MemoryMap| {
-        let MMapPath::Path(path) = &map.pathname else {
-            return None;
-        };
-        let path = path.to_str()?;
-        let (start, end) = map.address;
-        let is_program = map.perms.contains(MMPermissions::EXECUTE) && !path.ends_with("(deleted)");
+    let file = |map: Mapping<'_>| {
+        // What memory without a file is called is no path.
+        let path = str::from_utf8(map.name)
+            .ok()
+            .filter(|name| name.starts_with('/'))?;
+        let is_program = map.is_executable() && !path.ends_with("(deleted)");
         is_program.then(|| {
-            let content = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+            let content = format!("/proc/{pid}/map_files/{}", map.link_name());
             (path.to_owned(), PathBuf::from(content))
         })
     };
-    let maps = process.maps().into_iter().flatten();
-    maps.filter_map(file).collect()
+    let maps = maps(pid);
+    lines(&maps).filter_map(mapping).filter_map(file).collect()
 }
 
 fn image_pid(process: &Process) -> Option<ImagePid> {
-    let status = process.status().ok()?;
-    let innermost = status.nspid?.last().copied()?;
-    u32::try_from(innermost).ok().map(ImagePid)
+    let status = fs::read(format!("/proc/{}/status", process.pid)).ok()?;
+    innermost_pid(&status).map(ImagePid)
 }
 
 fn thread_ids(process: &Process) -> Vec<u32> {
     let innermost = |tid: i32| {
-        let status = fs::read_to_string(format!("/proc/{}/task/{tid}/status", process.pid)).ok()?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("NSpid:"))?;
-        line.split_whitespace().last()?.parse().ok()
+        let status = fs::read(format!("/proc/{}/task/{tid}/status", process.pid)).ok()?;
+        innermost_pid(&status)
     };
     let tasks = process.tasks().into_iter().flatten().flatten();
     tasks.filter_map(|task| innermost(task.tid)).collect()
@@ -264,7 +267,10 @@ pub fn mebibytes(pages: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Child, Command};
+    use std::ffi::OsStr;
+    use std::io::Read;
+    use std::os::unix::ffi::OsStrExt;
+    use std::process::{Child, Command, Stdio};
 
     use super::*;
 
@@ -295,6 +301,47 @@ mod tests {
         assert_eq!(facts.pids, [sleeper.0.id()]);
         assert_eq!(workload.by_image_pid().len(), 1);
     }
+
+    /// Its name is cut in the middle of a letter, and so is that of a file it has mapped.
+    #[test]
+    fn names_need_not_be_utf8() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let program = directory.path().join("fourteen-bytes\u{e4}");
+        std::os::unix::fs::symlink("/usr/bin/python3", &program).expect("made");
+        let mut odd = directory.path().as_os_str().to_owned();
+        odd.push(OsStr::from_bytes(b"/\xff"));
+        fs::write(&odd, [0; 4096]).expect("written");
+        let mut python = Command::new(program)
+            .args(["-I", "-c", MAPPER])
+            .arg(odd)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("python3 runs");
+        let mut said = [0; 1];
+        let stdout = python.stdout.as_mut().expect("a pipe");
+        stdout
+            .read_exact(&mut said)
+            .expect("it has mapped the file");
+        let pid = Pid::from_raw(python.id().cast_signed());
+        let workload = Workload::find(pid);
+        let found = workload.as_ref().map(|workload| {
+            let facts = workload.facts("4.2", false, false);
+            (facts, workload.by_image_pid().len())
+        });
+        drop(python.stdin.take());
+        python.wait().expect("our child");
+        let (facts, processes) = found.expect("it is one");
+        assert_eq!(facts.pids, [python.id()]);
+        assert_eq!(facts.name, "fourteen-bytes\u{fffd}");
+        assert_eq!(processes, 1);
+        if nix::unistd::geteuid().is_root() {
+            assert!(!facts.more.programs.is_empty());
+        }
+    }
+
+    const MAPPER: &str = "import mmap, os, sys; fd = os.open(os.fsencode(sys.argv[1]), os.O_RDWR); \
+        m = mmap.mmap(fd, 4096); print('x', flush=True); sys.stdin.read()";
 
     #[test]
     fn what_cannot_move_is_refused() {

@@ -2,7 +2,9 @@
 //! `io_submit`, which tell of nothing, or as what a block device keeps its content in.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -47,8 +49,9 @@ fn written(link: &Path) -> Option<FileId> {
 fn behind_loop_devices() -> impl Iterator<Item = FileId> {
     let devices = fs::read_dir(BLOCK_DEVICES).into_iter().flatten().flatten();
     devices.filter_map(|device| {
-        let file = fs::read_to_string(device.path().join("loop/backing_file")).ok()?;
-        let file = fs::metadata(file.trim_end_matches('\n')).ok()?;
+        let file = fs::read(device.path().join("loop/backing_file")).ok()?;
+        let file = file.strip_suffix(b"\n").unwrap_or(&file);
+        let file = fs::metadata(OsStr::from_bytes(file)).ok()?;
         Some(FileId::of(&file))
     })
 }

@@ -11,7 +11,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use page_server::mounts_below::is_upper_of_an_overlay;
+use page_server::mounts_below::upper_of_an_overlay;
 use page_server::watch::{Unwatched, Watch};
 use proptest::prelude::*;
 
@@ -304,7 +304,7 @@ fn an_overlay_that_stores_into_the_tree_is_found_in_other_namespaces() {
     for name in ["lower", "upper", "work", "merged"] {
         fs::create_dir(path(name)).expect("made");
     }
-    assert!(!is_upper_of_an_overlay(&pair.source()).expect("known"));
+    assert_eq!(upper_of_an_overlay(&pair.source()).expect("known"), None);
     let script = format!(
         "mount -t overlay overlay -o lowerdir={},upperdir={},workdir={} {} && echo x && read line",
         path("lower"),
@@ -320,8 +320,9 @@ fn an_overlay_that_stores_into_the_tree_is_found_in_other_namespaces() {
         .expect("unshare runs");
     let stdout = mounted.stdout.as_mut().expect("a pipe");
     stdout.read_exact(&mut [0; 2]).expect("it is mounted");
-    let found = is_upper_of_an_overlay(&pair.source());
+    let found = upper_of_an_overlay(&pair.source());
     drop(mounted.stdin.take());
     mounted.wait().expect("our child");
-    assert!(found.expect("known"));
+    let upper = pair.source().join("upper");
+    assert_eq!(found.expect("known").as_deref(), Some(upper.as_path()));
 }

@@ -1,7 +1,8 @@
 //! The rival: CRIU's own `dump --lazy-pages`, `lazy-pages` and `restore`, over plain TCP, as its manual tells.
 //!
-//! The choreography is as tight as a careful operator's script can make it: the daemon starts while the address
-//! moves, images need no copy (both hosts share the directory), logs are at the default level.
+//! The choreography is as tight as a careful operator's script can make it: images are in memory on both hosts and go over
+//! the path in one TCP connection without a program being started for it, the daemon starts while the address moves, logs
+//! are at the default level.
 
 use std::ffi::OsString;
 use std::io::Read;
@@ -16,6 +17,7 @@ use nix::unistd::Pid;
 use serde::Serialize;
 
 use crate::identity::Identities;
+use crate::images::Images;
 use crate::process::Process;
 use crate::rig::Rig;
 use crate::sysctl::Sysctl;
@@ -118,7 +120,7 @@ struct Run<'a> {
     rig: &'a Rig,
     home: &'a BaselineHome,
     criu: &'a Path,
-    images: PathBuf,
+    images: Images,
     identities: Option<&'a Identities>,
     started: Instant,
 }
@@ -134,7 +136,7 @@ impl<'a> Run<'a> {
             rig,
             home,
             criu,
-            images: rig.make_folder("baseline-images")?,
+            images: Images::make()?,
             identities,
             started: Instant::now(),
         })
@@ -158,7 +160,10 @@ impl<'a> Run<'a> {
         let dump = Background::start("criu dump", self.dump(pid))?;
         let dumped_us = self.elapsed_us();
         let daemon = std::thread::scope(|scope| {
-            let daemon = scope.spawn(|| Background::start("criu lazy-pages", self.lazy_pages()));
+            let daemon = scope.spawn(|| {
+                self.images.copy(self.rig)?;
+                Background::start("criu lazy-pages", self.lazy_pages())
+            });
             self.rig.source.shell(&service.on_frozen())?;
             self.rig.destination.shell(&service.before_restore())?;
             daemon
@@ -194,7 +199,7 @@ impl<'a> Run<'a> {
         command.args(["--address", "0.0.0.0", "--port", PORT, "--tcp-established"]);
         command.args(network_lock(self.criu));
         command.args(tls(self.identities.map(|both| &both.source)));
-        self.complete(command)
+        complete(command, self.images.here())
     }
 
     fn lazy_pages(&self) -> Command {
@@ -212,7 +217,7 @@ impl<'a> Run<'a> {
             PORT,
         ]);
         command.args(tls(self.identities.map(|both| &both.destination)));
-        self.complete(command)
+        complete(command, self.images.there())
     }
 
     fn restore(&self) -> Command {
@@ -228,15 +233,7 @@ impl<'a> Run<'a> {
         ]);
         command
             .args(["--log-file", "restore.log", "--images-dir"])
-            .arg(&self.images);
-        command
-    }
-
-    fn complete(&self, mut command: Command) -> Command {
-        command
-            .arg("--images-dir")
-            .arg(&self.images)
-            .args(["--status-fd", "1"]);
+            .arg(self.images.there());
         command
     }
 
@@ -247,13 +244,21 @@ impl<'a> Run<'a> {
     fn errors(&self) -> String {
         let mut text = String::from("CRIU's own lazy migration failed");
         for log in ["dump.log", "lazy-pages.log", "restore.log"] {
-            let content = std::fs::read_to_string(self.images.join(log)).unwrap_or_default();
+            let content = std::fs::read_to_string(self.images.log(log)).unwrap_or_default();
             for line in content.lines().filter(|line| line.contains("Error")) {
                 text.push_str(&format!("\n  {log}: {line}"));
             }
         }
         text
     }
+}
+
+fn complete(mut command: Command, images: &Path) -> Command {
+    command
+        .arg("--images-dir")
+        .arg(images)
+        .args(["--status-fd", "1"]);
+    command
 }
 
 fn tls(identity: Option<&PathBuf>) -> Vec<OsString> {

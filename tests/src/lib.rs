@@ -25,6 +25,7 @@ pub mod host;
 pub mod http;
 pub mod huge;
 pub mod identity;
+pub mod images;
 pub mod latency;
 pub mod leftovers;
 pub mod matrix;

@@ -102,7 +102,7 @@ pub struct Faults {
 }
 
 /// What the last look at the files of `--sync` was at, as the source counts it.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LastLook {
     /// Trees that were watched.
@@ -111,6 +111,8 @@ pub struct LastLook {
     pub paths: u64,
     /// Trees that were looked at as a whole.
     pub whole_trees: u64,
+    /// Why those were.
+    pub reasons: Vec<String>,
 }
 
 /// What a pass of files did.

@@ -16,6 +16,9 @@ use crate::{binaries, shared_file};
 /// After each step: leaves the CPU to the programs, where several migrations are under way at a time.
 pub const REST: Duration = Duration::from_millis(1);
 
+/// After each step: a copy for which nothing is pushed still lacks most of its memory long after whatever is done to it then.
+pub const LONG_REST: Duration = Duration::from_millis(10);
+
 /// Debug builds on a busy machine are slow; a workload that hangs is slower.
 const PATIENCE: Duration = Duration::from_secs(120);
 

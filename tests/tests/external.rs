@@ -25,7 +25,7 @@ use tests::rig::Rig;
 use tests::shell;
 use tests::sleeper::Sleeper;
 use tests::task;
-use tests::torture::{Torture, TorturePlan};
+use tests::torture::{LONG_REST, Torture, TorturePlan};
 use tests::wait::wait_until;
 use tests::warm::WarmCopies;
 
@@ -132,6 +132,7 @@ fn start_torture(rig: &Rig) -> Result<Torture> {
         threads: 2,
         children: 1,
         seed: seed_of_this_run(),
+        rest: LONG_REST,
         ..TorturePlan::default()
     };
     Torture::start(rig, plan)

@@ -462,7 +462,7 @@ fn late_changes_among_many_files(rig: &Rig) -> Result<()> {
         "other paths than {LATE_PATHS} and {set} with attributes: {last:?}"
     );
     ensure!(last.bytes >= grown << 20, "{grown} MiB more: {last:?}");
-    let look = migration.source.last_look;
+    let look = &migration.source.last_look;
     ensure!(
         (look.watched_trees, look.whole_trees) == (1, 0) && look.paths < 2 * LATE_PATHS,
         "looked at besides what changed: {look:?}"
@@ -507,7 +507,7 @@ fn more_happens_than_can_be_followed(rig: &Rig) -> Result<()> {
     let content = fs::read_to_string(trees.there.join("upper/file"));
     run(Command::new("umount").arg("--lazy").arg(&merged))?;
     ensure!(content? == "copied uplate\n", "the late change is missing");
-    let look = migration.source.last_look;
+    let look = &migration.source.last_look;
     ensure!((look.watched_trees, look.whole_trees) == (0, 1), "{look:?}");
     writer.finish(&trees.there)
 }

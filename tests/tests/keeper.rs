@@ -11,7 +11,7 @@ use tests::leftovers::assert_moved;
 use tests::pair::{PATIENCE, PairPlan, Side, session_of, sessions};
 use tests::random::seed_of_this_run;
 use tests::rig::Rig;
-use tests::torture::{Torture, TorturePlan};
+use tests::torture::{LONG_REST, Torture, TorturePlan};
 use tests::wait::wait_until;
 use tests::{binaries, namespace, shell, task};
 
@@ -49,6 +49,7 @@ impl HalfWay {
             mib: 64,
             children: 1,
             seed: seed_of_this_run(),
+            rest: LONG_REST,
             ..TorturePlan::default()
         };
         let torture = Torture::start(rig, plan)?;

@@ -19,7 +19,7 @@ use tests::random::seed_of_this_run;
 use tests::rig::Rig;
 use tests::shell;
 use tests::task;
-use tests::torture::{Torture, TorturePlan};
+use tests::torture::{LONG_REST, Torture, TorturePlan};
 use tests::wait::wait_until;
 
 fn main() -> ExitCode {
@@ -338,6 +338,7 @@ fn torture(rig: &Rig) -> Result<Torture> {
             mib: 48,
             children: 1,
             seed: seed_of_this_run(),
+            rest: LONG_REST,
             ..TorturePlan::default()
         },
     )

@@ -11,7 +11,7 @@ use tests::pair::PairPlan;
 use tests::random::seed_of_this_run;
 use tests::rig::Rig;
 use tests::task;
-use tests::torture::{Torture, TorturePlan};
+use tests::torture::{LONG_REST, Torture, TorturePlan};
 
 const DAC_OVERRIDE: u64 = 1 << 1;
 const DAC_READ_SEARCH: u64 = 1 << 2;
@@ -130,6 +130,7 @@ fn what_is_not_needed_is_given_up(rig: &Rig) -> Result<()> {
             mib: 32,
             children: 1,
             seed: seed_of_this_run(),
+            rest: LONG_REST,
             ..TorturePlan::default()
         },
     )?;

@@ -22,8 +22,8 @@ use tests::random::seed_of_this_run;
 use tests::rig::Rig;
 use tests::shell;
 use tests::task;
-use tests::torture::{Torture, TorturePlan};
-use tests::wait::wait_until;
+use tests::torture::{LONG_REST, Torture, TorturePlan};
+use tests::wait::{wait_for, wait_until};
 
 fn main() -> ExitCode {
     let tests: [(&'static str, Body); 6] = [
@@ -63,6 +63,7 @@ fn torture(rig: &Rig) -> Result<Torture> {
             mib: 96,
             children: 1,
             seed: seed_of_this_run(),
+            rest: LONG_REST,
             ..TorturePlan::default()
         },
     )
@@ -161,7 +162,10 @@ fn the_original_is_thawed_by_force(rig: &Rig) -> Result<()> {
     ensure!(refused.contains("--i-know-the-copy-is-dead"), "{refused}");
     ensure!(task::is_frozen(torture.pid()), "the original runs");
     let copy = restorer.restored_pid()?;
-    let home = task::parent(copy).unwrap_or(copy);
+    // CRIU, which made it, leaves it to its init only when it ends.
+    let home = wait_for(PATIENCE, "the copy to be its init's", || {
+        task::parent(copy).filter(|parent| task::name(*parent) != "criu")
+    })?;
     // First of all: a copy that ends under a lazy-restorer has done its work.
     kill(restorer.process.pid(), Signal::SIGKILL)?;
     restorer.end()?;

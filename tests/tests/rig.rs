@@ -51,9 +51,9 @@ fn main() -> ExitCode {
 
 fn hosts_reach_each_other(rig: &Rig) -> Result<()> {
     rig.client
-        .shell(&format!("arping -q -c 1 -w 5 -I eth0 {}", rig.service.0))?;
+        .shell(&format!("arping -q -f -w 5 -I eth0 {}", rig.service.0))?;
     rig.source.shell(&format!(
-        "arping -q -c 1 -w 5 -I eth0 {}",
+        "arping -q -f -w 5 -I eth0 {}",
         rig.destination.address()
     ))?;
     Ok(())

@@ -17,7 +17,7 @@ use tests::pair::{PATIENCE, PORT, PairPlan, Side};
 use tests::process::Process;
 use tests::random::seed_of_this_run;
 use tests::rig::Rig;
-use tests::torture::{Torture, TorturePlan};
+use tests::torture::{LONG_REST, Torture, TorturePlan};
 use tests::wait::wait_until;
 use tests::{binaries, identity};
 
@@ -123,6 +123,7 @@ fn a_wrong_secret(rig: &Rig) -> Result<()> {
             mib: 24,
             threads: 2,
             seed: seed_of_this_run(),
+            rest: LONG_REST,
             ..TorturePlan::default()
         },
     )?;
@@ -252,6 +253,7 @@ fn half_way(rig: &Rig) -> Result<(Torture, PairPlan, Side, Side)> {
             mib: 32,
             threads: 2,
             seed: seed_of_this_run(),
+            rest: LONG_REST,
             ..TorturePlan::default()
         },
     )?;

@@ -56,7 +56,7 @@ impl Facts {
 }
 
 /// The subject's common name, fit for a log; `None` without one or if `der` is no certificate.
-pub(crate) fn common_name(der: &CertificateDer<'_>) -> Option<String> {
+pub fn common_name(der: &CertificateDer<'_>) -> Option<String> {
     let (_, certificate) = X509Certificate::from_der(der).ok()?;
     subject(&certificate)
 }

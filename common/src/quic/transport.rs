@@ -19,6 +19,8 @@ pub const MAX_MTU: u16 = 6500;
 
 /// UDP payload that fits an Ethernet frame of 1500 bytes behind an IPv6 header.
 const ETHERNET_MTU: u16 = 1452;
+/// The same behind an IPv4 header.
+const LARGEST_OF_ETHERNET: u16 = 1472;
 
 /// Streams a peer may have open: control, demand, and a few for bulk.
 const MAX_STREAMS: u32 = 8;
@@ -51,6 +53,11 @@ pub struct PathProfile {
 }
 
 impl PathProfile {
+    /// Whether packets are known to be larger than Ethernet's usual frames.
+    pub fn has_jumbo_frames(self) -> bool {
+        self.mtu.is_some_and(|mtu| mtu > LARGEST_OF_ETHERNET)
+    }
+
     /// The packet size for a peer that is on the loopback interface or not.
     pub(super) fn resolve(self, loopback: bool) -> Result<Mtu, QuicError> {
         match self.mtu {
@@ -153,6 +160,15 @@ mod tests {
     #[test]
     fn the_idle_timeout_is_one_quic_can_express() {
         assert!(idle_timeout().is_some());
+    }
+
+    #[test]
+    fn only_a_known_mtu_says_that_frames_are_large() {
+        let jumbo = |mtu| PathProfile { mtu }.has_jumbo_frames();
+        assert_eq!(
+            [None, Some(1472), Some(1473)].map(jumbo),
+            [false, false, true]
+        );
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
+use crate::proc_text;
+
 /// A process. Its PID may be another's later, but not with the same start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Task {
@@ -59,11 +61,10 @@ impl AtRest {
             sleeps: 0,
         };
         for thread in threads {
-            let status = fs::read_to_string(thread.ok()?.path().join("status")).ok()?;
-            let mut lines = status.lines();
-            let count = lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?;
+            let status = fs::read(thread.ok()?.path().join("status")).ok()?;
+            let count = proc_text::field(&status, "voluntary_ctxt_switches")?;
             found.threads += 1;
-            found.sleeps += count.trim().parse::<u64>().ok()?;
+            found.sleeps += count.parse::<u64>().ok()?;
         }
         task.is_alive().then_some(found)
     }
@@ -81,14 +82,10 @@ impl AtRest {
     }
 }
 
-/// State and start. The name before them is in parentheses and may hold anything.
+/// State and start.
 fn stat(pid: i32) -> Option<(char, u64)> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = stat[stat.rfind(')')? + 1..].split_whitespace();
-    let state = fields.next()?.chars().next()?;
-    // The state is field 3.
-    let start = fields.nth(22 - 4)?.parse().ok()?;
-    Some((state, start))
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    proc_text::state_and_start(&stat)
 }
 
 /// Names this boot of the host.
@@ -130,6 +127,24 @@ mod tests {
         assert!(!before.is_untouched(false));
         child.kill().expect("our child");
         child.wait().expect("our child");
+    }
+
+    /// A name is cut after 15 bytes, be it in the middle of a letter.
+    #[test]
+    fn a_process_is_found_whatever_it_is_called() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let program = directory.path().join("fourteen-bytes\u{e4}");
+        std::os::unix::fs::symlink("/bin/sleep", &program).expect("made");
+        let mut child = std::process::Command::new(program);
+        let mut child = child.arg("60").spawn().expect("sleep runs");
+        let name = fs::read(format!("/proc/{}/comm", child.id())).expect("it lives");
+        let found = Task::find(child.id().cast_signed());
+        let at_rest = found.and_then(AtRest::look);
+        child.kill().expect("our child");
+        child.wait().expect("our child");
+        assert!(str::from_utf8(&name).is_err(), "{name:?}");
+        assert!(found.is_some());
+        assert!(at_rest.is_some());
     }
 
     #[test]

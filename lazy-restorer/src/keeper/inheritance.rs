@@ -19,6 +19,7 @@ use nix::sys::socket::{
 };
 
 use super::link_of;
+use crate::handover::MAX_RIGHTS;
 use crate::journal::Journal;
 
 /// Descriptors sent at once; the kernel takes 253.
@@ -42,38 +43,43 @@ pub struct Inheritance {
 
 /// Asks the keeper that listens at `socket` for everything.
 pub fn inherit(socket: &Path) -> io::Result<Inheritance> {
-    let mut stream = UnixStream::connect(socket)?;
+    let stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
-    let mut count = [0; 4];
-    stream.read_exact(&mut count)?;
-    let count = u32::from_le_bytes(count) as usize;
-    if count > MAX_DESCRIPTORS {
-        return Err(io::Error::other("the keeper holds too much"));
-    }
-    let mut inheritance = Inheritance {
-        stream,
-        uffds: HashMap::new(),
-        journals: HashMap::new(),
-    };
-    let mut rest = count;
-    while rest > 0 {
-        let group = receive(&inheritance.stream, rest.min(GROUP))?;
-        if group.is_empty() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        rest -= group.len().min(rest);
-        for (number, fd) in group {
-            let journal = link_of(fd.as_raw_fd()).and_then(|link| Journal::named_by(&link));
-            match journal {
-                Some(pid) => drop(inheritance.journals.insert(pid, fd)),
-                None => drop(inheritance.uffds.insert(number, fd)),
-            }
-        }
-    }
-    Ok(inheritance)
+    Inheritance::receive(stream)
 }
 
 impl Inheritance {
+    /// What the keeper at the other end hands over.
+    pub fn receive(mut stream: UnixStream) -> io::Result<Self> {
+        let mut count = [0; 4];
+        stream.read_exact(&mut count)?;
+        let count = u32::from_le_bytes(count) as usize;
+        if count > MAX_DESCRIPTORS {
+            return Err(io::Error::other("the keeper holds too much"));
+        }
+        let mut inheritance = Inheritance {
+            stream,
+            uffds: HashMap::new(),
+            journals: HashMap::new(),
+        };
+        let mut rest = count;
+        while rest > 0 {
+            let group = receive(&inheritance.stream, rest.min(GROUP))?;
+            if group.is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            rest -= group.len().min(rest);
+            for (number, fd) in group {
+                let journal = link_of(fd.as_raw_fd()).and_then(|link| Journal::named_by(&link));
+                match journal {
+                    Some(pid) => drop(inheritance.journals.insert(pid, fd)),
+                    None => drop(inheritance.uffds.insert(number, fd)),
+                }
+            }
+        }
+        Ok(inheritance)
+    }
+
     /// Everything is ours now: the keeper that had it ends.
     pub fn taken(mut self) -> io::Result<()> {
         self.stream.write_all(&[TAKEN])?;
@@ -85,7 +91,7 @@ impl Inheritance {
 
 fn receive(stream: &UnixStream, count: usize) -> io::Result<Vec<(RawFd, OwnedFd)>> {
     let mut numbers = vec![0; count * size_of::<RawFd>()];
-    let mut space = cmsg_space!([RawFd; GROUP]);
+    let mut space = cmsg_space!([RawFd; MAX_RIGHTS]);
     let mut parts = [IoSliceMut::new(&mut numbers)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL;
     let received = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags)?;

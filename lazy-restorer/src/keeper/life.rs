@@ -129,10 +129,13 @@ struct Known {
 impl Known {
     /// Everything that was said so far.
     fn of(crew: &Crew) -> Self {
+        Known::read(&crew.log())
+    }
+
+    fn read(log: &fs::File) -> Self {
         let mut known = Known::default();
         let mut at = 0;
-        let log = crew.log();
-        while let Some((message, next)) = read_message(&log, at) {
+        while let Some((message, next)) = read_message(log, at) {
             if let Ok(told) = postcard::from_bytes(&message) {
                 known.take(told);
             }
@@ -403,5 +406,75 @@ fn close(fd: Option<RawFd>) {
     if let Some(fd) = fd {
         // SAFETY: nobody else in this process owns it.
         drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn framed(told: &Told) -> Vec<u8> {
+        let message = postcard::to_extend(told, Vec::new()).expect("memory");
+        [&(message.len() as u32).to_le_bytes()[..], &message].concat()
+    }
+
+    /// The log of a `lazy-restorer` that was killed.
+    fn known_of(bytes: &[u8]) -> Known {
+        let mut log = tempfile::tempfile().expect("a file");
+        log.write_all(bytes).expect("written");
+        Known::read(&log)
+    }
+
+    /// What was decided by then.
+    fn decisions(known: &Known) -> (String, usize, bool, bool, Option<RawFd>, bool) {
+        let Known {
+            prepared,
+            committed,
+            gate,
+            released,
+            ..
+        } = *known;
+        let id = known.setup.id.clone();
+        (id, known.tasks.len(), prepared, committed, gate, released)
+    }
+
+    #[test]
+    fn a_message_counts_when_it_is_whole() {
+        let task = Task { pid: 7, start: 9 };
+        let setup = Setup {
+            id: String::from("05"),
+            ..Setup::default()
+        };
+        let told = [
+            Told::Setup(setup),
+            Told::Anchor(task, false),
+            Told::Prepared,
+            Told::Watch(task),
+            Told::Commit(Some(11)),
+            Told::Opened,
+            Told::Release,
+        ];
+        let mut log = Vec::new();
+        let mut before = decisions(&Known::default());
+        for message in &told {
+            let start = log.len();
+            log.extend(framed(message));
+            for cut in start..log.len() {
+                assert_eq!(decisions(&known_of(&log[..cut])), before, "{message:?}");
+            }
+            let after = decisions(&known_of(&log));
+            assert_ne!(after, before, "{message:?}");
+            before = after;
+        }
+    }
+
+    #[test]
+    fn no_log_makes_a_keeper_let_go() {
+        for length in [0_u32, 1, 0xffff, u32::MAX] {
+            let log = [&length.to_le_bytes()[..], &[0xff; 300]].concat();
+            assert_eq!(decisions(&known_of(&log)), decisions(&Known::default()));
+        }
     }
 }

@@ -58,7 +58,7 @@ pub async fn resume(
     let mut migration = Migration {
         plan,
         engine: plan.engine.clone(),
-        threads: Threads::start()?,
+        threads: Threads::start(plan.connect.path)?,
         session: Session::orphaned(),
         phases: Phases::start(State::Paused),
         stop,

@@ -28,6 +28,8 @@ use lazy_restorer::resolver::Change;
 use lazy_restorer::touches::Touches;
 use serde::Serialize;
 
+use crate::{sockets, texts};
+
 /// A packed frame, which refers to other pages or does not.
 fn packed(referred: u64, kept: bool) -> PackedHeader {
     PackedHeader {
@@ -118,7 +120,10 @@ pub fn corpus(target: &str) -> Vec<Vec<u8>> {
         "present_map" => vec![present_map()],
         "journal" => vec![journal()],
         "touches" => vec![touches()],
-        _ => Vec::new(),
+        "handover" => sockets::handovers(),
+        "inheritance" => sockets::inheritances(),
+        "remote_shell" => sockets::handed_over_by_rsync(&framed(&rsync_arguments())),
+        _ => texts::corpus(target),
     }
 }
 
@@ -320,15 +325,20 @@ fn tally() -> Tally {
 
 fn files_requests() -> Vec<FilesRequest> {
     let path = || String::from("/srv");
-    let arguments = ["--server", "--sender", "-vlogDtpre.iLsfxC", ".", "/srv/"];
     vec![
         FilesRequest::Rsync {
             path: path(),
-            arguments: arguments.map(String::from).to_vec(),
+            arguments: rsync_arguments(),
         },
         FilesRequest::Mapped { path: path() },
         FilesRequest::Changed { path: path() },
     ]
+}
+
+/// As rsync 3.2 writes them.
+fn rsync_arguments() -> Vec<String> {
+    let words = "--server --sender -qlHogDtpAXrSe.iLsfxCIvu --numeric-ids . /srv/tree/";
+    words.split(' ').map(String::from).collect()
 }
 
 fn abort() -> Abort {

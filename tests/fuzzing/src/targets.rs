@@ -37,6 +37,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::{sockets, texts};
+
 /// One decoder.
 #[derive(Debug, Clone, Copy)]
 pub struct Target {
@@ -44,102 +46,63 @@ pub struct Target {
     pub name: &'static str,
     /// Feeds it bytes; whether it took any of them.
     pub run: fn(&[u8]) -> bool,
+    /// It goes through sockets, and needs as long for one input as others for some twenty.
+    pub is_slow: bool,
+}
+
+impl Target {
+    const fn new(name: &'static str, run: fn(&[u8]) -> bool) -> Self {
+        Target {
+            name,
+            run,
+            is_slow: false,
+        }
+    }
+
+    const fn slow(name: &'static str, run: fn(&[u8]) -> bool) -> Self {
+        Target {
+            is_slow: true,
+            ..Target::new(name, run)
+        }
+    }
 }
 
 /// All of them.
 pub const TARGETS: &[Target] = &[
-    Target {
-        name: "control_to_source",
-        run: control::<ToSource>,
-    },
-    Target {
-        name: "control_to_destination",
-        run: control::<ToDestination>,
-    },
-    Target {
-        name: "bulk_hello",
-        run: control::<BulkHello>,
-    },
-    Target {
-        name: "files_request",
-        run: control::<FilesRequest>,
-    },
-    Target {
-        name: "files_changes",
-        run: control::<Changes>,
-    },
-    Target {
-        name: "files_mapped",
-        run: control::<MappedFiles>,
-    },
-    Target {
-        name: "demand",
-        run: demand,
-    },
-    Target {
-        name: "replies",
-        run: replies,
-    },
-    Target {
-        name: "bulk",
-        run: bulk,
-    },
-    Target {
-        name: "credit",
-        run: credit,
-    },
-    Target {
-        name: "skeleton_name",
-        run: skeleton_name,
-    },
-    Target {
-        name: "image_pagemap",
-        run: image_pagemap,
-    },
-    Target {
-        name: "image_mm",
-        run: image_mm,
-    },
-    Target {
-        name: "image_core",
-        run: image_core,
-    },
-    Target {
-        name: "image_pstree",
-        run: image_pstree,
-    },
-    Target {
-        name: "image_inventory",
-        run: image_inventory,
-    },
-    Target {
-        name: "image_stored_pages",
-        run: image_stored_pages,
-    },
-    Target {
-        name: "session_file",
-        run: session_file,
-    },
-    Target {
-        name: "packed",
-        run: packed,
-    },
-    Target {
-        name: "skeleton",
-        run: skeleton,
-    },
-    Target {
-        name: "present_map",
-        run: present_map,
-    },
-    Target {
-        name: "journal",
-        run: journal,
-    },
-    Target {
-        name: "touches",
-        run: touches,
-    },
+    Target::new("control_to_source", control::<ToSource>),
+    Target::new("control_to_destination", control::<ToDestination>),
+    Target::new("bulk_hello", control::<BulkHello>),
+    Target::new("files_request", control::<FilesRequest>),
+    Target::new("files_changes", control::<Changes>),
+    Target::new("files_mapped", control::<MappedFiles>),
+    Target::new("demand", demand),
+    Target::new("replies", replies),
+    Target::new("bulk", bulk),
+    Target::new("credit", credit),
+    Target::new("skeleton_name", skeleton_name),
+    Target::new("image_pagemap", image_pagemap),
+    Target::new("image_mm", image_mm),
+    Target::new("image_core", image_core),
+    Target::new("image_pstree", image_pstree),
+    Target::new("image_inventory", image_inventory),
+    Target::new("image_stored_pages", image_stored_pages),
+    Target::new("session_file", session_file),
+    Target::new("packed", packed),
+    Target::new("skeleton", skeleton),
+    Target::new("present_map", present_map),
+    Target::new("journal", journal),
+    Target::new("touches", touches),
+    Target::new("rsync_arguments", texts::rsync_arguments),
+    Target::new("container", texts::container),
+    Target::new("operator_words", texts::operator_words),
+    Target::new("proc_mounts", texts::proc_mounts),
+    Target::new("proc_tasks", texts::proc_tasks),
+    Target::new("proc_sockets", texts::proc_sockets),
+    Target::new("tool_words", texts::tool_words),
+    Target::new("certificate", texts::certificate),
+    Target::slow("handover", sockets::handover),
+    Target::slow("inheritance", sockets::inheritance),
+    Target::slow("remote_shell", sockets::remote_shell),
 ];
 
 /// What stands before the body of a session file: magic, version, length of the body, its hash.

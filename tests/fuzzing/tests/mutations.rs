@@ -12,6 +12,8 @@ use tests::random::{Random, fresh_seed};
 
 /// Mutations for each decoder: a second or two.
 const RUNS: u64 = 20_000;
+/// What goes through sockets gets so many times fewer.
+const SLOWER: u64 = 20;
 /// Longest input.
 const MAX_BYTES: usize = 4096;
 /// Changes of one input at most.
@@ -60,6 +62,7 @@ fn mutations_are_borne() {
     eprintln!("seed {seed} (run again with FUZZ_SEED={seed})");
     for target in TARGETS {
         let inputs = corpus(target.name);
+        let runs = if target.is_slow { runs / SLOWER } else { runs };
         for run in 0..runs {
             let mut random = Random::new(seed.wrapping_add(run));
             let mut input = inputs[random.index(inputs.len())].clone();

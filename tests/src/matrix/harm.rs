@@ -8,7 +8,7 @@ use super::scene::{Scene, set_link};
 use super::{Harm, Moment};
 use crate::pair::{PATIENCE, Side};
 use crate::rig::Rig;
-use crate::wait::wait_until;
+use crate::wait::{wait_for, wait_until};
 use crate::{namespace, task};
 
 /// Does it.
@@ -26,9 +26,10 @@ pub fn inflict(rig: &Rig, scene: &mut Scene, harm: Harm) -> Result<()> {
         }
         Harm::DumpKilled => end(scene.dump().context("no CRIU holds the original")?),
         Harm::RestoreKilled => {
-            let found = restores(rig);
-            let criu = found.first().context("no CRIU restores")?;
-            end(*criu)
+            // It is started before the gate is reached, but need not be itself yet.
+            end(wait_for(PATIENCE, "a CRIU that restores", || {
+                restores(rig).first().copied()
+            })?)
         }
     }
 }
