@@ -11,7 +11,7 @@ OUT ?= report
 help:
 	@echo 'make demo     a running redis moves to another host and its client never disconnects (MEMORY=$(MEMORY) MiB)'
 	@echo 'make compare  the same beside CRIU'"'"'s own lazy-pages (MEMORY=$(MEMORY) REPEAT=$(REPEAT))'
-	@echo 'make report   everything side by side, one page; 25 minutes for each repeat (REPEAT=$(REPEAT) OUT=$(OUT))'
+	@echo 'make report   everything side by side, one page; half an hour for each repeat (REPEAT=$(REPEAT) OUT=$(OUT))'
 	@echo 'make targets  every target in one table, met or not; half an hour (REPEAT=$(REPEAT))'
 	@echo 'make test     every check and every test'
 	@echo 'make fuzz     every decoder under libFuzzer (SECONDS=$(SECONDS) each; needs cargo-fuzz)'

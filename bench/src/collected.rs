@@ -8,7 +8,8 @@ use serde_json::Value;
 
 use crate::path::ProbedPath;
 use crate::runs::{self, Failure, Recorded};
-use crate::section::Section;
+use crate::section::{Block, Section};
+use crate::targets::Target;
 use crate::{compare, crowd, fault, files, flood, page, replay};
 
 /// What to read.
@@ -78,21 +79,21 @@ impl Collected {
 
     /// Writes both reports.
     pub fn write(self, folder: &Path) -> Result<()> {
-        let (mut markdown, mut html) = (String::new(), Vec::new());
-        let mut add = |more: String, section: String| {
-            markdown += &more;
-            html.push(section);
-        };
+        let (mut forms, mut judged) = (Vec::new(), Vec::new());
         if !self.moves.is_empty() {
             let moves = compare::Report::of(compare::Measured {
                 paths: self.paths.clone(),
                 moves: self.moves,
                 failures: Vec::new(),
             });
-            add(
+            for table in &moves.tables {
+                judge(&table.point.title(), &table.targets, &mut judged);
+            }
+            judge("across paths", &moves.across, &mut judged);
+            forms.push((
                 compare::markdown::render(&moves),
                 compare::html::sections(&moves),
-            );
+            ));
         }
         if !self.waits.is_empty() || !self.bares.is_empty() {
             let waits = fault::Report::of(fault::Measured {
@@ -101,7 +102,10 @@ impl Collected {
                 bares: self.bares,
                 failures: Vec::new(),
             });
-            add(waits.markdown(), fault::html::section(&waits));
+            for setup in &waits.tables {
+                judge(&setup.setting.title(), &setup.targets, &mut judged);
+            }
+            forms.push((waits.markdown(), fault::html::section(&waits)));
         }
         let sections = [
             of_crowds(self.crowds, &self.paths),
@@ -111,10 +115,51 @@ impl Collected {
             of_failures(self.failures),
         ];
         for section in sections.iter().flatten() {
-            add(section.markdown(), section.html());
+            for block in &section.blocks {
+                judge(block.name(section), &block.targets, &mut judged);
+            }
+            forms.push((section.markdown(), section.html()));
         }
-        page::write(folder, &markdown, &html)
+        if let Some(targets) = of_targets(&judged) {
+            forms.insert(0, (targets.markdown(), targets.html()));
+        }
+        let (markdown, html): (Vec<String>, Vec<String>) = forms.into_iter().unzip();
+        page::write(folder, &markdown.concat(), &html)
     }
+}
+
+/// A target, and what it was measured of.
+type Judged = (String, Target);
+
+fn judge(of: &str, targets: &[Target], judged: &mut Vec<Judged>) {
+    let targets = targets.iter().filter(|target| target.is_measured());
+    judged.extend(targets.map(|target| (of.to_owned(), target.clone())));
+}
+
+/// All of them in one table.
+fn of_targets(judged: &[Judged]) -> Option<Section> {
+    let heading = ["", "figure", "measured", "spread", "target", "verdict"];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for (of, target) in judged {
+        let mut row = vec![of.clone()];
+        row.extend(target.cells());
+        rows.push(row);
+    }
+    let not_met = judged.iter().filter(|(_, target)| !target.is_met()).count();
+    let section = Section {
+        title: "Targets",
+        conditions: vec![
+            format!("{not_met} of {} are not met", judged.len()),
+            "measured: of medians; spread: the smallest and the largest that the runs allow"
+                .to_owned(),
+        ],
+        blocks: vec![Block {
+            rows,
+            ..Block::default()
+        }],
+        failures: Vec::new(),
+    };
+    (!judged.is_empty()).then_some(section)
 }
 
 fn of_crowds(runs: Vec<crowd::Run>, paths: &[ProbedPath]) -> Option<Section> {
@@ -247,14 +292,14 @@ mod test {
             for part in [
                 "16 files, 1024 MiB",
                 "no files",
-                "256 MiB, 8 strangers",
+                "256 MiB under a flood of 8 strangers",
                 "64 MiB touched at random, 10000 per second, over 1g",
             ] {
                 assert!(text.contains(part), "{part} in {name}: {text}");
             }
-            let met = text.matches(" met").count();
-            assert_eq!(met, 2, "files and replay in {name}: {text}");
-            assert!(text.contains("NOT MET"), "the flood in {name}: {text}");
+            assert!(text.contains("1 of 3 are not met"), "{name}: {text}");
+            let not_met = text.matches("NOT MET").count();
+            assert_eq!(not_met, 2, "the flood, twice in {name}: {text}");
         }
         std::fs::remove_dir_all(&folder).expect("it is there");
     }

@@ -234,7 +234,7 @@ impl Report {
             ]);
         }
         Block {
-            title: format!("{} MiB, {} strangers", of.memory_mib, of.strangers),
+            title: of.title(),
             rows,
             plots: vec![
                 self.plot(of, "cutover, ms", |run| run.cutover_ms),
@@ -253,6 +253,15 @@ impl Report {
             title: title.to_owned(),
             bars: CASES.into_iter().map(bar).collect(),
         }
+    }
+}
+
+impl Setting {
+    fn title(&self) -> String {
+        format!(
+            "{} MiB under a flood of {} strangers",
+            self.memory_mib, self.strangers
+        )
     }
 }
 
@@ -292,6 +301,7 @@ mod test {
             .into_iter()
             .map(|of| of.title)
             .collect();
-        assert_eq!(titles, ["64 MiB, 8 strangers", "64 MiB, 800 strangers"]);
+        let expected = [8, 800].map(|of| format!("64 MiB under a flood of {of} strangers"));
+        assert_eq!(titles, expected);
     }
 }

@@ -4,13 +4,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::targets::NOT_MET;
+
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}\
 h2{margin-top:3rem;border-bottom:1px solid #ccc}.plots{display:flex;flex-wrap:wrap;gap:1.5rem}figure{margin:0}\
 figcaption{font-weight:600}svg{font:12px system-ui,sans-serif}svg line{stroke:#222;stroke-width:1.5}\
 .ours{fill:#2a7f62}.ours-plain{fill:#7fb8a4}.criu{fill:#c2703d}.criu-tls{fill:#d9a441}.stop-and-copy{fill:#8a8a8a}\
 table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2rem .5rem;text-align:right}\
-td:first-child,th:first-child{text-align:left}\
-table+.plots,table+figure{margin-top:1rem}\
+td:first-child,th:first-child{text-align:left}td:not(:first-child){white-space:nowrap}\
+.not-met{color:#b3261e;font-weight:600}table+.plots,table+figure,.plots+figure{margin-top:1rem}\
 pre{background:#f4f4f4;padding:.8rem;overflow-x:auto}li{margin:.2rem 0}";
 
 /// The whole page of `sections`, which are HTML.
@@ -66,8 +68,14 @@ pub fn markdown_table(rows: &[Vec<String>]) -> String {
 pub fn table(rows: &[Vec<String>]) -> String {
     let row = |(number, cells): (usize, &Vec<String>)| {
         let tag = if number == 0 { "th" } else { "td" };
-        let cells = cells.iter().map(|cell| escaped(cell));
-        let cells: String = cells.map(|cell| format!("<{tag}>{cell}</{tag}>")).collect();
+        let one = |cell: &String| {
+            let class = match cell == NOT_MET {
+                true => " class=\"not-met\"",
+                false => "",
+            };
+            format!("<{tag}{class}>{}</{tag}>", escaped(cell))
+        };
+        let cells: String = cells.iter().map(one).collect();
         format!("<tr>{cells}</tr>")
     };
     let rows: String = rows.iter().enumerate().map(row).collect();

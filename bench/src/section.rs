@@ -89,6 +89,14 @@ impl fmt::Display for Section {
 }
 
 impl Block {
+    /// Its title, or that of its section.
+    pub fn name<'a>(&'a self, section: &'a Section) -> &'a str {
+        match &self.title[..] {
+            "" => section.title,
+            title => title,
+        }
+    }
+
     fn markdown(&self) -> String {
         let mut text = match &self.title[..] {
             "" => "\n".to_owned(),

@@ -6,6 +6,9 @@ use serde::Serialize;
 
 use crate::stats::Summary;
 
+/// The verdict that is to be seen.
+pub const NOT_MET: &str = "NOT MET";
+
 /// What a figure must not pass.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -59,7 +62,7 @@ impl Target {
         };
         let verdict = match self.met {
             Some(true) => "met",
-            Some(false) => "NOT MET",
+            Some(false) => NOT_MET,
             None => "not measured",
         };
         let shown = |of: fn(Summary) -> String| self.value.map_or("-".to_owned(), of);
