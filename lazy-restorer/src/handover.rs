@@ -90,7 +90,7 @@ pub fn collect(
             let result = keep_for_data(privileges::DATA)
                 .and_then(|()| accept())
                 .map_err(HandoverError::from)
-                .and_then(|stream| forward(&stream, &send));
+                .and_then(|stream| read(&stream, |handover| send.send(Ok(handover)).is_ok()));
             if let Err(error) = result {
                 // The session has ended when nobody listens.
                 let _ = send.send(Err(error));
@@ -99,13 +99,14 @@ pub fn collect(
     Ok(receive)
 }
 
-fn forward(
+/// Reads what comes on the stream until its end, or until `take` has enough.
+pub fn read(
     stream: &UnixStream,
-    send: &mpsc::UnboundedSender<Result<Handover, HandoverError>>,
+    mut take: impl FnMut(Handover) -> bool,
 ) -> Result<(), HandoverError> {
     setsockopt(stream, sockopt::PassCred, &true)?;
     while let Some(handover) = next(stream)? {
-        if send.send(Ok(handover)).is_err() {
+        if !take(handover) {
             break;
         }
     }

@@ -25,26 +25,21 @@ const RESTORE_FINISHED: u32 = 0x5253_5446;
 
 /// CRIU's lazy-pages socket.
 pub(crate) fn handover(script: &[u8]) -> bool {
-    let stage = Stage::play(script);
-    let stream = stage.stream;
-    let mut handovers = handover::collect(move || Ok(stream)).expect("a thread");
+    let Stage { stream, probe, .. } = Stage::play(script);
     let mut taken = false;
-    let mut has_failed = false;
-    while let Some(came) = handovers.blocking_recv() {
-        assert!(!has_failed, "nothing is understood behind an error");
-        match came {
-            Ok(Handover::Process { image, pid, .. }) => {
-                assert!(image.0 > 0 && image.0 <= i32::MAX as u32);
-                assert_eq!(pid, nix::unistd::Pid::this(), "who sent it");
-                taken = true;
-            }
-            Ok(Handover::Finished) => taken = true,
-            Err(HandoverError::Io(error)) => panic!("our socket: {error}"),
-            Err(HandoverError::Unexpected(_)) => has_failed = true,
+    let end = handover::read(&stream, |handover| {
+        if let Handover::Process { image, pid, .. } = handover {
+            assert!(image.0 > 0 && image.0 <= i32::MAX as u32);
+            assert_eq!(pid, nix::unistd::Pid::this(), "who sent it");
         }
+        taken = true;
+        true
+    });
+    if let Err(HandoverError::Io(error)) = end {
+        panic!("our socket: {error}");
     }
-    drop(handovers);
-    stage.probe.nothing_is_left();
+    drop(stream);
+    probe.nothing_is_left();
     taken
 }
 
