@@ -12,7 +12,8 @@ use crate::wait::wait_until;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Arguments: folder, MiB. Every copy names its verdict by fresh randomness, for all else is the same in all of them.
+/// Arguments: folder, MiB. Every copy names its verdict by fresh randomness, and a sign of its life by its PID namespace,
+/// for all else is the same in all of them.
 const SCRIPT: &str = r#"
 import hashlib, os, random, sys, time
 
@@ -24,6 +25,9 @@ digests = [hashlib.sha256(block).digest() for block in blocks]
 open(folder + "/warm", "w").close()
 while not os.path.exists(folder + "/stop"):
     time.sleep(0.01)
+    home = folder + "/runs-in-" + os.readlink("/proc/self/ns/pid")
+    if not os.path.exists(home):
+        open(home, "w").close()
     block = rng.randrange(mib)
     if hashlib.sha256(blocks[block]).digest() != digests[block]:
         break
@@ -54,7 +58,9 @@ impl WarmCopies {
         wait_until(PATIENCE, "the process to warm up", || {
             folder.join("warm").exists()
         })?;
-        Ok(Self { process, folder })
+        let warm = Self { process, folder };
+        warm.wait_for(0)?;
+        Ok(warm)
     }
 
     /// The first one's PID on the source.
@@ -65,6 +71,16 @@ impl WarmCopies {
     /// Whether the first one still lives.
     pub fn original_lives(&mut self) -> bool {
         self.process.is_running()
+    }
+
+    /// Waits until `copies` run besides the first one.
+    pub fn wait_for(&self, copies: usize) -> Result<()> {
+        let homes = || {
+            let entries = std::fs::read_dir(&self.folder).into_iter().flatten();
+            let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+            names.filter(|name| name.starts_with("runs-in-")).count()
+        };
+        wait_until(PATIENCE, "all copies to run", || homes() > copies)
     }
 
     /// Ends all copies; there must be `copies`, and each must find its memory unharmed.
