@@ -143,7 +143,6 @@ impl Mischief {
             ToSource::Resume(resume) if self.strikes(Scenario::ForgesTheSecret) => {
                 resume.secret.0[0] ^= 1;
             }
-            ToSource::Resumed if self.strikes(Scenario::KeepsPages) => self.keeps_pages = true,
             ToSource::Resume(_) => self.keeps_pages = false,
             ToSource::Drained(tally) if self.strikes(Scenario::CountsWrong) => tally.digest ^= 1,
             ToSource::Drained(tally) if self.strikes(Scenario::CountsMore) => tally.pages += 1,
@@ -156,6 +155,10 @@ impl Mischief {
     pub fn downward(&mut self, mut message: ToDestination) -> Passage<ToDestination> {
         self.granted |= message == ToDestination::CutoverGranted;
         match &mut message {
+            // Nothing is pushed before that is heard: when the destination says that its tasks run all may have passed.
+            ToDestination::CutoverGranted if self.strikes(Scenario::KeepsPages) => {
+                self.keeps_pages = true;
+            }
             ToDestination::Welcome(welcome) if self.strikes(Scenario::SpeaksAnotherVersion) => {
                 welcome.version = UNOFFERED_VERSION;
             }
