@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::container::forget;
@@ -151,6 +151,8 @@ impl Left {
         let frozen = file.source().and_then(|source| source.original.frozen());
         let tasks = frozen.map_or(&[][..], |frozen| &frozen.tasks);
         signal_left(tasks, Signal::SIGKILL);
+        // In a frozen cgroup nobody dies.
+        freezer::thaw_noted(Path::new(&file.directory));
     }
 
     /// Where the images are.
@@ -281,7 +283,6 @@ fn signal_left(tasks: &[Task], signal: Signal) {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
-    use std::path::Path;
     use std::process::Command;
 
     use common::proto::control::{Secret, SessionId};

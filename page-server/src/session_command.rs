@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::{Instant, sleep};
 
-use crate::adopt::Left;
+use crate::adopt::{Left, LeftError};
 use crate::attach::{AttachError, ForeignDump};
 use crate::cli::{Release, Sessions, Thaw};
 
@@ -111,8 +111,15 @@ async fn kill_original(file: &SessionFile) -> Result<(), SessionError> {
             dump.release().await.map_err(|error| lost(&error))
         }
         Some(Original::Frozen(_)) | None => {
-            let left = Left::find_to_kill(file).await;
-            let left = left.map_err(|error| lost(&error))?;
+            let left = match Left::find_to_kill(file).await {
+                Ok(left) => left,
+                // Whoever is left without its root is not to stand still for ever.
+                Err(LeftError::Gone(_)) => {
+                    Left::kill_rest(file);
+                    return Ok(());
+                }
+                Err(error) => return Err(lost(&error)),
+            };
             let adopted = left.adopt().await.map_err(|error| lost(&error))?;
             adopted.release().await.map_err(|error| lost(&error))
         }
