@@ -30,22 +30,17 @@ impl Answers {
         Ok(Answers { packer, paying })
     }
 
-    /// Reads `run` and frames it. Bit `n` of `new` says that page `n` is sent for the first time.
-    pub fn frame(
-        &mut self,
-        source: &dyn PageSource,
-        run: Run,
-        new: u64,
-    ) -> Result<Frame, MemoryError> {
+    /// Reads `run` and frames it.
+    pub fn frame(&mut self, source: &dyn PageSource, run: Run) -> Result<Frame, MemoryError> {
         let pays = self.paying.is_so(run.pages.count);
         let Some(packer) = self.packer.as_mut().filter(|_| pays) else {
-            return frame::read(source, run, new);
+            return frame::read(source, run);
         };
-        let loaded = frame::load(source, run, new)?;
+        let loaded = frame::load(source, run)?;
         let mut header = PackedHeader {
             pid: run.pid,
             pages: run.pages,
-            zero: loaded.zero,
+            zero: loaded.contents.zero,
             referred: 0,
             kept: false,
             body: Body::Raw,
@@ -57,8 +52,7 @@ impl Answers {
         }
         Ok(Frame {
             bytes: body.frame(&mut header, &[]).freeze(),
-            digest: loaded.digest,
-            zero_pages: u64::from(loaded.zero.count_ones()),
+            contents: loaded.contents,
         })
     }
 }
@@ -105,7 +99,7 @@ mod tests {
             pid: ImagePid(1),
             pages: PageRange::new(PageIndex(start), count),
         };
-        let frame = answers.frame(&Simple, run, 1).expect("readable");
+        let frame = answers.frame(&Simple, run).expect("readable");
         let header = frame.bytes[..DATA_HEADER_BYTES]
             .try_into()
             .expect("a header");

@@ -8,6 +8,7 @@ use common::page::{PageIndex, PageRange};
 use common::priority_lock::{PriorityGuard, PriorityLock};
 use common::proto::control::Tally;
 
+use crate::frame::Contents;
 use crate::framer::PushedFrame;
 use crate::pending::{PageState, Pending, PendingError, Recovery, Run, Said};
 use crate::push_order::PushOrder;
@@ -88,9 +89,9 @@ pub fn owed(dumped: &[DumpedProcess]) -> (Pending, FirstPages) {
 }
 
 impl Pages {
-    fn sent(&mut self, digest: u64, zero_pages: u64) {
-        self.pending.add_digest(digest);
-        self.counts.zero += zero_pages;
+    fn sent(&mut self, contents: &Contents) {
+        let new = self.pending.count(contents);
+        self.counts.zero += u64::from((contents.zero & new).count_ones());
     }
 }
 
@@ -128,8 +129,8 @@ impl Book {
         self.pages.lock()
     }
 
-    /// A fault wants `pages`; returns which of them are sent for the first time, and steers the push behind them.
-    pub fn demand(&self, pid: ImagePid, pages: PageRange) -> Result<u64, PendingError> {
+    /// A fault wants `pages`, which are to be sent; steers the push behind them.
+    pub fn demand(&self, pid: ImagePid, pages: PageRange) -> Result<(), PendingError> {
         let mut book = self.lock();
         let Pages {
             pending,
@@ -137,12 +138,11 @@ impl Book {
             counts,
             ..
         } = &mut *book;
-        let new = pending.demand(pid, pages)?;
-        let first_time = u64::from(new.count_ones());
+        let first_time = u64::from(pending.demand(pid, pages)?.count_ones());
         counts.demanded += first_time;
         counts.resent += pages.count - first_time;
         order.steer(pending, pid, pages);
-        Ok(new)
+        Ok(())
     }
 
     /// The destination does not need `pages`; returns those that will not be sent.
@@ -157,7 +157,7 @@ impl Book {
         order.want(pending, runs);
     }
 
-    /// The next run to push.
+    /// The next run to push. It counts only when it was read, and a fault may overtake it until then.
     pub fn next(&self) -> Option<Run> {
         let mut book = self.lock();
         let Pages {
@@ -206,15 +206,15 @@ impl Book {
         order.rewind(pending);
     }
 
-    /// Pages were read for sending.
-    pub fn sent(&self, digest: u64, zero_pages: u64) {
-        self.lock().sent(digest, zero_pages);
+    /// Pages were read, and are about to be sent.
+    pub fn sent(&self, contents: &Contents) {
+        self.lock().sent(contents);
     }
 
-    /// Pages were framed for the push.
+    /// Pages were framed for the push, and are about to be sent.
     pub fn pushed(&self, pushed: &PushedFrame) {
         let mut book = self.lock();
-        book.sent(pushed.frame.digest, pushed.frame.zero_pages);
+        book.sent(&pushed.frame.contents);
         let saved = &mut book.saved;
         saved.page_bytes += pushed.page_bytes;
         saved.frame_bytes += pushed.frame.bytes.len() as u64;

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
 use common::digest::{page_hash, zero_page_hash};
+use common::limits::MAX_FRAME_PAGES;
 use common::page::{is_zero, page_in_buffer};
 use common::proto::pages::{DATA_HEADER_BYTES, DataHeader};
 
@@ -19,10 +20,18 @@ const MAX_LENT: usize = 32;
 pub struct Frame {
     /// Header and payload.
     pub bytes: Bytes,
-    /// Sum of the hashes of the pages that are sent for the first time.
-    pub digest: u64,
-    /// Pages that are all zeros and not carried.
-    pub zero_pages: u64,
+    /// What its pages hold.
+    pub contents: Contents,
+}
+
+/// What the pages of a run hold, as they were read.
+#[derive(Clone, Copy, Debug)]
+pub struct Contents {
+    /// Which pages.
+    pub run: Run,
+    /// Bit `n` set: page `n` is all zeros.
+    pub zero: u64,
+    hashes: [u64; MAX_FRAME_PAGES],
 }
 
 /// Buffers of frames, used again when the connection has let go of them: else each would be asked of the allocator, and
@@ -36,26 +45,22 @@ pub struct Buffers {
 /// A run of pages as it was read.
 #[derive(Debug)]
 pub struct Loaded {
-    /// Which pages.
-    pub run: Run,
-    /// Bit `n` set: page `n` is all zeros.
-    pub zero: u64,
-    /// Sum of the hashes of the pages that are sent for the first time.
-    pub digest: u64,
+    /// What they hold.
+    pub contents: Contents,
     /// Room for a header, then the pages.
     bytes: BytesMut,
 }
 
-/// Reads `run` and frames it. Bit `n` of `new` says that page `n` is sent for the first time.
-pub fn read(source: &dyn PageSource, run: Run, new: u64) -> Result<Frame, MemoryError> {
-    let loaded = load(source, run, new)?;
-    let header = DataHeader::raw(run.pid, run.pages, loaded.zero);
+/// Reads `run` and frames it.
+pub fn read(source: &dyn PageSource, run: Run) -> Result<Frame, MemoryError> {
+    let loaded = load(source, run)?;
+    let header = DataHeader::raw(run.pid, run.pages, loaded.contents.zero);
     Ok(loaded.into_frame(&header.encode()))
 }
 
-/// Reads `run`. Bit `n` of `new` says that page `n` is sent for the first time.
-pub fn load(source: &dyn PageSource, run: Run, new: u64) -> Result<Loaded, MemoryError> {
-    load_into(BytesMut::new(), source, run, new)
+/// Reads `run`.
+pub fn load(source: &dyn PageSource, run: Run) -> Result<Loaded, MemoryError> {
+    load_into(BytesMut::new(), source, run)
 }
 
 /// The same, into a buffer that is there already; what it holds does not matter.
@@ -63,17 +68,45 @@ pub fn load_into(
     mut bytes: BytesMut,
     source: &dyn PageSource,
     run: Run,
-    new: u64,
 ) -> Result<Loaded, MemoryError> {
     bytes.resize(DATA_HEADER_BYTES + run.pages.bytes() as usize, 0);
     source.read(run.pid, run.pages, &mut bytes[DATA_HEADER_BYTES..])?;
-    let (zero, digest) = examine(&bytes[DATA_HEADER_BYTES..], run, new);
-    Ok(Loaded {
-        run,
-        zero,
-        digest,
-        bytes,
-    })
+    let contents = Contents::of(run, &bytes[DATA_HEADER_BYTES..]);
+    Ok(Loaded { contents, bytes })
+}
+
+impl Contents {
+    fn of(run: Run, content: &[u8]) -> Self {
+        let mut contents = Contents {
+            run,
+            zero: 0,
+            hashes: [0; MAX_FRAME_PAGES],
+        };
+        let hashes = contents.hashes.iter_mut().enumerate();
+        for (index, hash) in hashes.take(run.pages.count as usize) {
+            let page = run.pages.start.forward(index as u64);
+            let bytes = &content[page_in_buffer(index)];
+            if is_zero(bytes) {
+                contents.zero |= 1 << index;
+                *hash = zero_page_hash(run.pid, page);
+            } else {
+                *hash = page_hash(run.pid, page, bytes);
+            }
+        }
+        contents
+    }
+
+    /// The sum of the hashes of the pages whose bit in `pages` is set: what they add to the digest.
+    pub fn digest(&self, pages: u64) -> u64 {
+        let hashes = self.hashes.iter().enumerate();
+        let wanted = hashes.filter(|(index, _)| pages >> index & 1 == 1);
+        wanted.fold(0, |sum, (_, hash)| sum.wrapping_add(*hash))
+    }
+
+    /// The same for all of them.
+    pub fn whole_digest(&self) -> u64 {
+        self.digest(u64::MAX)
+    }
 }
 
 impl Buffers {
@@ -105,28 +138,27 @@ impl Loaded {
 
     /// The numbers of the pages whose bit in `left_out` is clear.
     pub fn pages_besides(&self, left_out: u64) -> impl Iterator<Item = usize> + use<> {
-        let count = self.run.pages.count as usize;
+        let count = self.contents.run.pages.count as usize;
         (0..count).filter(move |index| left_out >> index & 1 == 0)
     }
 
     /// A frame of all pages but zero pages, as they are, behind `header`.
     pub fn into_frame(mut self, header: &[u8; DATA_HEADER_BYTES]) -> Frame {
-        if self.zero != 0 {
+        if self.contents.zero != 0 {
             let stored = self.close_gaps();
             self.bytes.truncate(stored);
         }
         self.bytes[..DATA_HEADER_BYTES].copy_from_slice(header);
         Frame {
             bytes: self.bytes.freeze(),
-            digest: self.digest,
-            zero_pages: u64::from(self.zero.count_ones()),
+            contents: self.contents,
         }
     }
 
     /// Moves the pages that are carried together; returns the frame's length.
     fn close_gaps(&mut self) -> usize {
         let mut stored = 0;
-        for index in self.pages_besides(self.zero) {
+        for index in self.pages_besides(self.contents.zero) {
             if stored != index {
                 self.bytes.copy_within(at(index), at(stored).start);
             }
@@ -134,27 +166,6 @@ impl Loaded {
         }
         at(stored).start
     }
-}
-
-/// Which pages are all zeros, and the digest of the new ones.
-fn examine(content: &[u8], run: Run, new: u64) -> (u64, u64) {
-    let mut zero = 0;
-    let mut digest = 0_u64;
-    for index in 0..run.pages.count as usize {
-        let page = run.pages.start.forward(index as u64);
-        let bytes = &content[page_in_buffer(index)];
-        let is_zero = is_zero(bytes);
-        zero |= u64::from(is_zero) << index;
-        if new >> index & 1 == 1 {
-            let hash = if is_zero {
-                zero_page_hash(run.pid, page)
-            } else {
-                page_hash(run.pid, page, bytes)
-            };
-            digest = digest.wrapping_add(hash);
-        }
-    }
-    (zero, digest)
 }
 
 /// Where page number `index` lies in a frame.
@@ -193,14 +204,14 @@ mod tests {
             pid: ImagePid(1),
             pages: PageRange::new(PageIndex(254), 5),
         };
-        let frame = read(&Numbered, run, 0b11111).expect("readable");
+        let frame = read(&Numbered, run).expect("readable");
         let (header, payload) = frame.bytes.split_at(DATA_HEADER_BYTES);
         let header = DataHeader::decode(header.try_into().expect("a header")).expect("valid");
         assert_eq!(header.zero, 0b00100);
         let first_bytes: Vec<u8> = payload.iter().step_by(PAGE_SIZE).copied().collect();
         assert_eq!(first_bytes, [254, 255, 1, 2]);
         assert_eq!(payload.len(), header.payload as usize);
-        assert_eq!(frame.zero_pages, 1);
+        assert_eq!(frame.contents.zero, header.zero);
     }
 
     #[test]
@@ -211,10 +222,10 @@ mod tests {
         };
         let mut buffers = Buffers::default();
         let mut frame = |count| {
-            let loaded = load_into(buffers.take(), &Numbered, run(count), 0).expect("readable");
-            let header = DataHeader::raw(ImagePid(1), run(count).pages, loaded.zero);
+            let loaded = load_into(buffers.take(), &Numbered, run(count)).expect("readable");
+            let header = DataHeader::raw(ImagePid(1), run(count).pages, loaded.contents.zero);
             let bytes = loaded.into_frame(&header.encode()).bytes;
-            let fresh = read(&Numbered, run(count), 0).expect("readable").bytes;
+            let fresh = read(&Numbered, run(count)).expect("readable").bytes;
             assert_eq!(bytes, fresh, "whatever was in the buffer before");
             buffers.lend(&bytes);
             bytes
@@ -232,15 +243,20 @@ mod tests {
     }
 
     #[test]
-    fn only_new_pages_count_in_the_digest() {
-        let run = |start, count| Run {
-            pid: ImagePid(1),
-            pages: PageRange::new(PageIndex(start), count),
+    fn a_digest_is_of_the_pages_it_is_asked_for() {
+        let read = |start, count| {
+            let run = Run {
+                pid: ImagePid(1),
+                pages: PageRange::new(PageIndex(start), count),
+            };
+            read(&Numbered, run).expect("readable").contents
         };
-        let both = read(&Numbered, run(10, 2), 0b11).expect("readable").digest;
-        let first = read(&Numbered, run(10, 2), 0b01).expect("readable").digest;
-        let second = read(&Numbered, run(11, 1), 0b1).expect("readable").digest;
-        assert_eq!(both, first.wrapping_add(second));
-        assert_eq!(read(&Numbered, run(10, 2), 0).expect("readable").digest, 0);
+        let both = read(255, 2);
+        assert_eq!(both.zero, 0b10);
+        assert_eq!(both.digest(0b01), read(255, 1).whole_digest());
+        assert_eq!(both.digest(0b10), read(256, 1).whole_digest());
+        let sum = both.digest(0b01).wrapping_add(both.digest(0b10));
+        assert_eq!(both.whole_digest(), sum);
+        assert_eq!(both.digest(0), 0);
     }
 }

@@ -82,14 +82,13 @@ impl Framer {
         })
     }
 
-    /// Reads `run` and frames it; all of its pages are sent for the first time.
+    /// Reads `run` and frames it.
     pub fn frame(&mut self, source: &dyn PageSource, run: Run) -> Result<PushedFrame, MemoryError> {
-        let all = (1 << run.pages.count) - 1;
         let Some(packing) = &mut self.packing else {
-            let frame = frame::read(source, run, all)?;
+            let frame = frame::read(source, run)?;
             return Ok(PushedFrame::plain(frame, run));
         };
-        let loaded = frame::load_into(self.buffers.take(), source, run, all)?;
+        let loaded = frame::load_into(self.buffers.take(), source, run)?;
         let repeated = packing.repeats.look(source, &loaded)?;
         let pushed = packing.pack(loaded, &repeated);
         if !pushed.compressed && pushed.referred == 0 {
@@ -124,11 +123,11 @@ impl Framer {
 
 impl Packing {
     fn pack(&mut self, loaded: Loaded, repeated: &Repeated) -> PushedFrame {
-        let run = loaded.run;
+        let run = loaded.contents.run;
         let mut header = PackedHeader {
             pid: run.pid,
             pages: run.pages,
-            zero: loaded.zero,
+            zero: loaded.contents.zero,
             referred: repeated.referred,
             kept: repeated.kept,
             body: Body::Raw,
@@ -154,8 +153,7 @@ impl Packing {
         PushedFrame {
             frame: Frame {
                 bytes: bytes.freeze(),
-                digest: loaded.digest,
-                zero_pages: u64::from(loaded.zero.count_ones()),
+                contents: loaded.contents,
             },
             page_bytes: run.pages.bytes(),
             compressed: header.body == Body::Zstd,
@@ -385,7 +383,7 @@ mod tests {
     fn pages_with_the_same_hash_are_compared() {
         let family = family();
         let mut repeats = Repeats::new(true);
-        let first = frame::load(&family, run(1, 1, 1), 1).expect("readable");
+        let first = frame::load(&family, run(1, 1, 1)).expect("readable");
         assert!(!is_zero(first.page(0)));
         assert!(repeats.look(&family, &first).expect("readable").kept);
         // The same hash at the same place, but the memory behind it holds something else.

@@ -1,7 +1,9 @@
 //! Which pages are still owed: pure bookkeeping, one slot in exactly one state.
 //!
-//! A page is *owed* until it is *sent* (by demand or push, whichever reads it first) or *withheld* (the destination
-//! does not need it, and it was not sent before that was known). Sent pages may be sent again on demand.
+//! A page is *owed* until it is *sent* (by demand or push, whichever takes it first) or *withheld* (the destination
+//! does not need it, and it was not sent before that was known). Sent pages may be sent again on demand, also while the
+//! push that took them first has yet to read them. What both ends must agree on therefore *counts* each page with the
+//! first frame that was read, not with the first that was to be.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -12,6 +14,8 @@ use common::limits::MAX_FRAME_PAGES;
 use common::page::{PageIndex, PageRange};
 use common::page_set::PageSet;
 use common::proto::control::Tally;
+
+use crate::frame::Contents;
 
 /// The lazy pages of every dumped process and what became of them.
 #[derive(Debug, Default)]
@@ -26,6 +30,8 @@ pub struct Pending {
 struct Process {
     lazy: LazyMap,
     sent: PageSet,
+    /// Of those, the ones whose hash is in the digest.
+    counted: PageSet,
     withheld: PageSet,
 }
 
@@ -48,7 +54,7 @@ pub enum PendingError {
 pub enum PageState {
     /// Neither sent nor withheld.
     Owed,
-    /// Sent, as far as is known without loss.
+    /// Sent or about to be, as far as is known without loss.
     Sent,
     /// Never to be sent.
     Withheld,
@@ -77,7 +83,7 @@ pub struct Said {
 pub struct Recovery {
     received: BTreeMap<ImagePid, PageSet>,
     withheld: BTreeMap<ImagePid, PageSet>,
-    /// Sent and lost on the way: owed again.
+    /// Counted and lost on the way: owed again.
     pub lost: Vec<Run>,
     /// Sent by a program before us.
     pub known: Vec<Run>,
@@ -91,6 +97,7 @@ impl Pending {
             .map(|(pid, lazy)| {
                 let process = Process {
                     sent: PageSet::empty(lazy.slots()),
+                    counted: PageSet::empty(lazy.slots()),
                     withheld: PageSet::empty(lazy.slots()),
                     lazy,
                 };
@@ -274,6 +281,7 @@ impl Pending {
                 if self.forgotten {
                     process.withheld = PageSet::empty(process.lazy.slots());
                 }
+                process.counted = received.clone();
                 process.sent = received;
             }
         }
@@ -288,15 +296,25 @@ impl Pending {
         self.digest = self.digest.wrapping_sub(lost).wrapping_add(known);
     }
 
-    /// Adds the hashes of pages that were read for their first sending.
-    pub fn add_digest(&mut self, hashes: u64) {
-        self.digest = self.digest.wrapping_add(hashes);
+    /// A frame of lazy pages was read and is about to be sent. Counts those that no frame before it carried; returns them
+    /// as a bitmap over the run.
+    pub fn count(&mut self, contents: &Contents) -> u64 {
+        let Run { pid, pages } = contents.run;
+        let Ok((process, slots)) = self.locate(pid, pages) else {
+            return 0;
+        };
+        let mut new = 0;
+        for (index, slot) in slots.enumerate() {
+            new |= u64::from(process.counted.insert(slot)) << index;
+        }
+        self.digest = self.digest.wrapping_add(contents.digest(new));
+        new
     }
 
     /// What the destination must have counted too.
     pub fn tally(&self) -> Tally {
         Tally {
-            pages: self.sum(|process| process.sent.count()),
+            pages: self.sum(|process| process.counted.count()),
             digest: self.digest,
             discarded: self.sum(|process| process.withheld.count()),
         }
@@ -323,18 +341,18 @@ impl Process {
         runs.flat_map(|run| self.frames(pid, run)).collect()
     }
 
-    /// What was sent and did not come; `None` when more came than was sent.
+    /// What was counted and did not come; `None` when more came than was counted.
     fn lost(&self, pid: ImagePid, received: &PageSet) -> Option<Vec<Run>> {
         let slots = self.lazy.slots();
         let mut came = received.runs_in(0..slots).flatten();
-        if came.any(|slot| !self.sent.contains(slot)) {
+        if came.any(|slot| !self.counted.contains(slot)) {
             return None;
         }
         let mut lost = Vec::new();
-        for sent in self.sent.runs_in(0..slots) {
-            let mut from = sent.start;
-            while let Some(slot) = received.next_out(from).filter(|slot| *slot < sent.end) {
-                let end = received.next_in(slot).unwrap_or(slots).min(sent.end);
+        for counted in self.counted.runs_in(0..slots) {
+            let mut from = counted.start;
+            while let Some(slot) = received.next_out(from).filter(|slot| *slot < counted.end) {
+                let end = received.next_in(slot).unwrap_or(slots).min(counted.end);
                 lost.extend(self.frames(pid, slot..end));
                 from = end;
             }
@@ -359,7 +377,11 @@ impl Process {
 
 #[cfg(test)]
 mod tests {
+    use common::page::PAGE_SIZE;
+
     use super::*;
+    use crate::frame;
+    use crate::memory::{MemoryError, PageSource};
 
     const PID: ImagePid = ImagePid(7);
 
@@ -386,12 +408,45 @@ mod tests {
         }
     }
 
+    /// Page `n` is filled with `n`.
+    struct Numbered;
+
+    impl PageSource for Numbered {
+        fn read(
+            &self,
+            _: ImagePid,
+            pages: PageRange,
+            buffer: &mut [u8],
+        ) -> Result<(), MemoryError> {
+            for (index, page) in buffer.chunks_exact_mut(PAGE_SIZE).enumerate() {
+                page.fill(pages.start.forward(index as u64).0 as u8);
+            }
+            Ok(())
+        }
+    }
+
+    fn contents(pages: PageRange) -> Contents {
+        let run = Run { pid: PID, pages };
+        frame::read(&Numbered, run).expect("readable").contents
+    }
+
+    fn digest(pages: &[PageRange]) -> u64 {
+        let digests = pages.iter().map(|pages| contents(*pages).whole_digest());
+        digests.fold(0, u64::wrapping_add)
+    }
+
     fn take_all(pending: &mut Pending) -> u64 {
         let mut pages = 0;
         while let Some(run) = pending.take(PID, 0..usize::MAX, 16) {
+            pending.count(&contents(run.pages));
             pages += run.pages.count;
         }
         pages
+    }
+
+    fn demand(pending: &mut Pending, pages: PageRange) {
+        pending.demand(PID, pages).expect("lazy");
+        pending.count(&contents(pages));
     }
 
     #[test]
@@ -416,7 +471,7 @@ mod tests {
     #[test]
     fn a_discard_withholds_only_what_was_not_sent() {
         let mut pending = pending();
-        pending.demand(PID, range(11, 1)).expect("lazy");
+        demand(&mut pending, range(11, 1));
         let withheld = pending.discard(PID, range(10, 4)).expect("lazy");
         assert_eq!(withheld, [range(10, 1), range(12, 2)]);
         let again = pending.discard(PID, range(10, 4)).expect("lazy");
@@ -441,16 +496,54 @@ mod tests {
         let pages: Vec<_> = recovery.lost.iter().map(|run| run.pages).collect();
         assert_eq!(pages, [range(12, 3), range(28, 2), range(50, 2)]);
         assert_eq!(pending.tally(), before, "nothing has changed yet");
-        pending.recover(recovery, 3, 0);
-        assert_eq!(pending.tally().digest, before.digest.wrapping_sub(3));
+        pending.recover(recovery, digest(&pages), 0);
+        assert_eq!(
+            pending.tally().digest,
+            digest(&[range(10, 2), range(15, 13), range(52, 3)])
+        );
         assert_eq!(pending.owed(), 7);
         assert_eq!(take_all(&mut pending), 7);
+        assert_eq!(pending.tally(), before);
+    }
+
+    /// The push was to send pages, and before it read them a thread demanded one that is among them.
+    #[test]
+    fn what_overtakes_the_push_counts_at_once_and_once() {
+        let mut pending = pending();
+        let run = pending.take(PID, 0..usize::MAX, 16).expect("owed");
+        assert_eq!(run.pages, range(10, 16));
+        assert_eq!(pending.demand(PID, range(12, 2)), Ok(0), "it was taken");
+        assert_eq!(pending.count(&contents(range(12, 2))), 0b11);
+        let tally = pending.tally();
+        let overtaken = (2, digest(&[range(12, 2)]));
+        assert_eq!((tally.pages, tally.digest), overtaken);
+        assert_eq!(pending.count(&contents(run.pages)), 0xffff & !0b1100);
+        let tally = pending.tally();
+        let all = (16, digest(&[run.pages]));
+        assert_eq!((tally.pages, tally.digest), all);
+    }
+
+    /// Pages that were taken and could not be read were never sent.
+    #[test]
+    fn what_was_not_read_is_owed_again() {
+        let mut pending = pending();
+        pending.take(PID, 0..usize::MAX, 16).expect("owed");
+        demand(&mut pending, range(50, 1));
+        let unread = PageSet::full(25);
+        assert!(pending.recovery(came(PID, unread.words())).is_none());
+        let recovery = pending.recovery(came(PID, &[1 << 20])).expect("it came");
+        assert_eq!(recovery.lost, []);
+        pending.recover(recovery, 0, 0);
+        assert_eq!(pending.owed(), 24);
+        take_all(&mut pending);
+        let all = digest(&[range(10, 10), range(20, 10), range(50, 5)]);
+        assert_eq!((pending.tally().pages, pending.tally().digest), (25, all));
     }
 
     #[test]
     fn a_destination_cannot_have_what_was_not_sent() {
         let mut pending = pending();
-        pending.demand(PID, range(10, 1)).expect("lazy");
+        demand(&mut pending, range(10, 1));
         let claims = PageSet::full(25);
         assert!(pending.recovery(came(PID, claims.words())).is_none());
         assert!(pending.recovery(came(PID, &[1, 0])).is_none(), "too long");
@@ -466,7 +559,7 @@ mod tests {
         let other = ImagePid(8);
         let lazy = || LazyMap::new([range(10, 20)]).expect("in order");
         let mut pending = Pending::new([(PID, lazy()), (other, lazy())]);
-        pending.demand(PID, range(10, 2)).expect("lazy");
+        demand(&mut pending, range(10, 2));
         let mut said = came(PID, &[0b01]);
         said.received.insert(other, vec![1]);
         assert!(pending.recovery(said).is_none());

@@ -70,11 +70,11 @@ impl Repeats {
         source: &dyn PageSource,
         loaded: &Loaded,
     ) -> Result<Repeated, MemoryError> {
-        if self.watch.passes(loaded.run.pages.count) {
+        if self.watch.passes(loaded.contents.run.pages.count) {
             return Ok(Repeated::default());
         }
         let hashes: Vec<(usize, u64)> = loaded
-            .pages_besides(loaded.zero)
+            .pages_besides(loaded.contents.zero)
             .map(|index| (index, xxh3_64(loaded.page(index))))
             .collect();
         let mut repeated = self.compare(source, loaded, &hashes)?;
@@ -84,8 +84,8 @@ impl Repeats {
             if repeated.referred >> index & 1 == 0 {
                 self.keep(Origin {
                     hash,
-                    pid: loaded.run.pid,
-                    page: loaded.run.pages.start.forward(index as u64),
+                    pid: loaded.contents.run.pid,
+                    page: loaded.contents.run.pages.start.forward(index as u64),
                 });
                 repeated.kept = true;
             }

@@ -31,9 +31,9 @@ pub async fn serve(
         }
         match DemandFrame::decode(&frame)? {
             DemandFrame::Request(pid, pages) => {
-                let new = book.demand(pid, pages)?;
-                let frame = answers.frame(source.as_ref(), Run { pid, pages }, new)?;
-                book.sent(frame.digest, frame.zero_pages);
+                book.demand(pid, pages)?;
+                let frame = answers.frame(source.as_ref(), Run { pid, pages })?;
+                book.sent(&frame.contents);
                 replies.write_chunk(frame.bytes).await?;
             }
             DemandFrame::Discard(pid, pages) => withhold(&mut replies, &book, pid, pages).await?,

@@ -467,10 +467,9 @@ pub(crate) async fn settle(
 fn digest_of(source: &dyn PageSource, runs: &[Run]) -> Result<u64, Unsettled> {
     let mut sum = 0_u64;
     for run in runs {
-        let all = (1 << run.pages.count) - 1;
-        let frame = frame::read(source, *run, all);
+        let frame = frame::read(source, *run);
         let frame = frame.map_err(|error| Unsettled::Lost(error.to_string()))?;
-        sum = sum.wrapping_add(frame.digest);
+        sum = sum.wrapping_add(frame.contents.whole_digest());
     }
     Ok(sum)
 }

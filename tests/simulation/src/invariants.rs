@@ -6,7 +6,7 @@
 use common::page::PageRange;
 use common::proto::pages::{DATA_HEADER_BYTES, DemandReply};
 use common::session::State;
-use page_server::pending::PageState;
+use page_server::pending::{PageState, Run};
 
 use crate::destination::{Copy, Destination};
 use crate::network::{Lane, LinkId, Message, Network};
@@ -75,6 +75,8 @@ impl Whole<'_> {
                 let on_the_way = self.is_on_the_way(link, |its_pid, pages| {
                     its_pid == pid && pages.contains(page)
                 });
+                let is_read = |run: Run| run.pid == pid && run.pages.contains(page);
+                let on_the_way = on_the_way || self.source.reading().is_some_and(is_read);
                 match book.state_of(pid, page) {
                     PageState::Owed => assert!(!received && !on_the_way, "{page:?} is owed twice"),
                     PageState::Sent => assert!(received || on_the_way, "{page:?} of {pid} is lost"),

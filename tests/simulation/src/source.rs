@@ -50,6 +50,9 @@ pub enum Outcome {
 /// Longest time until somebody takes over what a killed program left.
 pub const SUCCEEDED_WITHIN: Time = 5_000_000;
 
+/// Longest time for which another thread has the CPU.
+const DESCHEDULED: Time = 300_000;
+
 /// The source's end.
 #[derive(Debug)]
 pub struct Source {
@@ -74,6 +77,8 @@ pub struct Source {
     credit: u64,
     pushed: u64,
     eager_done: bool,
+    /// What the push has taken and is reading. It is another thread: requests are answered meanwhile.
+    reading: Option<(LinkId, Run)>,
     present: BTreeMap<ImagePid, Vec<u64>>,
     withheld: BTreeMap<ImagePid, Vec<u64>>,
     /// A destination that came again before anybody listened for it.
@@ -101,6 +106,7 @@ impl Source {
             credit: 0,
             pushed: 0,
             eager_done: false,
+            reading: None,
             present: BTreeMap::new(),
             withheld: BTreeMap::new(),
             waiting: None,
@@ -216,10 +222,11 @@ impl Source {
         around.soon(Happening::Push(link));
     }
 
-    /// Pushes one run, if there is credit.
+    /// Takes one run to push, if there is credit.
     pub fn push(&mut self, around: &mut Surroundings<'_>, link: LinkId) {
         let serving = self.session.state() != State::Recover && !self.agreed;
-        if self.link != Some(link) || self.outcome.is_some() || !serving {
+        let busy = self.reading.is_some() || self.outcome.is_some() || !serving;
+        if self.link != Some(link) || busy {
             return;
         }
         let Some(book) = self.book.clone() else {
@@ -239,7 +246,19 @@ impl Source {
             }
         };
         let Some(run) = run else { return };
-        let bytes = self.read(run, (1 << run.pages.count) - 1);
+        self.reading = Some((link, run));
+        match around.now_and_then() {
+            true => around.within(DESCHEDULED, Happening::Pushed(link)),
+            false => around.soon(Happening::Pushed(link)),
+        }
+    }
+
+    /// Pushes what was taken.
+    pub fn pushed(&mut self, around: &mut Surroundings<'_>, link: LinkId) {
+        let Some((_, run)) = self.reading.take_if(|(its_link, _)| *its_link == link) else {
+            return;
+        };
+        let bytes = self.read(run);
         self.pushed += if self.credit > 0 {
             bytes.len() as u64
         } else {
@@ -249,12 +268,24 @@ impl Source {
         around.soon(Happening::Push(link));
     }
 
-    fn read(&self, run: Run, new: u64) -> Bytes {
-        let frame = frame::read(&self.frozen, run, new).expect("frozen memory can be read");
+    /// What the push has taken and not sent yet.
+    pub fn reading(&self) -> Option<Run> {
+        self.reading.map(|(_, run)| run)
+    }
+
+    fn read(&self, run: Run) -> Bytes {
+        let frame = frame::read(&self.frozen, run).expect("frozen memory can be read");
         if let Some(book) = &self.book {
-            book.sent(frame.digest, frame.zero_pages);
+            book.sent(&frame.contents);
         }
         frame.bytes
+    }
+
+    /// The push over a lost link ends when it has read what it took.
+    fn stop_pushing(&mut self) {
+        if let Some((_, run)) = self.reading.take() {
+            self.read(run);
+        }
     }
 
     fn demand(
@@ -268,8 +299,8 @@ impl Source {
         };
         match DemandFrame::decode(frame).expect("a frame of ours") {
             DemandFrame::Request(pid, pages) => {
-                let new = book.demand(pid, pages).expect("nobody asks for more");
-                let bytes = self.read(Run { pid, pages }, new);
+                book.demand(pid, pages).expect("nobody asks for more");
+                let bytes = self.read(Run { pid, pages });
                 around.send(link, Lane::DemandDown, Message::Frame(bytes));
             }
             DemandFrame::Discard(pid, pages) => {
@@ -325,6 +356,7 @@ impl Source {
             around.give_up(End::Source, link);
         }
         self.waiting = None;
+        self.reading = None;
         if self.session.state().source_may_thaw() {
             self.roll_back();
             return true;
@@ -380,6 +412,7 @@ impl Source {
             return;
         }
         self.link = None;
+        self.stop_pushing();
         around.give_up(End::Source, link);
         match self.session.state() {
             state if state.source_may_thaw() => self.roll_back(),
@@ -397,6 +430,7 @@ impl Source {
             self.waiting = Some((link, resume.clone()));
             return;
         }
+        self.stop_pushing();
         if let Some(old) = self.link {
             around.give_up(End::Source, old);
         }
@@ -435,9 +469,8 @@ impl Source {
 
     fn digest_of(&self, runs: &[Run]) -> u64 {
         let digests = runs.iter().map(|run| {
-            let all = (1 << run.pages.count) - 1;
-            let frame = frame::read(&self.frozen, *run, all).expect("readable");
-            frame.digest
+            let frame = frame::read(&self.frozen, *run).expect("readable");
+            frame.contents.whole_digest()
         });
         digests.fold(0, u64::wrapping_add)
     }

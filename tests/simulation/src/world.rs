@@ -53,6 +53,8 @@ pub enum Happening {
     Dumped,
     /// The source's push has its turn.
     Push(LinkId),
+    /// It has read what it took.
+    Pushed(LinkId),
     /// The destination's tasks are rebuilt.
     Armed,
     /// The destination's fault thread carries orders out.
@@ -186,6 +188,11 @@ impl Surroundings<'_> {
     pub fn within(&mut self, longest: Time, happening: Happening) {
         let delay = self.random.below(longest);
         self.later(delay, happening);
+    }
+
+    /// Whether something rare is so this time.
+    pub fn now_and_then(&mut self) -> bool {
+        self.random.below(16) == 0
     }
 
     /// A new link has replaced a lost one.
@@ -349,6 +356,7 @@ impl World {
             }),
             Happening::Dumped => self.with(|source, _, around| source.dumped(around)),
             Happening::Push(link) => self.with(|source, _, around| source.push(around, link)),
+            Happening::Pushed(link) => self.with(|source, _, around| source.pushed(around, link)),
             Happening::Armed => self.with(|_, destination, around| destination.armed(around)),
             Happening::CarryOut => self.carry_out(),
             Happening::Connect => self.connect(),
