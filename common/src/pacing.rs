@@ -189,11 +189,6 @@ impl BulkWindow {
         self.packet = packet;
     }
 
-    /// A round trip that was measured otherwise, before there was anything to queue.
-    pub fn note_round_trip(&mut self, round_trip: Duration) {
-        self.shortest.now = self.shortest.now.min(round_trip);
-    }
-
     /// A packet of `bytes` sent at `sent` was acknowledged at `now`. `filled`: there is more to send than the window
     /// allows.
     pub fn acknowledged(&mut self, now: Duration, sent: Duration, bytes: u64, filled: bool) {

@@ -308,7 +308,7 @@ fn a_queue_target_recovers_when_faults_are_fast_again() {
 #[test]
 fn lone_packets_that_are_acknowledged_late_say_nothing() {
     let mut window = BulkWindow::new(INITIAL, PACKET);
-    window.note_round_trip(30 * MS);
+    window.acknowledged(30 * MS, Duration::ZERO, PACKET, false);
     for n in 1..50 {
         window.acknowledged(n * 60 * MS, n * 60 * MS - 55 * MS, PACKET, false);
     }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use quinn::congestion::{Controller, ControllerFactory, CubicConfig};
 use quinn_proto::RttEstimator;
 
+use super::transport::INITIAL_RTT;
 use crate::pacing::{BulkWindow, FaultTrips};
 
 /// Bulk counts as idle when nothing of it was acknowledged for this long.
@@ -119,7 +120,14 @@ impl Controller for Watched {
         app_limited: bool,
         rtt: &RttEstimator,
     ) {
-        self.gauge.note_fault(now, rtt.get());
+        // The estimator hears of this packet only afterwards (quinn-proto, Connection::on_ack_received), and says until then
+        // what was assumed.
+        let assumed = rtt.get() == INITIAL_RTT && rtt.min() == INITIAL_RTT;
+        let round_trip = match assumed {
+            true => now.saturating_duration_since(sent),
+            false => rtt.get(),
+        };
+        self.gauge.note_fault(now, round_trip);
         self.cubic.on_ack(now, sent, bytes, app_limited, rtt);
     }
 
@@ -161,7 +169,6 @@ impl ControllerFactory for PacedBulk {
     fn build(self: Arc<Self>, _now: Instant, mtu: u16) -> Box<dyn Controller> {
         Box::new(Paced {
             window: BulkWindow::new(self.initial_window, mtu.into()),
-            started: false,
             initial_window: self.initial_window,
             gauge: self.gauge.clone(),
         })
@@ -172,7 +179,6 @@ impl ControllerFactory for PacedBulk {
 #[derive(Clone)]
 struct Paced {
     window: BulkWindow,
-    started: bool,
     initial_window: u64,
     gauge: FaultGauge,
 }
@@ -184,15 +190,10 @@ impl Controller for Paced {
         sent: Instant,
         bytes: u64,
         app_limited: bool,
-        rtt: &RttEstimator,
+        _rtt: &RttEstimator,
     ) {
         let (now, sent) = (self.gauge.since_epoch(now), self.gauge.since_epoch(sent));
         self.gauge.note_bulk(now);
-        if !self.started {
-            self.started = true;
-            // That of the handshake: nothing was queued then.
-            self.window.note_round_trip(rtt.min());
-        }
         self.window.acknowledged(now, sent, bytes, !app_limited);
         self.window.heed(now, self.gauge.trips());
     }

@@ -1,6 +1,13 @@
 mod lab;
 mod trust;
 
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::net::UdpSocket;
+use tokio::time::sleep;
+
 use super::*;
 use lab::{Lab, any_port, client, meet, server};
 
@@ -87,6 +94,80 @@ async fn elsewhere_the_packet_size_is_found_up_to_that_of_ethernet() {
     };
     timeout(HANDSHAKE_TIMEOUT, found).await.unwrap();
     assert_eq!(at_client.stats().path.current_mtu, 1452);
+}
+
+/// Where `far` is found at the end of a path that takes packets this long in either direction.
+async fn long_way_to(far: SocketAddr, one_way: Duration) -> SocketAddr {
+    let (near, there) = (udp().await, udp().await);
+    there.connect(far).await.unwrap();
+    let address = near.local_addr().unwrap();
+    let caller = Arc::new(OnceLock::new());
+    let (to_far, from_far, back) = (there.clone(), there, near.clone());
+    let called = caller.clone();
+    tokio::spawn(async move {
+        let mut packet = vec![0; 1 << 16];
+        while let Ok((length, from)) = near.recv_from(&mut packet).await {
+            called.get_or_init(|| from);
+            let (packet, to_far) = (packet[..length].to_vec(), to_far.clone());
+            tokio::spawn(async move {
+                sleep(one_way).await;
+                let _ = to_far.send(&packet).await;
+            });
+        }
+    });
+    tokio::spawn(async move {
+        let mut packet = vec![0; 1 << 16];
+        while let Ok(length) = from_far.recv(&mut packet).await {
+            let caller = *caller.get().unwrap();
+            let (packet, back) = (packet[..length].to_vec(), back.clone());
+            tokio::spawn(async move {
+                sleep(one_way).await;
+                let _ = back.send_to(&packet, caller).await;
+            });
+        }
+    });
+    address
+}
+
+async fn udp() -> Arc<UdpSocket> {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    // The first burst fits, also when we are not given the CPU meanwhile.
+    let room = SockRef::from(&socket).set_recv_buffer_size(4 << 20);
+    room.unwrap();
+    Arc::new(socket)
+}
+
+/// The first packets are acknowledged before quinn's estimator has measured anything, and what it assumes is shorter.
+#[tokio::test]
+async fn bulk_gets_up_to_speed_on_a_path_that_is_longer_than_was_assumed() {
+    let lab = Lab::new();
+    let listener = server(&lab.source(), &Trust::Ca, Role::Bulk);
+    let one_way = 3 * transport::INITIAL_RTT;
+    let peer = long_way_to(listener.local_addr().unwrap(), one_way).await;
+    let tls = lab
+        .destination()
+        .client_config(&Trust::Ca, Role::Bulk.alpn())
+        .unwrap();
+    let endpoint = bind_client_with(peer, None, tls, Role::Bulk, Mtu::Discover).unwrap();
+    let accepting = async { listener.next().await.unwrap().finish().await.unwrap() };
+    let (at_client, at_server) = tokio::join!(connect(&endpoint, peer), accepting);
+    let at_client = at_client.unwrap();
+    let before = at_server.stats().path.cwnd;
+    let sending = async {
+        let mut send = at_server.open_uni().await.unwrap();
+        send.write_all(&vec![1; 2 << 20]).await.unwrap();
+        send.finish().unwrap();
+        send
+    };
+    let receiving = async {
+        let mut receive = at_client.accept_uni().await.unwrap();
+        receive.read_to_end(2 << 20).await.unwrap()
+    };
+    let (_send, got) = tokio::join!(sending, receiving);
+    assert_eq!(got.len(), 2 << 20);
+    let stats = at_server.stats().path;
+    assert!(stats.rtt >= 2 * one_way, "{stats:?}");
+    assert!(stats.cwnd > before, "{stats:?}, and at first {before}");
 }
 
 #[tokio::test]

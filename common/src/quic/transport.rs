@@ -27,7 +27,7 @@ const MAX_STREAMS: u32 = 8;
 
 /// Round trip assumed before one was measured. Hosts that migrate to each other are mostly near; on a long path this
 /// costs a few repeated handshake packets, nothing else.
-const INITIAL_RTT: Duration = Duration::from_millis(10);
+pub(super) const INITIAL_RTT: Duration = Duration::from_millis(10);
 
 /// Unacknowledged bytes a fault connection holds; also what one of its streams may have unread.
 const FAULT_WINDOW: u32 = 4 << 20;
