@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use quinn::{Connection, RecvStream, SendStream};
+use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
@@ -17,6 +17,8 @@ use crate::quic::QuicError;
 const INBOX: usize = 8;
 /// Time the last message has to be acknowledged before the connection is closed.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
+/// What a peer says that closes a connection because all is said.
+const DONE: &[u8] = b"done";
 
 /// Why no message came or went.
 #[derive(Debug, thiserror::Error)]
@@ -132,16 +134,36 @@ impl<In: DeserializeOwned + Send + 'static> Control<In> {
         }
     }
 
-    /// Waits until the peer has everything, then closes the connection.
+    /// Says nothing more. The other end may.
+    pub fn finish(&mut self) {
+        // An error says that it was finished before.
+        let _ = self.send.finish();
+    }
+
+    /// Says nothing more, and waits until the peer, who has read it all, says nothing more either. False when the connection
+    /// was lost before. May be cancelled, and asked again.
+    pub async fn is_understood(&mut self) -> bool {
+        self.finish();
+        while let Some(Ok(_)) = self.inbox.recv().await {}
+        match self.connection.close_reason() {
+            None => true,
+            Some(ConnectionError::ApplicationClosed(close)) => close.reason[..] == *DONE,
+            Some(_) => false,
+        }
+    }
+
+    /// Waits until the peer has everything, but not for long, then closes the connection.
     pub async fn close(mut self) {
-        let finished = self.send.finish().is_ok();
-        if finished
-            && timeout(FAREWELL_TIMEOUT, self.send.stopped())
-                .await
-                .is_err()
-        {
+        self.finish();
+        let acknowledged = timeout(FAREWELL_TIMEOUT, self.send.stopped());
+        if acknowledged.await.is_err() {
             tracing::debug!("the peer did not acknowledge the last message");
         }
-        self.connection.close(0_u8.into(), b"done");
+        self.leave();
+    }
+
+    /// Closes the connection, whatever the peer has heard.
+    pub fn leave(self) {
+        self.connection.close(0_u8.into(), DONE);
     }
 }

@@ -23,6 +23,7 @@ use crate::book::Book;
 use crate::compression::Paying;
 use crate::listen::{Call, Listen, accept_bulk};
 use crate::memory::PageSource;
+use crate::parting::Returns;
 use crate::pending::Said;
 use crate::serve::serve;
 use crate::transfer::TransferError;
@@ -126,8 +127,48 @@ pub struct Acquaintance {
     pub version: u16,
 }
 
-/// Takes a destination back that proves to be the one of this session; turns everybody else away.
-pub async fn readmit(
+/// The destination of a session that may come again; everybody else is turned away.
+#[derive(Debug)]
+pub struct ComingBack<'a> {
+    /// Where it comes.
+    pub listen: &'a mut Listen,
+    /// Its session.
+    pub session: SessionId,
+    /// What it is known by.
+    pub known: Acquaintance,
+}
+
+impl Returns for ComingBack<'_> {
+    async fn next(&mut self) -> Option<Destination> {
+        loop {
+            let call = self.listen.fault.next().await?;
+            let back = let_back(self.listen, call, self.session, &self.known).await;
+            if back.is_some() {
+                return back;
+            }
+        }
+    }
+}
+
+/// Who called, if that is the destination of this session.
+pub async fn let_back(
+    listen: &mut Listen,
+    call: Call,
+    session: SessionId,
+    old: &Acquaintance,
+) -> Option<Destination> {
+    let peer = call.control.peer();
+    match readmit(listen, call, session, old).await {
+        Ok(again) => Some(again),
+        Err(reason) => {
+            tracing::warn!(%peer, reason, "refused a destination");
+            None
+        }
+    }
+}
+
+/// Takes a destination back that proves to be the one of this session.
+async fn readmit(
     listen: &mut Listen,
     call: Call,
     session: SessionId,

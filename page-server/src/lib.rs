@@ -3,6 +3,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`session`] | the phases in order |
+//! | `parting` | the last word, until it is heard |
 //! | [`workload`], [`engine`], [`freeze`], [`frozen`], [`hook`], [`freezer`], [`network_lock`] | who is moved, and CRIU's hold on them |
 //! | [`guard`], [`rescue`] | what is done when we or CRIU are killed |
 //! | [`external`], [`visit`] | the phases when somebody else made the dump, for one or several destinations |
@@ -49,6 +50,7 @@ pub mod network_lock;
 pub mod offer;
 mod open_files;
 pub mod packer;
+mod parting;
 pub mod pending;
 pub mod privileges;
 pub mod push;

@@ -21,7 +21,7 @@ use common::exit::{Failure, SessionError};
 use common::host;
 use common::lost::{Limit, LostPlan};
 use common::operator::Facts;
-use common::proto::control::{Secret, SessionId, ToDestination, ToSource};
+use common::proto::control::{Secret, SessionId, Tally, ToDestination, ToSource};
 use common::proto::version::V3;
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
@@ -34,7 +34,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::backlog;
 use crate::compression::Mode;
-use crate::destination::{self, Destination, abort, unexpected};
+use crate::destination::{self, ComingBack, Destination, abort, unexpected};
 use crate::engine::Engine;
 use crate::files::Files;
 use crate::freeze::FreezePlan;
@@ -42,6 +42,7 @@ use crate::frozen::FrozenWorkload;
 use crate::ghosts::ghost_limit;
 use crate::guard::note_session;
 use crate::listen::{Listen, ListenPlan};
+use crate::parting;
 use crate::report::{Record, WireBytes};
 use crate::skeleton;
 use crate::workload::Workload;
@@ -109,6 +110,7 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
         kept: Kept::nothing(plan.remembered.store.clone()),
         thaw_by: None,
         refusal: None,
+        agreed: None,
         complaint: None,
         doorway,
         doors: Vec::new(),
@@ -153,6 +155,8 @@ struct Migration<'a> {
     thaw_by: Option<Instant>,
     /// Why the destination is not served any more, whatever it says, unless it says that its copy is dead.
     refusal: Option<String>,
+    /// What both ends have counted, once they agree.
+    agreed: Option<Tally>,
     /// What the operator was told last.
     complaint: Option<String>,
     /// To where the workload's connections are.
@@ -164,8 +168,10 @@ struct Migration<'a> {
 impl Migration<'_> {
     /// The program is about to end: nothing is left that a restart could go on with.
     fn conclude(&mut self, result: Result<(), SessionError>) -> Result<(), SessionError> {
-        self.record.phases = self.phases.done().to_vec();
-        self.record.total_us = self.phases.total_us();
+        // What comes after both agree is not part of the migration's time.
+        if self.record.total_us == 0 {
+            self.note_times();
+        }
         self.record.last_look = self.plan.files.last_look();
         self.record.conclude(&result);
         let state = self.state();
@@ -189,9 +195,28 @@ impl Migration<'_> {
                     .farewell(&ToDestination::Abort(abort))
                     .await;
             }
-            Ok(()) => destination.control.close().await,
+            Ok(()) => self.part(listen, destination).await,
         }
         result
+    }
+
+    fn note_times(&mut self) {
+        self.record.phases = self.phases.done().to_vec();
+        self.record.total_us = self.phases.total_us();
+    }
+
+    /// The workload needs us no more; the destination may still have to hear that.
+    async fn part(&mut self, listen: &mut Listen, destination: Destination) {
+        let Some(agreed) = self.agreed else {
+            return destination.control.close().await;
+        };
+        self.note_times();
+        let returns = ComingBack {
+            listen,
+            session: self.id,
+            known: destination.acquaintance(),
+        };
+        parting::part(destination, agreed, returns, self.stop.wait()).await;
     }
 
     async fn migrate(

@@ -21,6 +21,7 @@ use crate::compression::Mode;
 use crate::destination::{Destination, Unsettled, abort, unexpected};
 use crate::framer::Form;
 use crate::offer::Offer;
+use crate::parting;
 use crate::push::Push;
 use crate::report::{Record, WireBytes};
 use crate::session::{interrupted, settle, until};
@@ -113,6 +114,8 @@ pub struct Visit {
     record: Record,
     /// Why the destination is not served any more, whatever it says, unless it says that its copy is dead.
     refusal: Option<String>,
+    /// What both ends have counted, once they agree.
+    agreed: Option<Tally>,
     /// What the operator was told last.
     complaint: Option<String>,
     /// What a restart must know, when there is something to restart.
@@ -180,6 +183,7 @@ impl Visit {
             phases: Phases::start(State::Hello),
             record,
             refusal: None,
+            agreed: None,
             complaint: None,
             file,
             kept,
@@ -213,17 +217,22 @@ impl Visit {
             self.destination.control.connection(),
             &self.destination.bulk,
         );
-        match &result {
-            Err(error) if error.failure != Failure::Peer => {
+        self.record.phases = self.phases.done().to_vec();
+        self.record.total_us = self.phases.total_us();
+        self.record.pages = self.book.counts();
+        self.record.conclude(&result);
+        let mut stop = self.stop;
+        match (&result, self.agreed) {
+            (Ok(()), Some(agreed)) => {
+                let stopped = stopped(&mut stop);
+                parting::part(self.destination, agreed, self.returns, stopped).await;
+            }
+            (Err(error), _) if error.failure != Failure::Peer => {
                 let abort = ToDestination::Abort(abort(error.state, &error.text));
                 self.destination.control.farewell(&abort).await;
             }
             _ => self.destination.control.close().await,
         }
-        self.record.phases = self.phases.done().to_vec();
-        self.record.total_us = self.phases.total_us();
-        self.record.pages = self.book.counts();
-        self.record.conclude(&result);
         (self.record, result)
     }
 
@@ -575,17 +584,20 @@ impl Visit {
             let text = format!("the ends disagree (source {ours:?}, destination {theirs:?})");
             return Err(self.fail(Failure::Lost, text));
         }
+        self.agreed = Some(ours);
         Ok(())
     }
 
     async fn complete(&mut self, hold: Hold) -> Result<(), SessionError> {
         self.advance(Event::Agreed)?;
-        // A destination that misses this word has all pages nevertheless.
-        let told = self.send(ToDestination::Complete).await;
+        // A destination that misses this word has all pages nevertheless, and is told again when we part.
+        if let Err(error) = self.send(ToDestination::Complete).await {
+            tracing::warn!(%error, "the destination is not told");
+        }
         if let Err(error) = hold.release().await {
             tracing::warn!(%error, "the frozen original is killed nevertheless");
         }
-        told
+        Ok(())
     }
 }
 

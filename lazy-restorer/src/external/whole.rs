@@ -50,6 +50,8 @@ impl External<'_> {
         let answer = self.source.control.next().await;
         match self.understood(answer)? {
             ToDestination::Complete => {
+                // So that the source knows that this was heard.
+                self.source.control.finish();
                 self.reunite();
                 self.advance(Event::Agreed)
             }

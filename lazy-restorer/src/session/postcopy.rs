@@ -454,6 +454,8 @@ impl Migration<'_> {
                 message => return Err(unexpected(self.state(), &message)),
             }
         }
+        // So that the source knows that this was heard, and waits no longer for us to come and ask.
+        source.control.finish();
         self.reunite();
         self.advance(Event::Agreed)
     }

@@ -20,7 +20,7 @@ use crate::destination::{self, Acquaintance, Destination, Unsettled, unexpected}
 use crate::frame;
 use crate::framer::Form;
 use crate::frozen::FrozenWorkload;
-use crate::listen::{Call, Listen};
+use crate::listen::Listen;
 use crate::memory::PageSource;
 use crate::pending::Run;
 use crate::push::Push;
@@ -121,7 +121,7 @@ impl Migration<'_> {
             Found::Again(mut destination, transfer) => {
                 let served = self.serve(listen, &mut destination, workload, Ok(transfer));
                 let result = served.await;
-                destination.control.close().await;
+                self.part(listen, destination).await;
                 result
             }
             Found::CopyDead(destination, abort) => {
@@ -151,7 +151,8 @@ impl Migration<'_> {
                 }
                 Some(call) = listen.fault.next() => {
                     // Only a destination that lost its link earlier than we did has a reason to come.
-                    match self.readmit(listen, call, &destination.acquaintance()).await {
+                    let known = destination.acquaintance();
+                    match destination::let_back(listen, call, self.id, &known).await {
                         Some(again) => {
                             let text = String::from("the destination came again");
                             return Ok(Served::LinkLost(text, Some(again)));
@@ -180,23 +181,6 @@ impl Migration<'_> {
                     return Ok(self.break_off(destination, error).await);
                 }
                 Err(error) => return Ok(Served::LinkLost(error.to_string(), None)),
-            }
-        }
-    }
-
-    /// The destination on a new connection, if that is who called.
-    async fn readmit(
-        &self,
-        listen: &mut Listen,
-        call: Call,
-        known: &Acquaintance,
-    ) -> Option<Destination> {
-        let peer = call.control.peer();
-        match destination::readmit(listen, call, self.id, known).await {
-            Ok(again) => Some(again),
-            Err(reason) => {
-                tracing::warn!(%peer, reason, "refused a destination");
-                None
             }
         }
     }
@@ -274,7 +258,7 @@ impl Migration<'_> {
         loop {
             tokio::select! {
                 Some(call) = listen.fault.next() => {
-                    if let Some(again) = self.readmit(listen, call, known).await {
+                    if let Some(again) = destination::let_back(listen, call, self.id, known).await {
                         return Some(again);
                     }
                 }
@@ -384,6 +368,7 @@ impl Migration<'_> {
             self.refusal = Some(text.clone());
             return Ok(Err(text));
         }
+        self.agreed = Some(ours);
         // Written before it is said: a destination that heard it never comes again, and a restart must not wait for it.
         self.kept.enter(State::Complete);
         let told = tell_whole(destination, workload.source.as_ref()).await;

@@ -47,6 +47,7 @@ pub async fn resume(
         kept: Kept::taken_over(plan.remembered.store.clone(), file),
         thaw_by: None,
         refusal: None,
+        agreed: None,
         complaint: None,
         doorway: None,
         doors: Vec::new(),

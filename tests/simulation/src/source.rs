@@ -50,6 +50,9 @@ pub enum Outcome {
 /// Longest time until somebody takes over what a killed program left.
 pub const SUCCEEDED_WITHIN: Time = 5_000_000;
 
+/// How long a destination is waited for that may not know that all is well.
+const LAST_CALL: Time = 60_000_000;
+
 /// Longest time for which another thread has the CPU.
 const DESCHEDULED: Time = 300_000;
 
@@ -68,6 +71,8 @@ pub struct Source {
     pub link: Option<LinkId>,
     /// Both ends agree, which the session file says: the original is about to be released.
     pub agreed: bool,
+    /// The original is released, and a destination that may not know why is waited for until then.
+    pub parting_until: Option<Time>,
     /// The program was killed and nobody has taken over.
     pub down: bool,
     frozen: FrozenMemory,
@@ -98,6 +103,7 @@ impl Source {
             book: None,
             link: None,
             agreed: false,
+            parting_until: None,
             down: false,
             frozen,
             processes,
@@ -140,7 +146,16 @@ impl Source {
         (link, lane): (LinkId, Lane),
         message: Message,
     ) {
-        // Whoever waits only for the end of the original listens to nobody.
+        if self.parting_until.is_some() {
+            return self.tell_again(around, link, message);
+        }
+        // Whoever waits only for the end of the original listens to nobody until then.
+        if self.agreed
+            && let Message::ToSource(ToSource::Resume(resume)) = message
+        {
+            self.waiting = Some((link, resume));
+            return;
+        }
         if self.outcome.is_some() || self.down || self.agreed {
             return;
         }
@@ -334,16 +349,49 @@ impl Source {
         around.soon(Happening::Release);
     }
 
-    /// The frozen original is killed.
-    pub fn release(&mut self) {
-        if self.outcome.is_none() && !self.down {
-            // A successor does it without a word to anybody.
-            if self.session.state() == State::Drained {
-                self.advance(Event::Agreed);
-            }
-            self.original = Original::Released;
-            self.end(Outcome::Complete);
+    /// The frozen original is killed. Who has agreed waits a while longer for a destination that may not know it.
+    pub fn release(&mut self, around: &mut Surroundings<'_>) {
+        if self.outcome.is_some() || self.down {
+            return;
         }
+        self.advance(Event::Agreed);
+        self.succeeded();
+        self.parting_until = Some(around.now() + LAST_CALL);
+        if let Some((link, resume)) = self.waiting.take() {
+            let message = Message::ToSource(ToSource::Resume(resume));
+            self.tell_again(around, link, message);
+        }
+    }
+
+    /// The original is not needed any more.
+    fn succeeded(&mut self) {
+        self.original = Original::Released;
+        self.end(Outcome::Complete);
+    }
+
+    /// A destination that missed the last word asks for it.
+    fn tell_again(&mut self, around: &mut Surroundings<'_>, link: LinkId, message: Message) {
+        match message {
+            Message::ToSource(ToSource::Resume(_)) => {
+                if let Some(old) = self.link.replace(link).filter(|old| *old != link) {
+                    around.give_up(End::Source, old);
+                }
+                self.say(around, ToDestination::WelcomeBack { bulk_port: 2 });
+            }
+            Message::ToSource(ToSource::Drained(tally)) if self.link == Some(link) => {
+                let book = self.book.as_ref().expect("both have agreed on it");
+                assert_eq!(book.tally(), tally, "the ends disagree afterwards");
+                self.say(around, ToDestination::Complete);
+                around.told_again();
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether a destination that comes is heard.
+    pub fn listens(&self, now: Time) -> bool {
+        let waits = self.parting_until.is_some_and(|until| now < until);
+        !self.down && (self.outcome.is_none() || waits)
     }
 
     /// The program is killed. Before the point of no return its guard and CRIU's script let the workload run again.
@@ -373,7 +421,8 @@ impl Source {
         }
         self.down = false;
         if self.agreed {
-            self.release();
+            // Without a word to anybody.
+            self.succeeded();
             return true;
         }
         self.session = Session::orphaned();

@@ -67,6 +67,8 @@ pub struct Record {
     pub successions: [u64; 2],
     /// Links that replaced a lost one, with everything settled.
     pub recoveries: u64,
+    /// Destinations that missed the last word, and asked for it.
+    pub told_again: u64,
 }
 
 impl Record {
@@ -75,6 +77,7 @@ impl Record {
         self.messages += other.messages;
         self.cuts += other.cuts;
         self.recoveries += other.recoveries;
+        self.told_again += other.told_again;
         for end in 0..2 {
             self.kills[end] += other.kills[end];
             self.successions[end] += other.successions[end];

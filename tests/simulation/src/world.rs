@@ -195,6 +195,11 @@ impl Surroundings<'_> {
         self.random.below(16) == 0
     }
 
+    /// The last word was said again.
+    pub fn told_again(&mut self) {
+        self.record.told_again += 1;
+    }
+
     /// A new link has replaced a lost one.
     pub fn recovered(&mut self) {
         self.record.recoveries += 1;
@@ -373,7 +378,7 @@ impl World {
                     self.after_memory();
                 }
             }
-            Happening::Release => self.source.release(),
+            Happening::Release => self.with(|source, _, around| source.release(around)),
             Happening::Kill(end) => self.strike(end),
             Happening::Succeed(end) => self.succeed(end),
         }
@@ -483,7 +488,7 @@ impl World {
 
     /// The source answers when the path carries packets and its program still runs.
     fn connect(&mut self) {
-        let there = self.source.outcome.is_none() && !self.source.down;
+        let there = self.source.listens(self.now);
         let reachable = self.now >= self.reachable_from && there;
         self.with(|_, destination, around| destination.connect(around, reachable));
     }
