@@ -32,6 +32,8 @@ use lazy_restorer::touches::Touches;
 use lazy_restorer::unpacker::Unpacker;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use page_server::destination::PresentMap;
+use page_server::frame;
+use page_server::memory::{MemoryError, PageSource};
 use page_server::pending::Pending;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -329,13 +331,27 @@ fn present_map(bytes: &[u8]) -> bool {
     [false, true].map(|forgotten| claims(bytes, forgotten)) == [true; 2]
 }
 
+/// Memory without content.
+struct Zeros;
+
+impl PageSource for Zeros {
+    fn read(&self, _: ImagePid, _: PageRange, buffer: &mut [u8]) -> Result<(), MemoryError> {
+        buffer.fill(0);
+        Ok(())
+    }
+}
+
 fn claims(mut bytes: &[u8], forgotten: bool) -> bool {
     let pids = [ImagePid(100), ImagePid(101)];
     let lazy = || LazyMap::new([PageRange::new(PageIndex(0x7f00_0000), 200)]).expect("one range");
     let mut pending = Pending::new(pids.map(|pid| (pid, lazy())));
     match forgotten {
         true => pending.forget(),
-        false => drop(pending.take(pids[0], 0..64, 16)),
+        false => {
+            let run = pending.take(pids[0], 0..64, 16).expect("all is owed");
+            let frame = frame::read(&Zeros, run).expect("zeros");
+            pending.count(&frame.contents);
+        }
     }
     let slots = || pids.map(|pid| (pid, 200)).into();
     let mut map = PresentMap::of(slots());
