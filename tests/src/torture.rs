@@ -17,7 +17,7 @@ use crate::{binaries, shared_file};
 pub const REST: Duration = Duration::from_millis(1);
 
 /// After each step: a copy for which nothing is pushed still lacks most of its memory long after whatever is done to it then.
-pub const LONG_REST: Duration = Duration::from_millis(10);
+pub const LONG_REST: Duration = Duration::from_millis(30);
 
 /// Debug builds on a busy machine are slow; a workload that hangs is slower.
 const PATIENCE: Duration = Duration::from_secs(120);

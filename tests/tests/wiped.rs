@@ -10,6 +10,7 @@ use tests::failure::{Bystander, expect_failure};
 use tests::gate::Gate;
 use tests::harness::{self, Body, MIGRATION, REDIS_MIGRATION, Test};
 use tests::host::Host;
+use tests::matrix::{fast_link, slow_link};
 use tests::pair::{PATIENCE, PairPlan, Side, session_of, sessions};
 use tests::random::seed_of_this_run;
 use tests::rig::Rig;
@@ -48,6 +49,8 @@ fn half_way(rig: &Rig) -> Result<(Torture, PairPlan, Side, Side)> {
     let plan = PairPlan::new(rig)?;
     let mut slow = plan.clone();
     slow.restorer.push("--no-push".into());
+    // Else the faults alone may have brought everything before a busy machine comes to what is to happen half way.
+    slow.before_restore = format!("{}; {}", slow_link(rig), slow.before_restore);
     let server = slow.start_server(rig, torture.pid())?;
     let mut restorer = slow.start_restorer(rig)?;
     restorer.wait_for_copy()?;
@@ -64,15 +67,27 @@ fn wipe(host: &Host, spared: &[Pid]) -> Result<()> {
             .filter(|pid| task::is_alive(*pid))
             .collect::<Vec<_>>()
     };
-    let doomed = there();
-    ensure!(!doomed.is_empty(), "there is nobody to kill");
-    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
-        for pid in &doomed {
-            // With the first process of a PID namespace others have gone already.
-            let _ = kill(*pid, signal);
-        }
-    }
+    ensure!(!there().is_empty(), "there is nobody to kill");
+    // Also a child that was not there yet a moment ago: it would see the keepers' end, and their memory go with them.
+    wait_until(PATIENCE, "all to stand still", || {
+        let moving: Vec<Pid> = there().into_iter().filter(|pid| moves(*pid)).collect();
+        moving.iter().for_each(|pid| send(*pid, Signal::SIGSTOP));
+        moving.is_empty()
+    })?;
+    there()
+        .into_iter()
+        .for_each(|pid| send(pid, Signal::SIGKILL));
     wait_until(PATIENCE, "all to be dead", || there().is_empty())
+}
+
+/// Whether it is not stopped, and none of its threads waits for a page within a system call.
+fn moves(pid: Pid) -> bool {
+    !matches!(task::state(pid), None | Some('T' | 't' | 'D' | 'Z' | 'X'))
+}
+
+/// With the first process of a PID namespace others have gone already.
+fn send(pid: Pid, signal: Signal) {
+    let _ = kill(pid, signal);
 }
 
 /// The processes of the original. Of a child that had ended when it was frozen there is nothing to hold.
@@ -99,6 +114,7 @@ fn wipe_source(rig: &Rig, torture: &Torture, server: &mut Side) -> Result<()> {
 fn the_source_is_wiped(rig: &Rig) -> Result<()> {
     let (torture, plan, mut server, mut restorer) = half_way(rig)?;
     wipe_source(rig, &torture, &mut server)?;
+    fast_link(rig)?;
     let mut successor = plan.resume_server(rig, &[])?;
     torture.wait_for_rounds(20)?;
     // It compares all of its memory, which it fetches for that, and ends.
@@ -140,7 +156,11 @@ fn the_destination_is_wiped(rig: &Rig) -> Result<()> {
     wipe(&rig.destination, &[])?;
     restorer.end()?;
     torture.assert_unharmed()?;
-    ensure!(task::is_frozen(torture.pid()), "the original runs");
+    let states = task::state(torture.pid());
+    ensure!(
+        task::is_frozen(torture.pid()),
+        "the original runs: {states:?}"
+    );
     thaw(rig, &["--i-know-the-copy-is-dead"])?;
     server.end()?;
     torture.wait_for_original(20)?;
