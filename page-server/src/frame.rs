@@ -180,23 +180,7 @@ mod tests {
     use common::page::{PAGE_SIZE, PageIndex, PageRange};
 
     use super::*;
-
-    /// Page `n` is filled with `n`, so page 0 and page 256 are zero.
-    struct Numbered;
-
-    impl PageSource for Numbered {
-        fn read(
-            &self,
-            _: ImagePid,
-            pages: PageRange,
-            buffer: &mut [u8],
-        ) -> Result<(), MemoryError> {
-            for (index, page) in buffer.chunks_exact_mut(PAGE_SIZE).enumerate() {
-                page.fill(pages.start.forward(index as u64).0 as u8);
-            }
-            Ok(())
-        }
-    }
+    use crate::memory::numbered::Numbered;
 
     #[test]
     fn zero_pages_are_marked_and_left_out() {

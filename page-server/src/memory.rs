@@ -118,6 +118,31 @@ impl FrozenProcess {
     }
 }
 
+/// Memory that needs no process.
+#[cfg(test)]
+pub(crate) mod numbered {
+    use common::page::PAGE_SIZE;
+
+    use super::*;
+
+    /// Page `n` is filled with `n`, so page 0 and page 256 are zero.
+    pub(crate) struct Numbered;
+
+    impl PageSource for Numbered {
+        fn read(
+            &self,
+            _: ImagePid,
+            pages: PageRange,
+            buffer: &mut [u8],
+        ) -> Result<(), MemoryError> {
+            for (index, page) in buffer.chunks_exact_mut(PAGE_SIZE).enumerate() {
+                page.fill(pages.start.forward(index as u64).0 as u8);
+            }
+            Ok(())
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use common::page::{PAGE_SIZE, VirtAddr};

@@ -377,11 +377,9 @@ impl Process {
 
 #[cfg(test)]
 mod tests {
-    use common::page::PAGE_SIZE;
-
     use super::*;
     use crate::frame;
-    use crate::memory::{MemoryError, PageSource};
+    use crate::memory::numbered::Numbered;
 
     const PID: ImagePid = ImagePid(7);
 
@@ -405,23 +403,6 @@ mod tests {
         Said {
             withheld: HashMap::from([(pid, words.to_vec())]),
             ..Said::default()
-        }
-    }
-
-    /// Page `n` is filled with `n`.
-    struct Numbered;
-
-    impl PageSource for Numbered {
-        fn read(
-            &self,
-            _: ImagePid,
-            pages: PageRange,
-            buffer: &mut [u8],
-        ) -> Result<(), MemoryError> {
-            for (index, page) in buffer.chunks_exact_mut(PAGE_SIZE).enumerate() {
-                page.fill(pages.start.forward(index as u64).0 as u8);
-            }
-            Ok(())
         }
     }
 

@@ -147,7 +147,7 @@ impl Source {
         message: Message,
     ) {
         if self.parting_until.is_some() {
-            return self.tell_again(around, link, message);
+            return self.tell_again(around, link, &message);
         }
         // Whoever waits only for the end of the original listens to nobody until then.
         if self.agreed
@@ -359,7 +359,7 @@ impl Source {
         self.parting_until = Some(around.now() + LAST_CALL);
         if let Some((link, resume)) = self.waiting.take() {
             let message = Message::ToSource(ToSource::Resume(resume));
-            self.tell_again(around, link, message);
+            self.tell_again(around, link, &message);
         }
     }
 
@@ -370,7 +370,7 @@ impl Source {
     }
 
     /// A destination that missed the last word asks for it.
-    fn tell_again(&mut self, around: &mut Surroundings<'_>, link: LinkId, message: Message) {
+    fn tell_again(&mut self, around: &mut Surroundings<'_>, link: LinkId, message: &Message) {
         match message {
             Message::ToSource(ToSource::Resume(_)) => {
                 if let Some(old) = self.link.replace(link).filter(|old| *old != link) {
@@ -380,7 +380,7 @@ impl Source {
             }
             Message::ToSource(ToSource::Drained(tally)) if self.link == Some(link) => {
                 let book = self.book.as_ref().expect("both have agreed on it");
-                assert_eq!(book.tally(), tally, "the ends disagree afterwards");
+                assert_eq!(book.tally(), *tally, "the ends disagree afterwards");
                 self.say(around, ToDestination::Complete);
                 around.told_again();
             }
