@@ -179,6 +179,11 @@ impl BulkWindow {
         (self.window as u64).clamp(PACKETS_MIN * self.packet, WINDOW_MAX)
     }
 
+    /// The best rate of the last times between trials, in bytes per second; zero when none was seen yet.
+    pub fn best_rate(&self) -> f64 {
+        self.rate.best()
+    }
+
     /// The queue that is wanted at present.
     pub fn wanted_queue(&self) -> Duration {
         self.queue.time

@@ -37,6 +37,11 @@ const CLEARLY: f64 = 0.8;
 /// the link is what it costs two processors while a thread waits.
 const SLOW: f64 = 16.0;
 
+/// Sending a byte is expected to take longer than this many nanoseconds where compressing is not tried out first: below 200
+/// Mbit/s the slices that are sent as they are, and the pages that faults ask for meanwhile, take longer than all that can be
+/// lost.
+const SURELY_SLOW: f64 = 40.0;
+
 /// For what compressing pays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
@@ -144,6 +149,15 @@ impl Compression {
         }
     }
 
+    /// Sending a byte of pages as they are is expected to take so many nanoseconds.
+    pub fn expect(&mut self, nanoseconds: f64) {
+        if self.mode == Mode::Auto && nanoseconds >= SURELY_SLOW {
+            self.raw = Some(nanoseconds);
+            self.way = Way::Packed;
+            self.win();
+        }
+    }
+
     /// Whether the next run is to be compressed.
     pub fn compresses(&self) -> bool {
         self.way == Way::Packed
@@ -173,6 +187,9 @@ impl Compression {
             let compressing = per_byte(self.slice.compressing, self.slice.page_bytes);
             self.packed = Some(compressing);
             self.lose();
+        } else if self.is_far_slower() {
+            self.raw = Some(per_byte(self.slice.elapsed, self.slice.page_bytes));
+            self.lose();
         } else if self.slice.page_bytes >= SLICE_BYTES
             && (self.slice.elapsed >= SLICE_TIME || !self.is_warm)
         {
@@ -187,6 +204,17 @@ impl Compression {
             && self.way == Way::Packed
             && self.slice.page_bytes >= EARLY_BYTES
             && self.raw.is_some_and(|raw| compressing >= raw)
+    }
+
+    /// On trial as they are, and a part of a slice has taken longer already than a whole one of compressed pages.
+    fn is_far_slower(&self) -> bool {
+        let whole = self.packed.map(|packed| packed * SLICE_BYTES as f64);
+        let elapsed = self.slice.elapsed;
+        self.on_trial
+            && self.way == Way::Raw
+            && (EARLY_BYTES..SLICE_BYTES).contains(&self.slice.page_bytes)
+            && elapsed >= SLICE_TIME
+            && whole.is_some_and(|whole| elapsed.as_nanos() as f64 > whole)
     }
 
     fn conclude(&mut self) {
@@ -318,6 +346,38 @@ mod tests {
             }
             (compressed as f64 / runs as f64, took / runs as f64)
         }
+    }
+
+    #[test]
+    fn what_is_expected_of_a_slow_link_is_done_at_once() {
+        // 20 Mbit/s.
+        let world = world(400.0);
+        let mut compression = Compression::new(Mode::Auto);
+        compression.expect(300.0);
+        assert_eq!(compression.pays(), Pays::Single);
+        let (compressed, took) = world.run(&mut compression);
+        assert!(compressed > 0.95, "{compressed}");
+        let (_, before) = world.run(&mut Compression::new(Mode::Auto));
+        assert!(took < before, "{took} and {before}");
+    }
+
+    #[test]
+    fn a_wrong_expectation_is_corrected() {
+        let world = world(0.8);
+        let mut compression = Compression::new(Mode::Auto);
+        compression.expect(50.0);
+        let (compressed, _) = world.run(&mut compression);
+        // Eight slices of 20 ms, of half a GiB.
+        assert!(compressed < 0.2, "{compressed}");
+        for mode in [Mode::Always, Mode::Never] {
+            let mut compression = Compression::new(mode);
+            let before = compression.compresses();
+            compression.expect(400.0);
+            assert_eq!(compression.compresses(), before);
+        }
+        let mut compression = Compression::new(Mode::Auto);
+        compression.expect(8.0);
+        assert!(!compression.compresses(), "that is found out");
     }
 
     #[test]

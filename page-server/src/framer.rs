@@ -24,6 +24,8 @@ pub struct Form {
     pub related: bool,
     /// Learns whether compressing pays.
     pub paying: Paying,
+    /// Nanoseconds that a byte is expected to take on the path, when that is known.
+    pub expected: Option<f64>,
 }
 
 /// A frame of pushed pages, and what was saved.
@@ -66,7 +68,10 @@ impl Framer {
                 buffers: Buffers::default(),
             });
         }
-        let compression = Compression::new(form.compress);
+        let mut compression = Compression::new(form.compress);
+        if let Some(nanoseconds) = form.expected {
+            compression.expect(nanoseconds);
+        }
         form.paying.say(compression.pays());
         let packing = Packing {
             repeats: Repeats::new(form.related),
@@ -95,6 +100,14 @@ impl Framer {
             self.buffers.lend(&pushed.frame.bytes);
         }
         Ok(pushed)
+    }
+
+    /// A byte is expected to take so many nanoseconds on the path.
+    pub fn expect(&mut self, nanoseconds: f64) {
+        if let Some(packing) = &mut self.packing {
+            packing.compression.expect(nanoseconds);
+            packing.paying.say(packing.compression.pays());
+        }
     }
 
     /// What comes next has to wait for something else than the path.
@@ -288,6 +301,7 @@ mod tests {
             version: version::V2,
             related: true,
             paying: Paying::default(),
+            expected: None,
         }
     }
 

@@ -71,6 +71,8 @@ pub struct Listen {
     pub fault: Port<Call>,
     /// For skeleton and push.
     pub bulk: Port<BulkCall>,
+    /// What both show of the path.
+    pub gauge: FaultGauge,
 }
 
 /// Why we cannot listen.
@@ -95,6 +97,7 @@ impl Listen {
         let listen = Listen {
             fault: Port::open(fault_thread, Role::Fault, plan, &gauge, first_message)?,
             bulk: Port::open(bulk_thread, Role::Bulk, plan, &gauge, bulk_hello)?,
+            gauge,
         };
         privileges::give_up()?;
         Ok(listen)

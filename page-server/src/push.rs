@@ -60,6 +60,11 @@ impl Push {
         Ok(self)
     }
 
+    /// A byte is expected to take so many nanoseconds on the path.
+    pub fn expect(&mut self, nanoseconds: f64) {
+        self.framer.expect(nanoseconds);
+    }
+
     /// Pushes until nothing is owed. `credits` carries what the destination wants first, and then the total of bytes
     /// allowed so far, again and again.
     pub async fn all(mut self, credits: Option<RecvStream>) -> Result<(), TransferError> {

@@ -23,6 +23,7 @@ use common::lost::{Limit, LostPlan};
 use common::operator::Facts;
 use common::proto::control::{Secret, SessionId, Tally, ToDestination, ToSource};
 use common::proto::version::V3;
+use common::quic::FaultGauge;
 use common::record::{Phases, unix_us};
 use common::session::{Event, Session, State};
 use common::session_file::{
@@ -111,6 +112,7 @@ pub async fn run(plan: &ServePlan, record: &mut Record) -> Result<(), SessionErr
         thaw_by: None,
         refusal: None,
         agreed: None,
+        gauge: listen.gauge.clone(),
         complaint: None,
         doorway,
         doors: Vec::new(),
@@ -157,6 +159,8 @@ struct Migration<'a> {
     refusal: Option<String>,
     /// What both ends have counted, once they agree.
     agreed: Option<Tally>,
+    /// What the connections show of the path.
+    gauge: FaultGauge,
     /// What the operator was told last.
     complaint: Option<String>,
     /// To where the workload's connections are.

@@ -560,6 +560,7 @@ impl Visit {
             version: self.destination.version,
             related: self.book.is_of_many(),
             paying: self.destination.paying.clone(),
+            expected: None,
         }
     }
 

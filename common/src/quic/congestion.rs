@@ -18,7 +18,7 @@ const BULK_IDLE: Duration = Duration::from_millis(20);
 /// Weight of what was known in the idle round trip, against 1 for the latest.
 const IDLE_WEIGHT: u32 = 7;
 
-/// Shows the round trips of a fault connection to the bulk connection beside it. Clones show the same.
+/// Shows the round trips of a fault connection to the bulk connection beside it, and what that carries. Clones show the same.
 ///
 /// Each value has one writer, and a reader that sees an old one for a moment does no harm: no lock, so that a fault
 /// never waits for bulk here.
@@ -33,6 +33,8 @@ struct Shown {
     seen: AtomicU64,
     /// When bulk was acknowledged last, in nanoseconds since the epoch.
     bulk_ns: AtomicU64,
+    /// What bulk was seen to carry, in bytes per second.
+    bulk_rate: AtomicU64,
 }
 
 impl Default for FaultGauge {
@@ -43,6 +45,7 @@ impl Default for FaultGauge {
             recent_ns: AtomicU64::new(0),
             seen: AtomicU64::new(0),
             bulk_ns: AtomicU64::new(0),
+            bulk_rate: AtomicU64::new(0),
         }))
     }
 }
@@ -78,6 +81,12 @@ impl FaultGauge {
         self.0.idle_ns.store(nanos(idle), Ordering::Relaxed);
         self.0.recent_ns.store(nanos(recent), Ordering::Relaxed);
         self.0.seen.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// What the path was seen to carry for bulk, in bytes per second. `None` as long as nothing took long enough to tell.
+    pub fn bulk_rate(&self) -> Option<u64> {
+        let rate = self.0.bulk_rate.load(Ordering::Relaxed);
+        (rate > 0).then_some(rate)
     }
 
     /// A new connection knows nothing of the path of the one before.
@@ -196,6 +205,8 @@ impl Controller for Paced {
         self.gauge.note_bulk(now);
         self.window.acknowledged(now, sent, bytes, !app_limited);
         self.window.heed(now, self.gauge.trips());
+        let rate = self.window.best_rate() as u64;
+        self.gauge.0.bulk_rate.store(rate, Ordering::Relaxed);
     }
 
     fn on_congestion_event(&mut self, _now: Instant, _sent: Instant, persistent: bool, lost: u64) {

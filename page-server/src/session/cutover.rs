@@ -27,8 +27,12 @@ impl Migration<'_> {
         let mut transfer = Transfer::default();
         let serving = destination.serve(workload.source.clone(), workload.book.clone());
         transfer.spawn(listen.fault.thread.handle(), serving);
-        let push = self.send_skeleton(listen, destination, workload).await?;
+        let mut push = self.send_skeleton(listen, destination, workload).await?;
         self.expect(destination, ToSource::Staged).await?;
+        // The skeleton was the first to show what the path carries.
+        if let Some(nanoseconds) = self.nanoseconds_for_a_byte() {
+            push.expect(nanoseconds);
+        }
         self.advance(Event::Staged)?;
         let credits = destination.take_credits();
         transfer.spawn(listen.bulk.thread.handle(), push.all(credits));
@@ -114,7 +118,12 @@ impl Migration<'_> {
             version: destination.version,
             related: workload.book.is_of_many(),
             paying: destination.paying.clone(),
+            expected: self.nanoseconds_for_a_byte(),
         }
+    }
+
+    fn nanoseconds_for_a_byte(&self) -> Option<f64> {
+        self.gauge.bulk_rate().map(|rate| 1e9 / rate as f64)
     }
 
     /// Waits until the destination's tasks stand ready, as long as CRIU holds ours.

@@ -48,6 +48,7 @@ pub async fn resume(
         thaw_by: None,
         refusal: None,
         agreed: None,
+        gauge: listen.gauge.clone(),
         complaint: None,
         doorway: None,
         doors: Vec::new(),
