@@ -50,7 +50,7 @@ fn half_way(rig: &Rig) -> Result<(Torture, PairPlan, Side, Side)> {
     let mut slow = plan.clone();
     slow.restorer.push("--no-push".into());
     // Else the faults alone may have brought everything before a busy machine comes to what is to happen half way.
-    slow.before_restore = format!("{}; {}", slow_link(rig), slow.before_restore);
+    slow.before_restore = format!("{} && {}", slow_link(rig), slow.before_restore);
     let server = slow.start_server(rig, torture.pid())?;
     let mut restorer = slow.start_restorer(rig)?;
     restorer.wait_for_copy()?;

@@ -107,7 +107,10 @@ impl Scene {
             }
             Moment::Unheard => {
                 self.wait_for_message()?;
-                self.server.expect_success()
+                // Else it waits a minute for a destination that does not know that all is well.
+                let status = self.server.terminate()?;
+                ensure!(status.success(), "page-server: {status}");
+                Ok(())
             }
             Moment::Postcopy => self.wait_until_it_runs(),
             Moment::Paused => self.lose_the_link(rig),
@@ -216,7 +219,7 @@ fn prepare(rig: &Rig, plan: &mut PairPlan, moment: Moment) -> Result<Hold> {
             Hold::Gate(gate)
         }
         Moment::Postcopy | Moment::Paused | Moment::Recover | Moment::Complete => {
-            plan.before_restore = format!("{}; {}", slow_link(rig), plan.before_restore);
+            plan.before_restore = format!("{} && {}", slow_link(rig), plan.before_restore);
             match moment {
                 Moment::Paused => Hold::NoLink,
                 _ => Hold::SlowLink,
