@@ -1,8 +1,10 @@
 //! What is mounted in a tree, and overlays that write into it: of both the kernel tells nobody who watches directories.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use common::proc_text::{lines, mount_point, unescape};
@@ -71,7 +73,7 @@ fn confirmed<T>(mut find: impl FnMut() -> io::Result<Option<T>>) -> io::Result<O
 fn find_upper(tree: &Path) -> io::Result<Option<PathBuf>> {
     for (process, mounts) in mount_namespaces()? {
         let root = PathBuf::from(format!("/proc/{process}/root"));
-        let mut uppers = lines(&mounts).filter_map(upper);
+        let mut uppers = lines(&mounts).filter_map(upper).map(as_opened);
         if let Some(found) = uppers.find(|upper| meets(tree, &root, upper)) {
             return Ok(Some(found));
         }
@@ -130,6 +132,25 @@ pub fn upper(line: &[u8]) -> Option<PathBuf> {
     Some(unescape(upper))
 }
 
+/// The directory that was opened when this was named. The kernel drops a backslash before any character (fs/overlayfs/params.c:
+/// ovl_unescape), and shows the option as it was given.
+fn as_opened(named: PathBuf) -> PathBuf {
+    let mut bytes = named.as_os_str().as_bytes().iter();
+    let mut plain = Vec::new();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'\\' => plain.extend(bytes.next()),
+            byte => plain.push(*byte),
+        }
+    }
+    let plain = PathBuf::from(OsString::from_vec(plain));
+    // Not before it read options so: then the name is what it is.
+    match plain.exists() {
+        true => plain,
+        false => named,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,6 +170,16 @@ mod tests {
         ] {
             assert_eq!(upper(line.as_bytes()), None, "{line}");
         }
+    }
+
+    #[test]
+    fn a_name_is_read_as_the_kernel_reads_it() {
+        let folder = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| folder.path().join(name);
+        fs::create_dir_all(path("up per:1")).expect("made");
+        assert_eq!(as_opened(path("up\\ per\\:1")), path("up per:1"));
+        assert_eq!(as_opened(path("up per:1")), path("up per:1"));
+        assert_eq!(as_opened(path("gone\\ by")), path("gone\\ by"));
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! A CRIU that fails or waits at one thing and otherwise is the real one.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
 use crate::binaries;
 use crate::gate::Gate;
 use crate::rig::Rig;
+use crate::shell;
 
 /// What it says before it fails, in CRIU's own form.
 pub const ITS_ERROR: &str = "Error (criu/fake.c:1): the test wants this to fail";
@@ -91,8 +92,11 @@ exec {criu} "$@"
 }
 
 fn make_program(path: PathBuf, script: &str) -> Result<PathBuf> {
-    std::fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
-    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755))
-        .context("cannot make it a program")?;
+    let text = path.with_extension("text");
+    std::fs::write(&text, script).with_context(|| format!("cannot write {}", text.display()))?;
+    // By a program of its own: a child that another test forks has for a moment what this one has open, and what somebody has
+    // open for writing cannot be run.
+    let mut install = Command::new("install");
+    shell::run(install.args(["-m", "755"]).arg(&text).arg(&path))?;
     Ok(path)
 }
