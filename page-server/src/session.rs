@@ -215,6 +215,8 @@ impl Migration<'_> {
             return destination.control.close().await;
         };
         self.note_times();
+        // The original is released: nothing is left that a restart could go on with, should we be killed while we wait.
+        self.kept.end();
         let returns = ComingBack {
             listen,
             session: self.id,

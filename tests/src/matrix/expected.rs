@@ -12,7 +12,7 @@ pub fn verdict(cell: Cell) -> Verdict {
     );
     match (harm, moment) {
         (Harm::DumpKilled, M::Hello | M::Advise) => Verdict::Absent("not started yet"),
-        (Harm::DumpKilled | Harm::ServerKilled, M::Unheard) => Verdict::Absent("has ended"),
+        (Harm::DumpKilled, M::Unheard) => Verdict::Absent("has ended"),
         (Harm::RestoreKilled, M::Hello | M::Advise | M::Freeze) => {
             Verdict::Absent("not started yet")
         }
@@ -21,6 +21,8 @@ pub fn verdict(cell: Cell) -> Verdict {
         (Harm::RestorerKilled, M::Cutover) => Verdict::Resumed(Host::Source),
         (Harm::RestoreKilled, _) if given_away => Verdict::Absent("has ended"),
         (Harm::RestorerKilled, M::Complete) => Verdict::Absent("has ended"),
+        // It only waits, and leaves nothing that could be resumed.
+        (Harm::ServerKilled, M::Unheard) => Verdict::Runs(Host::Destination),
         (Harm::RestorerKilled | Harm::ServerKilled, _) if given_away => {
             Verdict::Resumed(Host::Destination)
         }

@@ -200,6 +200,9 @@ impl Cell {
 
     fn perform(self, rig: &Rig, expected: Verdict) -> Result<Verdict> {
         let mut scene = scene::Scene::reach(rig, self.moment)?;
+        if self.moment == Moment::Unheard && self.harm != Harm::ServerKilled {
+            scene.end_the_wait()?;
+        }
         if let Verdict::Absent(why) = expected {
             harm::assert_absent(rig, &mut scene, self.harm)?;
             return Ok(Verdict::Absent(why));

@@ -107,10 +107,10 @@ impl Scene {
             }
             Moment::Unheard => {
                 self.wait_for_message()?;
-                // Else it waits a minute for a destination that does not know that all is well.
-                let status = self.server.terminate()?;
-                ensure!(status.success(), "page-server: {status}");
-                Ok(())
+                let words = "is waited for";
+                wait_until(PATIENCE, words, || {
+                    self.server.process.stderr().contains(words)
+                })
             }
             Moment::Postcopy => self.wait_until_it_runs(),
             Moment::Paused => self.lose_the_link(rig),
@@ -161,6 +161,13 @@ impl Scene {
             state.as_ref().is_some_and(|state| state == "complete"),
             "the source is in {state:?}"
         );
+        Ok(())
+    }
+
+    /// The source is told not to wait for a destination that does not know that all is well, which it does for a minute.
+    pub fn end_the_wait(&mut self) -> Result<()> {
+        let status = self.server.terminate()?;
+        ensure!(status.success(), "page-server: {status}");
         Ok(())
     }
 
