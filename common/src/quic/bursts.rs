@@ -81,15 +81,26 @@ impl Pace {
 }
 
 impl Kind {
-    /// `None` for packets that cannot be joined with others: alone, or of different sizes.
+    /// `None` for a packet that is alone: nobody knows whether others of its size follow.
     fn of(transmit: &Transmit<'_>) -> Option<Self> {
-        let packet = transmit.segment_size?;
-        (packet > 0 && transmit.contents.len().is_multiple_of(packet)).then_some(Kind {
+        let packet = transmit.segment_size.filter(|packet| *packet > 0)?;
+        Some(Kind {
             destination: transmit.destination,
             ecn: transmit.ecn,
             from: transmit.src_ip,
             packet,
         })
+    }
+
+    /// Whether packets of `transmit` may follow some of this kind; one that is alone may be shorter.
+    fn admits(self, transmit: &Transmit<'_>) -> bool {
+        let is_short = transmit.segment_size.is_none() && transmit.contents.len() <= self.packet;
+        let segment_size = is_short.then_some(self.packet).or(transmit.segment_size);
+        let alike = Transmit {
+            segment_size,
+            ..*transmit
+        };
+        Kind::of(&alike) == Some(self)
     }
 
     fn transmit(self, contents: &[u8]) -> Transmit<'_> {
@@ -145,29 +156,77 @@ impl Bursts {
         }
     }
 
+    /// Takes all of `transmit`, which is sent now or with what follows it, or nothing while the socket takes nothing.
     fn join(&self, joining: &Joining, transmit: &Transmit<'_>) -> io::Result<()> {
         let mut burst = joining.burst();
-        let kind = Kind::of(transmit);
-        if burst.kind != kind || !self.fits(&burst, transmit) {
-            self.send_burst(&mut burst)?;
-        }
         burst.pace.note(transmit.contents.len(), Instant::now());
-        if kind.is_none() || !self.fits(&burst, transmit) {
-            return self.send(transmit);
+        let joined = burst.join(transmit, self.state.max_gso_segments());
+        if joined == transmit.contents.len() && burst.may_grow() {
+            return Ok(());
         }
-        if burst.kind.is_none() {
-            burst.kind = kind;
-            joining.begun.notify_one();
+        if let Err(error) = self.send_burst(&mut burst) {
+            burst.part_with(joined);
+            return Err(error);
         }
-        burst.bytes.extend_from_slice(transmit.contents);
+        let rest = Transmit {
+            contents: &transmit.contents[joined..],
+            ..*transmit
+        };
+        if rest.contents.is_empty() {
+            return Ok(());
+        }
+        if !burst.is_worth_waiting(&rest) {
+            match self.send(&rest) {
+                // It must be kept: its first packets have left.
+                Err(error) if error.kind() == ErrorKind::WouldBlock && joined > 0 => {}
+                sent => return sent,
+            }
+        }
+        burst.begin(&rest);
+        joining.begun.notify_one();
         Ok(())
     }
+}
 
-    /// Whether `transmit` can be joined to `burst`, which is of its kind or empty.
-    fn fits(&self, burst: &Burst, transmit: &Transmit<'_>) -> bool {
-        let bytes = burst.bytes.len() + transmit.contents.len();
-        let packets = bytes / transmit.segment_size.unwrap_or(bytes).max(1);
-        bytes <= burst.pace.most && packets <= self.state.max_gso_segments()
+impl Burst {
+    /// Adds those first packets of `transmit` that there is room for, if they are of the kind that waits; returns their
+    /// bytes.
+    fn join(&mut self, transmit: &Transmit<'_>, max_packets: usize) -> usize {
+        let Some(kind) = self.kind.filter(|kind| kind.admits(transmit)) else {
+            return 0;
+        };
+        if !self.may_grow() {
+            return 0;
+        }
+        let most = (self.pace.most / kind.packet).min(max_packets) * kind.packet;
+        let room = most.saturating_sub(self.bytes.len());
+        let joined = room.min(transmit.contents.len());
+        self.bytes.extend_from_slice(&transmit.contents[..joined]);
+        joined
+    }
+
+    /// Whether more may be added: only the last packet of a send may be shorter than the others.
+    fn may_grow(&self) -> bool {
+        let whole = |kind: Kind| self.bytes.len().is_multiple_of(kind.packet);
+        self.kind.is_some_and(whole)
+    }
+
+    /// Takes the last `bytes` out again.
+    fn part_with(&mut self, bytes: usize) {
+        self.bytes.truncate(self.bytes.len() - bytes);
+    }
+
+    /// Whether `transmit`, with which a burst would begin, may have others after it.
+    fn is_worth_waiting(&self, transmit: &Transmit<'_>) -> bool {
+        let bytes = transmit.contents.len();
+        bytes <= self.pace.most
+            && Kind::of(transmit).is_some_and(|kind| bytes.is_multiple_of(kind.packet))
+    }
+
+    /// Begins with `transmit`. Nothing may be waiting.
+    fn begin(&mut self, transmit: &Transmit<'_>) {
+        self.kind = Kind::of(transmit);
+        self.bytes.extend_from_slice(transmit.contents);
     }
 }
 
@@ -314,6 +373,25 @@ mod tests {
         Bursts::new(socket, joins).expect("a runtime")
     }
 
+    /// Nothing can be sent, as far as `socket` knows.
+    fn is_full(socket: &Bursts) {
+        let nothing = || Err::<(), _>(ErrorKind::WouldBlock.into());
+        let _ = socket.io.try_io(Interest::WRITABLE, nothing);
+    }
+
+    /// A packet that has left, behind the back of `socket`, is what tells it that there is room again.
+    async fn has_room(socket: &Bursts, to: &Bursts) {
+        let address = to.local_addr().expect("bound").into();
+        let raw = socket2::SockRef::from(&socket.io);
+        raw.send_to(&[u8::MAX; PACKET], &address).expect("sent");
+        socket.io.writable().await.expect("a socket");
+    }
+
+    /// What waits in `socket`, in bytes.
+    fn waiting(socket: &Bursts) -> usize {
+        socket.joining.as_ref().expect("joins").burst().bytes.len()
+    }
+
     /// Packets whose bytes are their number.
     fn contents(numbers: std::ops::Range<u8>) -> Vec<u8> {
         numbers.flat_map(|number| [number; PACKET]).collect()
@@ -370,8 +448,7 @@ mod tests {
             let send = |range, segment| from.try_send(&transmit(&to, &contents(range), segment));
             send(0..10, Some(PACKET)).expect("room");
             send(10..20, Some(PACKET)).expect("room");
-            let waiting = from.joining.as_ref().expect("joins").burst().bytes.len();
-            assert_eq!(waiting, 20 * PACKET, "what may be joined is");
+            assert_eq!(waiting(&from), 20 * PACKET, "what may be joined is");
             // One of another size cannot be, and must not overtake.
             from.try_send(&transmit(&to, &[20; 70], None))
                 .expect("room");
@@ -396,6 +473,66 @@ mod tests {
             }
             let received = receive(&to, 120).await;
             assert!(received.iter().map(|(_, number)| *number).eq(0..120));
+        });
+    }
+
+    #[test]
+    fn a_burst_is_filled_with_the_first_packets_of_what_follows() {
+        runtime().block_on(async {
+            let (from, to) = (socket(true), socket(false));
+            is_fast(&from).await;
+            let send = |range| from.try_send(&transmit(&to, &contents(range), Some(PACKET)));
+            let room = (MAX_BURST_BYTES / PACKET).min(from.state.max_gso_segments());
+            let room = u8::try_from(room).expect("65 packets");
+            send(0..room - 3).expect("room");
+            send(room - 3..room + 7).expect("room");
+            assert_eq!(waiting(&from), 7 * PACKET, "three filled the first send");
+            let received = receive(&to, usize::from(room) + 7).await;
+            assert!(received.iter().map(|(_, number)| *number).eq(0..room + 7));
+        });
+    }
+
+    #[test]
+    fn a_short_packet_ends_a_burst() {
+        runtime().block_on(async {
+            let (from, to) = (socket(true), socket(false));
+            is_fast(&from).await;
+            let mut several = contents(0..3);
+            several.extend([3; 40]);
+            let one = [4; 50];
+            let send = |contents: &[u8], size| from.try_send(&transmit(&to, contents, size));
+            send(&contents(0..3), Some(PACKET)).expect("room");
+            send(&several, Some(PACKET)).expect("room");
+            assert_eq!(waiting(&from), 0, "nothing may follow a short one");
+            send(&contents(0..3), Some(PACKET)).expect("room");
+            send(&one, None).expect("room");
+            assert_eq!(waiting(&from), 0, "nor one that was alone");
+            let received = receive(&to, 11).await;
+            let numbers: Vec<_> = received.iter().map(|(_, number)| *number).collect();
+            assert_eq!(numbers, [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 4]);
+            assert_eq!([received[6].0, received[10].0], [40, 50]);
+        });
+    }
+
+    #[test]
+    fn what_is_refused_is_refused_whole() {
+        runtime().block_on(async {
+            let (from, to) = (socket(true), socket(false));
+            is_fast(&from).await;
+            let room = (MAX_BURST_BYTES / PACKET).min(from.state.max_gso_segments());
+            let room = u8::try_from(room).expect("65 packets");
+            let send = |range| from.try_send(&transmit(&to, &contents(range), Some(PACKET)));
+            send(0..room - 3).expect("room");
+            is_full(&from);
+            let refused = send(room - 3..room + 7).expect_err("no room");
+            assert_eq!(refused.kind(), ErrorKind::WouldBlock);
+            assert_eq!(waiting(&from), usize::from(room - 3) * PACKET);
+            has_room(&from, &to).await;
+            // As quinn does, it is all offered again.
+            send(room - 3..room + 7).expect("room");
+            let received = receive(&to, usize::from(room) + 8).await;
+            let numbers = received.iter().map(|(_, number)| *number);
+            assert!(numbers.filter(|number| *number != u8::MAX).eq(0..room + 7));
         });
     }
 
