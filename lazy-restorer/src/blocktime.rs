@@ -1,4 +1,4 @@
-//! How long threads of the workload waited for pages.
+//! How long threads of the workload waited for pages, and how long the kernel took to put pages in place.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use hdrhistogram::Histogram;
 /// Waits longer than this count as this long: an hour.
 const LONGEST_MICROS: u64 = 3_600_000_000;
 
-/// A histogram of waits, from reading the fault to the page being in place.
+/// A histogram of times: of waits, from reading the fault to the page being in place, or of installs.
 #[derive(Clone, Debug)]
 pub struct Blocktime {
     micros: Histogram<u64>,
@@ -37,21 +37,21 @@ impl Default for Blocktime {
 }
 
 impl Blocktime {
-    /// Notes one wait.
+    /// Notes one wait, or one install.
     pub fn record(&mut self, wait: Duration) {
         let micros = u64::try_from(wait.as_micros()).unwrap_or(LONGEST_MICROS);
         self.micros
             .saturating_record(micros.clamp(1, LONGEST_MICROS));
     }
 
-    /// Adds another histogram's waits.
+    /// Adds another histogram's times.
     pub fn merge(&mut self, other: &Blocktime) {
         self.micros
             .add(&other.micros)
             .expect("all have the same bounds");
     }
 
-    /// How many waits.
+    /// How many.
     pub fn count(&self) -> u64 {
         self.micros.len()
     }

@@ -424,10 +424,19 @@ impl<D: Descriptor> Memory<D> {
 
     /// How long threads waited for pages, over all families.
     pub fn blocktime(&self) -> Blocktime {
+        self.all_times(LiveFamily::blocktime)
+    }
+
+    /// How long the kernel took each time to put pages in place, over all families.
+    pub fn installs(&self) -> Blocktime {
+        self.all_times(LiveFamily::installs)
+    }
+
+    fn all_times(&self, of: fn(&LiveFamily<D>) -> &Blocktime) -> Blocktime {
         let mut all = Blocktime::default();
         for pid in self.families.keys() {
             if let Some(family) = self.family(*pid) {
-                all.merge(family.blocktime());
+                all.merge(of(&family));
             }
         }
         all

@@ -32,6 +32,9 @@ pub struct Record {
     pub faults: Faults,
     /// What came.
     pub pages: PageCounts,
+    /// What the kernel took each time to put a run of at most 16 pages in place. Much more than a microsecond a page says that
+    /// the host is short of memory: a virtual one may have to ask its hypervisor for each page.
+    pub install_us: LatencySummary,
     /// What was made huge again.
     pub huge_pages: HugeCounts,
     /// How files came.
@@ -71,6 +74,7 @@ impl Default for Record {
             resumed_at_unix_us: 0,
             faults: Faults::default(),
             pages: PageCounts::default(),
+            install_us: LatencySummary::default(),
             huge_pages: HugeCounts::default(),
             files: FilesCounts::default(),
             total_us: 0,
@@ -83,6 +87,7 @@ impl Record {
     pub fn count(&mut self, memory: &Memory) {
         let blocktime = memory.blocktime();
         self.pages = memory.counts();
+        self.install_us = memory.installs().summary();
         self.faults = Faults {
             remote: blocktime.count(),
             zero: memory.zero_faults(),

@@ -73,11 +73,11 @@ pub struct WireBytes {
     pub bulk_rx: u64,
 }
 
-/// How long threads waited for pages.
+/// How long threads waited for pages, or what else took how long. In microseconds.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Latency {
-    /// Half of the faults were served within this.
+    /// Half of them took no longer than this.
     pub p50: u64,
     /// Nine of ten.
     pub p90: u64,
@@ -161,6 +161,8 @@ pub struct Record {
     pub cutover_us: u64,
     /// Pages by fate.
     pub pages: Pages,
+    /// What the kernel took to put runs of pages in place.
+    pub install_us: Latency,
     /// Bytes of the skeleton, with everything that is not lazy in it.
     pub skeleton_bytes: u64,
     /// Huge pages asked for again.

@@ -108,6 +108,11 @@ fn assert_records_agree(migration: &Migration) -> Result<()> {
         source.pages.lazy == destination.pages.lazy && source.pages.lazy > 0,
         "{source:?} {destination:?}"
     );
+    let installs = destination.install_us;
+    ensure!(
+        installs.p50 > 0 && installs.p50 <= installs.max,
+        "{destination:?}"
+    );
     ensure!(
         source.frozen_at_unix_us <= destination.resumed_at_unix_us,
         "{source:?} {destination:?}"

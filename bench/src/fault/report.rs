@@ -53,6 +53,8 @@ pub struct Row {
     /// The same from reading the fault to installing the page, without the wake-up of the workload.
     pub served_p50_us: Option<Summary>,
     pub served_p99_us: Option<Summary>,
+    pub install_p50_us: Option<Summary>,
+    pub install_max_us: Option<Summary>,
     pub cpu_us_per_fault: Option<Summary>,
     pub network_faults_percent: Option<Summary>,
     pub touches_per_s: Option<Summary>,
@@ -189,6 +191,8 @@ impl Row {
             p999_us: felt(|run| run.waits.p999_us),
             served_p50_us: served(|served| served.p50),
             served_p99_us: served(|served| served.p99),
+            install_p50_us: summary(&|run| Some(run.installs?.p50 as f64)),
+            install_max_us: summary(&|run| Some(run.installs?.max as f64)),
             cpu_us_per_fault: summary(&|run| Some(run.cpu_us_per_fault?.iter().sum())),
             network_faults_percent: summary(&|run| run.network_faults().filter(|_| case.push)),
             touches_per_s: felt(|run| run.touches_per_s),

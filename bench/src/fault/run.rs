@@ -45,6 +45,10 @@ pub struct Run {
     /// From reading a fault to its page being in place, as lazy-restorer counts it; what the workload waited beyond
     /// is the time until it got a CPU again.
     pub served: Option<Latency>,
+    /// What the destination's kernel took each time to put pages in place, one for a fault and up to 16 of a push. Far more
+    /// than a microsecond a page says that memory was cold.
+    #[serde(default)]
+    pub installs: Option<Latency>,
     /// Pages touched until the last wait.
     pub touches: u64,
     /// Of these, waited for.
@@ -130,6 +134,7 @@ fn make(case: Case, spec: &PathSpec, options: &FaultOptions, seed: u64) -> Resul
 struct Went {
     total: Option<Duration>,
     served: Option<Latency>,
+    installs: Option<Latency>,
     cpu_us_per_fault: Option<[f64; 2]>,
 }
 
@@ -139,6 +144,7 @@ impl Went {
         Self {
             total: Some(moved.total),
             served: ours.map(|ours| ours.destination.faults.latency_us),
+            installs: ours.map(|ours| ours.destination.install_us),
             cpu_us_per_fault: None,
         }
     }
@@ -172,9 +178,11 @@ fn stay_idle(mover: &Mover, rig: &Rig, toucher: &Toucher, options: &FaultOptions
         restorer.process.stderr()
     );
     let per_fault = |end: usize| (spent[end] - spent_before[end]) as f64 / 1e3 / more as f64;
+    let record = restorer.record()?;
     Ok(Went {
         total: None,
-        served: Some(restorer.record()?.faults.latency_us),
+        served: Some(record.faults.latency_us),
+        installs: Some(record.install_us),
         cpu_us_per_fault: (more > 0).then(|| [per_fault(0), per_fault(1)]),
     })
 }
@@ -190,6 +198,7 @@ impl Run {
             waits: touched.waits.percentiles(),
             waits_log2: touched.waits.by_power_of_two(),
             served: went.served,
+            installs: went.installs,
             touches: touched.touches_while_missing,
             faults: touched.faults,
             touches_per_s: touched.touches_while_missing as f64 / missing_for.max(1e-9),

@@ -12,13 +12,15 @@ use crate::table::Table;
 /// Columns, and what is in them.
 type Column = (&'static str, fn(&Row) -> Option<Summary>);
 
-const COLUMNS: [Column; 14] = [
+const COLUMNS: [Column; 16] = [
     ("p50 us", |row| row.p50_us),
     ("p90", |row| row.p90_us),
     ("p99", |row| row.p99_us),
     ("p99.9", |row| row.p999_us),
     ("served p50", |row| row.served_p50_us),
     ("served p99", |row| row.served_p99_us),
+    ("install p50", |row| row.install_p50_us),
+    ("install max", |row| row.install_max_us),
     ("CPU us/fault", |row| row.cpu_us_per_fault),
     ("waits %", |row| row.network_faults_percent),
     ("bulk MiB/s", |row| row.bulk_mib_s),
@@ -34,8 +36,10 @@ pub fn conditions(report: &Report) -> Vec<String> {
     let mut lines = vec![
         "median (smallest to largest of the runs)".to_owned(),
         report.memory.to_owned(),
-        "waits as the workload felt them; served: from reading the fault to its page being in place; CPU us/fault: of both \
-         programs, from the move to the last touch of a run in which nothing is pushed"
+        "waits as the workload felt them; served: from reading the fault to its page being in place; install: what the \
+         destination's kernel took to put pages in place, one for a fault, up to 16 of a push (the longest are of cold \
+         memory, or while another had the CPU); CPU us/fault: of both programs, from the move to the last touch of a run \
+         in which nothing is pushed"
             .to_owned(),
         quiet::statement(report.runs.iter().map(Run::disturbance)),
     ];

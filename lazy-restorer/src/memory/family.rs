@@ -120,6 +120,8 @@ pub(super) struct LiveFamily<D: Descriptor> {
     /// Slots that came to a program before us, which was killed before it installed them: owed once more.
     missed: BTreeSet<usize>,
     blocktime: Blocktime,
+    /// How long each call took that put pages in place.
+    installs: Blocktime,
     /// The moment since which the resolver counts.
     began: Instant,
     buffer: D::Buffer,
@@ -148,6 +150,7 @@ impl<D: Descriptor> LiveFamily<D> {
             waiting: BTreeMap::new(),
             missed: BTreeSet::new(),
             blocktime: Blocktime::default(),
+            installs: Blocktime::default(),
             began: Instant::now(),
             buffer: D::buffer(),
             counts: FamilyCounts::default(),
@@ -164,6 +167,10 @@ impl<D: Descriptor> LiveFamily<D> {
 
     pub(super) fn blocktime(&self) -> &Blocktime {
         &self.blocktime
+    }
+
+    pub(super) fn installs(&self) -> &Blocktime {
+        &self.installs
     }
 
     pub(super) fn attach(&mut self, uffd: D, sink: &Sink<'_, D>) -> Result<MemberKey, MemoryError> {

@@ -1,6 +1,7 @@
 //! Pages that came, put in place wherever a member misses them.
 
 use std::ops::Range;
+use std::time::Instant;
 
 use common::page::{PAGE_SIZE, PageRange, page_in_buffer};
 use common::proto::pages::DataHeader;
@@ -170,12 +171,14 @@ impl<D: Descriptor> LiveFamily<D> {
                 uffd.copy(target, &bytes[from..from + target.bytes() as usize])
             }
         };
+        let began = Instant::now();
         let Progress { pages, stop } = match fill() {
             // The kernel looks for events first and for the mapping then. In between the mapping may have been moved
             // away; in that case there is an event now. Only without one is the mapping really gone.
             progress if progress.stop == Some(Stop::NotMapped) => fill(),
             progress => progress,
         };
+        self.installs.record(began.elapsed());
         let done = pages as usize;
         self.installed(member, slot..slot + done)?;
         let Some(stop) = stop else {
