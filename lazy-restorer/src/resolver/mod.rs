@@ -207,6 +207,9 @@ impl Family {
     /// Pages that were asked for are in place at `now`.
     pub fn came(&mut self, now: Duration) {
         self.reach.came(now);
+        if let Some(prefetch) = &mut self.prefetch {
+            prefetch.came(now);
+        }
     }
 
     /// Pages around a faulting slot that nobody asked for yet, marked as requested, in runs that a frame can carry.
